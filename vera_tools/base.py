@@ -1,0 +1,224 @@
+"""A base model on disk or on the Hub: names, shapes and dtypes from safetensors headers, weights only on request.
+
+Adapters and bases do not always agree on the outermost module's name ("model.layers.0..." against "layers.0..."),
+because transformers saves a model with or without its head. `BaseModel.locate` finds the one renaming that fits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any
+
+from vera_tools import source
+from vera_tools.config import parse_json
+from vera_tools.dtypes import FLOATS, HALVES
+from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.tensorfile import TensorFile, TensorInfo
+
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Renaming:
+    """How a module's name in the adapter becomes the base's: one leading part taken off, or put before it."""
+
+    strip: str = ""
+    add: str = ""
+
+    def __call__(self, name: str) -> str:
+        """The base's name for the adapter's `name`."""
+        return self.add + name.removeprefix(self.strip)
+
+
+@dataclass(frozen=True)
+class Linear:
+    """One adapted linear weight of the base.
+
+    Attributes:
+        module: The module's name in the adapter.
+        weight: The full name of its weight in the base.
+        info: The weight's entry in its file.
+        in_features: Columns of the linear map.
+        out_features: Rows of the linear map.
+        transposed: The weight is stored as (in, out), as GPT-2's Conv1D does.
+    """
+
+    module: str
+    weight: str
+    info: TensorInfo
+    in_features: int
+    out_features: int
+    transposed: bool
+
+
+class BaseModel:
+    """An open base model.
+
+    Attributes:
+        label: Its name in messages.
+        folder: The folder it lies in.
+        files: Open safetensors files, by name.
+        tensors: Full tensor name to (file name, entry).
+        index: The parsed index file, or None.
+        config: The parsed config.json, or {}.
+    """
+
+    def __init__(self, folder: source.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None) -> None:
+        self.label, self.folder, self.index = label, folder, index
+        self.files: dict[str, TensorFile] = {}
+        self.tensors: dict[str, tuple[str, TensorInfo]] = {}
+        try:
+            for name in names:
+                file = self.files[name] = TensorFile(folder.open(name))
+                for tensor, info in file.tensors.items():
+                    if tensor in self.tensors:
+                        raise FormatError(
+                            f"stands in {self.tensors[tensor][0]} already", where=f"{file.label}: {tensor}"
+                        )
+                    self.tensors[tensor] = (name, info)
+            if index is not None:
+                self._check_index(index)
+        except BaseException:
+            self.close()
+            raise
+        self.config = self._read_config()
+
+    @classmethod
+    def open(cls, reference: str | os.PathLike[str]) -> BaseModel:
+        """Open a folder with one or more safetensors files (with or without an index), one file, or ``hf://...``.
+
+        Raises:
+            FormatError: no safetensors file there, or one of them is malformed.
+        """
+        folder, name = source.locate(reference)
+        label = os.fspath(reference)
+        if name is not None and not name.endswith(INDEX_SUFFIX):
+            return cls(folder, [name], label=label, index=None)
+        names = folder.names()
+        indices = [name] if name else [entry for entry in names if entry.endswith(INDEX_SUFFIX)]
+        if len(indices) == 1:
+            where = folder.path_of(indices[0])
+            index = parse_json(source.read_text(folder, indices[0], limit=256 << 20), where=where)
+            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+                raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
+            return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index)
+        files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
+        if not files:
+            hint = "a base must be in safetensors format"
+            raise FormatError("no base model here", where=label, expected="*.safetensors", found="none", hint=hint)
+        return cls(folder, files, label=label, index=None)
+
+    def close(self) -> None:
+        """Close all files."""
+        for file in self.files.values():
+            file.close()
+
+    def __enter__(self) -> BaseModel:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def quantisation(self) -> str | None:
+        """The quantisation method that config.json names, or None."""
+        config = self.config.get("quantization_config")
+        return None if not isinstance(config, dict) else str(config.get("quant_method", "unnamed"))
+
+    def locate(self, modules: Iterable[str]) -> Renaming:
+        """The renaming under which the most of the adapter's modules have a weight here.
+
+        No renaming wins over any other, so a model that fits as it is, is taken as it is.
+        """
+        weights = {name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")}
+        modules = list(modules)
+        options = {Renaming()}
+        for module in modules[:1]:
+            parts = module.split(".")
+            options |= {
+                Renaming(strip=".".join(parts[:n]) + ".")
+                for n in range(1, len(parts))
+                if ".".join(parts[n:]) in weights
+            }
+            options |= {Renaming(add=name.removesuffix(module)) for name in weights if name.endswith(f".{module}")}
+        return max(
+            sorted(options, key=lambda option: (option != Renaming(), len(option.strip), option.add)),
+            key=lambda option: sum(option(module) in weights for module in modules),
+        )
+
+    def linear(self, module: str, *, out_features: int, transposed: bool, renaming: Renaming) -> Linear:
+        """The weight of an adapted module.
+
+        Args:
+            module: The module's name in the adapter.
+            out_features: Length of its vera_lambda_b.
+            transposed: The adapter config's fan_in_fan_out; decides for square weights only.
+            renaming: From `locate`.
+
+        Raises:
+            CheckFailedError: the base has no such module, it is quantised or not a matrix, or it does not fit.
+        """
+        name = renaming(module) + ".weight"
+        if name not in self.tensors:
+            near = sorted(n for n in self.tensors if n.endswith(f".{module.rsplit('.', 1)[-1]}.weight"))
+            raise CheckFailedError(
+                "the base has no such module",
+                where=f"{self.label}: {module}",
+                expected=f"a tensor {name}",
+                found=f"{near[0]} and {len(near) - 1} more of that name" if near else "nothing of that name",
+            )
+        info = self.tensors[name][1]
+        where = f"{self.label}: {name}"
+        if info.dtype not in FLOATS or self.quantisation:
+            raise CheckFailedError(
+                "the base is quantised, so its header does not give in_features",
+                where=where,
+                found=f"{self.quantisation or info.dtype} {list(info.shape)}",
+                hint="name the unquantised base, whose shapes are the same",
+            )
+        if len(info.shape) != 2:
+            raise CheckFailedError("not a linear weight", where=where, expected="2 dimensions", found=str(list(info.shape)))
+        if info.shape[0] != info.shape[1]:
+            transposed = info.shape[1] == out_features
+        rows, columns = info.shape[::-1] if transposed else info.shape
+        if rows != out_features:
+            raise CheckFailedError(
+                "the weight does not fit vera_lambda_b",
+                where=where,
+                expected=f"out_features {out_features}",
+                found=str(list(info.shape)),
+                hint="this is another base than the adapter was trained on",
+            )
+        return Linear(module, name, info, columns, rows, transposed)
+
+    def _check_index(self, index: dict[str, Any]) -> None:
+        for tensor, name in index["weight_map"].items():
+            if self.tensors.get(tensor, ("", None))[0] != name:
+                raise FormatError("the index names a tensor that is not there", where=f"{self.label}: {name}: {tensor}")
+
+    def _read_config(self) -> dict[str, Any]:
+        if "config.json" not in self.folder.names():
+            return {}
+        try:
+            config = json.loads(source.read_text(self.folder, "config.json"))
+        except ValueError as error:
+            raise FormatError(f"not JSON: {error}", where=self.folder.path_of("config.json")) from error
+        return config if isinstance(config, dict) else {}
+
+
+def rounds_through(dtypes: Iterable[str]) -> str | None:
+    """The half dtype that PEFT's casts round the projections through, given the adapted weights' dtypes.
+
+    PEFT casts the shared pair once for each adapted layer, so a single half-precision layer rounds it for all.
+
+    Raises:
+        CheckFailedError: both half dtypes occur: no recipe describes what comes out.
+    """
+    halves = sorted(set(dtypes) & set(HALVES))
+    if len(halves) > 1:
+        raise CheckFailedError("the adapted weights are of both half dtypes", found=" and ".join(halves))
+    return halves[0] if halves else None

@@ -1,0 +1,287 @@
+"""A VeRA adapter on disk: adapter_config.json, adapter_model.safetensors, and a manifest where there is one.
+
+Opening reads the config and the header only. Tensors carry PEFT's names: ``base_model.vera_A``, ``base_model.vera_B``,
+and per adapted layer ``base_model.model.<module>.vera_lambda_b`` (out_features,) and ``.vera_lambda_d`` (r,).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from vera_tools import source
+from vera_tools.base import BaseModel, Linear, rounds_through
+from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
+from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
+from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, Manifest, ProjectionRecord
+from vera_tools.prng import PairShape
+from vera_tools.tensorfile import TensorFile, TensorInfo
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"
+ROOT = "base_model."
+MODULES = "base_model.model."
+
+# Tensor name fragments of the adapters that are mistaken for VeRA, and their kinds.
+_FOREIGN = {
+    "pvera_": "PVERA",
+    "randlora_": "RANDLORA",
+    ".lora_A": "LORA",
+    ".lora_B": "LORA",
+    "vblora_": "VBLORA",
+    ".lokr_": "LOKR",
+    ".hada_": "LOHA",
+    ".oft_": "OFT",
+    ".ia3_": "IA3",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One adapted module and its two vectors; None where the file lacks one."""
+
+    module: str
+    lambda_b: TensorInfo | None
+    lambda_d: TensorInfo | None
+
+
+class Checkpoint:
+    """An open checkpoint.
+
+    Attributes:
+        label: What the user called it.
+        folder: The folder it lies in.
+        config: The parsed config.
+        config_text: The text of adapter_config.json, or None where only a safetensors file is there.
+        weights: The open safetensors file.
+        manifest: The manifest beside it, or None.
+        manifest_error: Why the manifest that is there cannot be used, or None.
+    """
+
+    def __init__(
+        self, folder: source.Folder, weights_name: str | None, *, label: str, allow_pickle: bool = False
+    ) -> None:
+        self.label, self.folder = label, folder
+        names = folder.names()
+        self.config_text = source.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
+        if self.config_text is not None:
+            # Refuse other adapters by their config before anything is said about their weights.
+            self.config = VeraConfig.from_json(self._strip_mark(self.config_text), where=folder.path_of(CONFIG_NAME))
+        self.weights = _open_weights(folder, names, weights_name, allow_pickle=allow_pickle)
+        try:
+            self._refuse_other_kinds()
+            self._embedded_error: FormatError | None = None
+            try:
+                self._embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
+            except FormatError as error:
+                self._embedded, self._embedded_error = None, error
+            if self.config_text is None:
+                self.config = self._config_from_metadata()
+        except BaseException:
+            self.close()
+            raise
+        self.manifest: Manifest | None = None
+        self.manifest_error: FormatError | None = None
+        if MANIFEST_NAME in names:
+            try:
+                self.manifest = Manifest.from_json(
+                    source.read_text(folder, MANIFEST_NAME), where=folder.path_of(MANIFEST_NAME)
+                )
+            except FormatError as error:
+                self.manifest_error = error
+
+    @classmethod
+    def open(cls, reference: str | os.PathLike[str], *, allow_pickle: bool = False) -> Checkpoint:
+        """Open a folder, an adapter_model.safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+
+        Args:
+            reference: What to open.
+            allow_pickle: Read a legacy adapter_model.bin too, by torch with weights_only.
+
+        Raises:
+            NotVeraError: an adapter of another kind.
+            FormatError: unreadable or malformed.
+        """
+        folder, name = source.locate(reference)
+        return cls(folder, name, label=os.fspath(reference), allow_pickle=allow_pickle)
+
+    def close(self) -> None:
+        """Close the weights."""
+        self.weights.close()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def raw_config(self) -> dict[str, Any]:
+        """adapter_config.json as it was parsed, nothing filled in."""
+        if self.config_text is None:
+            return self.config.to_dict()
+        document: dict[str, Any] = parse_json(
+            self._strip_mark(self.config_text), where=self.folder.path_of(CONFIG_NAME)
+        )
+        return document
+
+    @cached_property
+    def projections(self) -> dict[str, TensorInfo]:
+        """The stored projections, by their short names "vera_A" and "vera_B"."""
+        return {name: self.weights.tensors[ROOT + name] for name in PROJECTIONS if ROOT + name in self.weights.tensors}
+
+    @cached_property
+    def layers(self) -> dict[str, Layer]:
+        """The adapted modules, by name, in the file's order."""
+        found: dict[str, dict[str, TensorInfo]] = {}
+        for name, info in self.weights.tensors.items():
+            module, _, vector = name.removeprefix(MODULES).rpartition(".")
+            if name.startswith(MODULES) and vector in ("vera_lambda_b", "vera_lambda_d"):
+                found.setdefault(module, {})[vector] = info
+        return {
+            module: Layer(module, vectors.get("vera_lambda_b"), vectors.get("vera_lambda_d"))
+            for module, vectors in found.items()
+        }
+
+    @cached_property
+    def other_tensors(self) -> dict[str, TensorInfo]:
+        """Everything that is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
+        vectors = {info.name for layer in self.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info}
+        pair = {info.name for info in self.projections.values()}
+        return {name: info for name, info in self.weights.tensors.items() if name not in vectors | pair}
+
+    @property
+    def recorded(self) -> ProjectionRecord | None:
+        """Recipe, shapes and digests of the projections: from the manifest, else from the file's own metadata."""
+        return self.manifest.projections if self.manifest else self._embedded
+
+    @property
+    def embedded(self) -> ProjectionRecord | None:
+        """What the file's own metadata records."""
+        return self._embedded
+
+    @property
+    def embedded_error(self) -> FormatError | None:
+        """Why the file's own record cannot be used."""
+        return self._embedded_error
+
+    def linears(self, base: BaseModel) -> list[Linear]:
+        """The base's weight for every adapted module, in the file's order.
+
+        Raises:
+            CheckFailedError: a module that the base lacks, or whose shape does not fit.
+        """
+        renaming = base.locate(self.layers)
+        return [
+            base.linear(
+                layer.module,
+                out_features=layer.lambda_b.size,
+                transposed=self.config.fan_in_fan_out,
+                renaming=renaming,
+            )
+            for layer in self.layers.values()
+            if layer.lambda_b is not None
+        ]
+
+    def pair_shape(self, base: BaseModel | None = None) -> PairShape | None:
+        """r, in_max and out_max: from the stored projections, a record, or the base; None where nothing says in_max.
+
+        Raises:
+            FormatError: the stored projections are not matrices that fit each other.
+            CheckFailedError: the base does not fit.
+        """
+        if len(self.projections) == 2:
+            a, b = (self.projections[name].shape for name in PROJECTIONS)
+            if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
+                raise FormatError(
+                    "vera_A and vera_B do not fit each other",
+                    where=self.weights.label,
+                    expected="(r, in_max) and (out_max, r)",
+                    found=f"{list(a)} and {list(b)}",
+                )
+            return PairShape(a[0], a[1], b[0])
+        if self.recorded:
+            return self.recorded.shape
+        if base:
+            linears = self.linears(base)
+            return PairShape(
+                self.config.r,
+                max(linear.in_features for linear in linears),
+                max(linear.out_features for linear in linears),
+            )
+        return None
+
+    def _refuse_other_kinds(self) -> None:
+        for name in self.weights.tensors:
+            for fragment, kind in _FOREIGN.items():
+                if fragment in name:
+                    raise NotVeraError(
+                        f"this holds {kind} tensors, not VeRA's", kind=kind, where=f"{self.weights.label}: {name}"
+                    )
+
+    def _config_from_metadata(self) -> VeraConfig:
+        if self._embedded is None or self._embedded.recipe is None:
+            raise self._embedded_error or FormatError(
+                f"there is no {CONFIG_NAME}",
+                where=self.folder.label,
+                hint="only files written by vera-tools say in their metadata what they are",
+            )
+        return VeraConfig(
+            r=self._embedded.shape.r,
+            projection_prng_key=self._embedded.recipe.prng_key,
+            save_projection=bool(self.projections),
+        )
+
+    @staticmethod
+    def _strip_mark(text: str) -> str:
+        return text.removeprefix("\ufeff")
+
+
+def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:
+    """The dtype that PEFT would round a regenerated pair through on this base; None for float32 or no base.
+
+    Raises:
+        CheckFailedError: the base does not fit.
+    """
+    return None if base is None else rounds_through(linear.info.dtype for linear in checkpoint.linears(base))
+
+
+def find(root: Path) -> Iterator[Path]:
+    """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
+
+    Raises:
+        FormatError: no such folder.
+    """
+    if not root.is_dir():
+        raise FormatError("no such folder", where=root)
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if CONFIG_NAME in files:
+            yield Path(folder)
+
+
+def _open_weights(
+    folder: source.Folder, names: list[str], weights_name: str | None, *, allow_pickle: bool
+) -> TensorFile:
+    if weights_name and weights_name not in (CONFIG_NAME, MANIFEST_NAME, PICKLE_NAME):
+        return TensorFile(folder.open(weights_name))
+    if WEIGHTS_NAME in names:
+        return TensorFile(folder.open(WEIGHTS_NAME))
+    if PICKLE_NAME in names:
+        if allow_pickle:
+            from vera_tools.legacy import read_pickle
+
+            return TensorFile(read_pickle(folder, PICKLE_NAME))
+        raise FormatError(
+            "a pickle can run code when it is read, so it is not",
+            where=folder.path_of(PICKLE_NAME),
+            expected=WEIGHTS_NAME,
+            hint="pass --allow-pickle to read it through torch's weights_only loader, or save it again with a PEFT "
+            "that writes safetensors",
+        )
+    raise FormatError("the weights are missing", where=folder.label, expected=WEIGHTS_NAME)

@@ -1,0 +1,216 @@
+"""`VeraConfig` and adapter_config.json: PEFT's fields, defaults and checks; unknown keys are kept.
+
+Which modules a config adapts is decided here too (`VeraConfig.targets`), for the model and for the checkpoint checks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from vera_tools import atomic, schema
+from vera_tools.errors import FormatError, NotVeraError, UsageError
+
+CONFIG_NAME = "adapter_config.json"
+
+
+@dataclass(kw_only=True)
+class VeraConfig:
+    """Configuration of a VeRA adapter, with the fields and defaults of ``peft.VeraConfig`` (0.11 to 0.21).
+
+    Attributes:
+        r: Rank: rows of vera_A and columns of vera_B.
+        target_modules: Names (suffixes) of the linear modules to adapt, a regular expression, or "all-linear".
+            None takes the default of the model's type.
+        projection_prng_key: Seed of the generator that vera_A and vera_B are drawn from; an int in [-2**63, 2**64),
+            of which only the low 32 bits matter.
+        save_projection: Whether vera_A and vera_B are written into the checkpoint.
+        vera_dropout: Dropout probability of the adapter's input.
+        d_initial: Initial value of vera_lambda_d.
+        fan_in_fan_out: The base weight is stored as (in, out): GPT-2's Conv1D.
+        bias: Which biases are trained and saved: "none", "all" or "vera_only".
+        modules_to_save: Further modules that are trained and saved whole.
+        init_weights: Initialise lambda_b to 0 and lambda_d to d_initial.
+        layers_to_transform: Layer indices to adapt; None adapts all.
+        layers_pattern: Name of the layer list, where layers_to_transform is set.
+        task_type: PEFT's task type, e.g. "CAUSAL_LM".
+        inference_mode: Whether the adapter was loaded for inference.
+        base_model_name_or_path: The base model.
+        revision: The base model's revision.
+        auto_mapping: PEFT's class mapping for models without a task type.
+        peft_version: The PEFT that wrote the file, where it says so (0.18 and later).
+        extra: Unknown keys, kept as found and written back.
+
+    Raises:
+        UsageError: (a ValueError) a field has a value that PEFT or torch would refuse.
+    """
+
+    r: int = 256
+    target_modules: list[str] | str | None = None
+    projection_prng_key: int = 0
+    save_projection: bool = True
+    vera_dropout: float = 0.0
+    d_initial: float = 0.1
+    fan_in_fan_out: bool = False
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    init_weights: bool = True
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    task_type: str | None = None
+    inference_mode: bool = False
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    peft_type = "VERA"
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "modules_to_save"):
+            value = getattr(self, name)
+            if isinstance(value, Collection) and not isinstance(value, str):
+                setattr(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+        for problem in schema.problems(self.to_dict(), "adapter_config.v1"):
+            raise UsageError(problem.what, where=problem.where, expected=problem.expected, found=problem.found)
+        if self.layers_pattern and self.layers_to_transform is None:
+            # PEFT's own words, which code written for PEFT may look for.
+            raise UsageError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The config as PEFT would write it: every field, then the unknown keys."""
+        known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
+        if self.peft_version is None:
+            del known["peft_version"]
+        return {**known, "peft_type": self.peft_type, **self.extra}
+
+    def to_json(self) -> str:
+        """The text of adapter_config.json, in PEFT's own layout: sorted keys, two spaces."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], *, where: str = CONFIG_NAME) -> VeraConfig:
+        """Check and take over a parsed adapter_config.json.
+
+        Raises:
+            NotVeraError: an adapter of another kind.
+            FormatError: a key has a wrong value; the message names it.
+        """
+        if not isinstance(data, dict):
+            raise FormatError("not an adapter config", where=where, expected="a JSON object", found=type(data).__name__)
+        kind = data.get("peft_type")
+        if isinstance(kind, str) and kind.upper() != "VERA":
+            raise NotVeraError(f"this is a {kind} adapter, not VeRA", kind=kind, where=where)
+        if kind is None:
+            raise FormatError(
+                "the key 'peft_type' is missing",
+                where=where,
+                expected='"VERA"',
+                hint="without it nothing says that this is a VeRA adapter" + _look_alike(data),
+            )
+        known = {f.name for f in fields(cls)} - {"extra"}
+        try:
+            return cls(
+                **{key: value for key, value in data.items() if key in known},
+                extra={key: value for key, value in data.items() if key not in known and key != "peft_type"},
+            )
+        except UsageError as error:
+            key = f"{where}: {error.where}" if error.where else where
+            raise FormatError(error.what, where=key, expected=error.expected, found=error.found) from error
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = CONFIG_NAME) -> VeraConfig:
+        """Parse the text of an adapter_config.json.
+
+        Raises:
+            FormatError: not JSON, or `from_dict`'s reasons.
+        """
+        return cls.from_dict(parse_json(text, where=where), where=where)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> VeraConfig:
+        """Read adapter_config.json from a local folder.
+
+        Raises:
+            FormatError: no such file, or `from_json`'s reasons.
+        """
+        path = Path(folder) / CONFIG_NAME
+        try:
+            text = path.read_text("utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise FormatError(f"cannot be read: {error}", where=path) from error
+        return cls.from_json(text, where=str(path))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write adapter_config.json into `folder`."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        atomic.write_bytes(path / CONFIG_NAME, self.to_json().encode())
+
+    def targets(self, module: str) -> bool:
+        """Whether this config adapts the module with this dotted name, by PEFT's rules.
+
+        A name in the list matches as a whole or as a suffix after a dot; a string is a regular expression for the
+        whole name; "all-linear" and None match anything here, because only the model itself can say more.
+        """
+        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ()):
+            return False
+        if self.target_modules is None or self.target_modules == "all-linear":
+            return self._in_layers(module)
+        if isinstance(self.target_modules, str):
+            return re.fullmatch(self.target_modules, module) is not None
+        if module in self.target_modules:
+            return True
+        return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
+
+    def _in_layers(self, module: str) -> bool:
+        indices = self.layers_to_transform
+        if indices is None or indices == []:
+            return True
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns if pattern] or [r".*?\.[^.]*\.(\d+)\."]
+        for expression in expressions:
+            if match := re.match(expression, module):
+                return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
+        return False
+
+
+def parse_json(text: str, *, where: str) -> Any:
+    """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, NaN and Infinity.
+
+    Raises:
+        FormatError: not JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FormatError(f"the key {twice!r} stands there twice", where=where)
+        return result
+
+    def refuse(constant: str) -> None:
+        raise FormatError(f"{constant} is not JSON", where=where)
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except json.JSONDecodeError as error:
+        raise FormatError(
+            f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"
+        ) from error
+    except (RecursionError, ValueError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(f"not JSON: {error}", where=where) from error
+
+
+def _look_alike(data: dict[str, Any]) -> str:
+    if "lora_alpha" in data:
+        return " (lora_alpha suggests LoRA)"
+    return ""

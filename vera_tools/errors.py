@@ -1,0 +1,119 @@
+"""Every error that vera-tools raises on purpose: what is wrong, where, what was expected and found, what to do.
+
+The classes differ in what the caller should do next, which is what a process exit code says too:
+
+====  ==========================  =============================================================
+code  class                       meaning
+====  ==========================  =============================================================
+1     `CheckFailedError`          the input could be read, and is not what it claims to be
+2     `UsageError`                the call itself is wrong
+3     `UnprovenError`             nothing to compare with, and the caller asked for proof
+4     `FormatError`               unreadable, malformed, or not VeRA
+5     `HubError`                  the network or the Hub refused
+====  ==========================  =============================================================
+"""
+
+from __future__ import annotations
+
+import os
+from typing import ClassVar
+
+
+class VeraToolsError(Exception):
+    """Base of all errors raised on purpose.
+
+    Attributes:
+        what: What is wrong, one sentence without the file name.
+        where: File, tensor or key, outermost first, e.g. ``"ckpt/adapter_config.json: r"``.
+        expected: What would have been right.
+        found: What was there instead.
+        hint: What the user can do about it.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        where: str | os.PathLike[str] | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        self.what = what
+        self.where = None if where is None else os.fspath(where)
+        self.expected = expected
+        self.found = found
+        self.hint = hint
+        super().__init__(what)
+
+    def __str__(self) -> str:
+        text = self.what if self.where is None else f"{self.where}: {self.what}"
+        details = [
+            f"{label} {value}"
+            for label, value in (("expected", self.expected), ("found", self.found))
+            if value is not None
+        ]
+        if details:
+            text += f" ({', '.join(details)})"
+        return text if self.hint is None else f"{text}; {self.hint}"
+
+    def to_dict(self) -> dict[str, object]:
+        """The error's fields for an ``error/v1`` document."""
+        return {
+            "type": type(self).__name__,
+            "exit_code": self.exit_code,
+            "message": str(self),
+            "what": self.what,
+            "where": self.where,
+            "expected": self.expected,
+            "found": self.found,
+            "hint": self.hint,
+        }
+
+
+class CheckFailedError(VeraToolsError):
+    """The input was read and is not what it claims to be (drift, a wrong digest, a shape that does not fit)."""
+
+    exit_code = 1
+
+
+class UsageError(VeraToolsError, ValueError):
+    """The call itself is wrong: options that contradict each other, an output that exists already."""
+
+    exit_code = 2
+
+
+class UnprovenError(VeraToolsError):
+    """There is nothing to compare with, and the caller asked for proof (``strict=True``)."""
+
+    exit_code = 3
+
+
+class FormatError(VeraToolsError):
+    """A file is missing, unreadable or malformed."""
+
+    exit_code = 4
+
+
+class NotVeraError(FormatError):
+    """A well-formed adapter of another kind. ``kind`` names it (``"LORA"``, ``"PVERA"``, ...)."""
+
+    def __init__(self, what: str, *, kind: str, where: str | os.PathLike[str] | None = None, hint: str | None = None):
+        self.kind = kind
+        super().__init__(what, where=where, expected="peft_type VERA", found=kind, hint=hint)
+
+
+class HubError(VeraToolsError):
+    """The network or the Hub refused."""
+
+    exit_code = 5
+
+
+class VeraToolsWarning(UserWarning):
+    """Base of all warnings."""
+
+
+class AssumedRecipeWarning(VeraToolsWarning):
+    """Nothing records which recipe made a seed-only checkpoint's projections; PEFT's own was assumed."""

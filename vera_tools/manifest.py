@@ -1,0 +1,221 @@
+"""vera_manifest.json: what a checkpoint consists of, so that it can be proven later. This module does no I/O.
+
+A manifest lies beside adapter_config.json. It holds the recipe and the digests of vera_A and vera_B (stored or not),
+the shape, dtype and sha256 of every tensor, the config, and what was adapted. The recipe and the two digests also stand
+in the safetensors metadata of files that vera-tools writes (`ProjectionRecord`), so that a single file is enough.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vera_tools import schema
+from vera_tools._version import __version__
+from vera_tools.config import parse_json
+from vera_tools.errors import FormatError
+from vera_tools.prng import PairShape
+from vera_tools.recipe import Recipe
+
+MANIFEST_NAME = "vera_manifest.json"
+METADATA_KEY = "vera_tools"
+TOOL = {"name": "vera-tools", "version": __version__}
+PROJECTIONS = ("vera_A", "vera_B")
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """Shape, dtype and sha256 (little-endian, row-major bytes) of one tensor; no sha256 where it was not at hand."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TensorRecord:
+        """The inverse of `to_dict`, for data that a schema has passed."""
+        return cls(tuple(data["shape"]), data["dtype"], data["sha256"])
+
+
+@dataclass(frozen=True)
+class ProjectionRecord:
+    """The projections that a checkpoint was trained with.
+
+    Attributes:
+        recipe: What makes them, or None where no known recipe does.
+        assumed: The recipe was assumed (PEFT's), not proven from stored projections.
+        shape: r, in_max, out_max.
+        dtype: The dtype the digests are over.
+        sha256: Digest of vera_A and of vera_B, by name.
+    """
+
+    recipe: Recipe | None
+    assumed: bool
+    shape: PairShape
+    dtype: str
+    sha256: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest's top level and in the safetensors metadata."""
+        return {
+            "recipe": self.recipe.to_dict() if self.recipe else None,
+            "assumed": self.assumed,
+            "r": self.shape.r,
+            "in_max": self.shape.in_max,
+            "out_max": self.shape.out_max,
+            "projections": {
+                name: TensorRecord(self.shape.of(name), self.dtype, self.sha256[name]).to_dict() for name in PROJECTIONS
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> ProjectionRecord:
+        """The inverse of `to_dict`, for data that a schema has passed.
+
+        Raises:
+            FormatError: parts of it contradict each other.
+        """
+        shape = PairShape(data["r"], data["in_max"], data["out_max"])
+        pair = {name: TensorRecord.from_dict(data["projections"][name]) for name in PROJECTIONS}
+        for name, record in pair.items():
+            if record.shape != shape.of(name):
+                raise FormatError(
+                    "contradicts r, in_max and out_max",
+                    where=f"{where}: projections.{name}.shape",
+                    expected=str(list(shape.of(name))),
+                    found=str(list(record.shape)),
+                )
+        if pair["vera_A"].dtype != pair["vera_B"].dtype:
+            raise FormatError("vera_A and vera_B have different dtypes", where=f"{where}: projections")
+        recipe = None if data["recipe"] is None else Recipe.from_dict(data["recipe"], where=f"{where}: recipe")
+        digests = {name: record.sha256 or "" for name, record in pair.items()}
+        return cls(recipe, data["assumed"], shape, pair["vera_A"].dtype, digests)
+
+    def to_metadata(self) -> dict[str, str]:
+        """The safetensors metadata of a file that vera-tools writes."""
+        return {"format": "pt", METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str], *, where: str) -> ProjectionRecord | None:
+        """What a file's metadata records, or None where vera-tools did not write it.
+
+        Raises:
+            FormatError: an entry of ours that does not hold what it should.
+        """
+        if METADATA_KEY not in metadata:
+            return None
+        where = f"{where}: metadata {METADATA_KEY}"
+        data = parse_json(metadata[METADATA_KEY], where=where)
+        schema.validate(data, "projections.v1", where=where)
+        return cls.from_dict(data, where=where)
+
+
+@dataclass(frozen=True)
+class BaseRecord:
+    """The base model as far as it is known: name, revision and the adapted weights."""
+
+    name: str | None = None
+    revision: str | None = None
+    weights: dict[str, TensorRecord] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        weights = {name: record.to_dict() for name, record in sorted(self.weights.items())}
+        return {"name": self.name, "revision": self.revision, "weights": weights}
+
+
+@dataclass(frozen=True)
+class Original:
+    """The files that a checkpoint was stripped from, so that embedding gives them back byte for byte.
+
+    Attributes:
+        header: The safetensors header's bytes, as base64.
+        config: The text of adapter_config.json.
+        sha256: Digest of the whole safetensors file.
+    """
+
+    header: str
+    config: str
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"header": self.header, "config": self.config, "sha256": self.sha256}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One checkpoint's manifest.
+
+    Attributes:
+        projections: Recipe, shapes and digests of the pair.
+        tensors: Every tensor in the file, by its full name.
+        config: The parsed adapter_config.json.
+        metadata: The safetensors metadata.
+        base: What is known of the base model.
+        torch: Version of the torch that was installed when it was written, or None.
+        platform: Operating system and machine it was written on.
+        tool: Name and version of the program that wrote it.
+        original: Set by `strip-projections` only.
+    """
+
+    projections: ProjectionRecord
+    tensors: dict[str, TensorRecord]
+    config: dict[str, Any]
+    metadata: dict[str, str]
+    base: BaseRecord
+    torch: str | None
+    platform: str
+    tool: dict[str, str] = field(default_factory=lambda: dict(TOOL))
+    original: Original | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document."""
+        return {
+            "schema": "vera-tools/manifest/v1",
+            "tool": self.tool,
+            "torch": self.torch,
+            "platform": self.platform,
+            **self.projections.to_dict(),
+            "tensors": {name: record.to_dict() for name, record in sorted(self.tensors.items())},
+            "config": self.config,
+            "metadata": self.metadata,
+            "base": self.base.to_dict(),
+            "original": self.original.to_dict() if self.original else None,
+        }
+
+    def to_json(self) -> str:
+        """The file's text. The same manifest always gives the same bytes."""
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = MANIFEST_NAME) -> Manifest:
+        """Parse the file's text.
+
+        Raises:
+            FormatError: not a manifest; the message names the path in the document.
+        """
+        data = parse_json(text, where=where)
+        schema.validate(data, "manifest.v1", where=where)
+        base = data["base"]
+        return cls(
+            projections=ProjectionRecord.from_dict(data, where=where),
+            tensors={name: TensorRecord.from_dict(record) for name, record in data["tensors"].items()},
+            config=data["config"],
+            metadata=data["metadata"],
+            base=BaseRecord(
+                base["name"],
+                base["revision"],
+                {name: TensorRecord.from_dict(record) for name, record in base["weights"].items()},
+            ),
+            torch=data["torch"],
+            platform=data["platform"],
+            tool=data["tool"],
+            original=Original(**data["original"]) if data["original"] else None,
+        )

@@ -1,0 +1,297 @@
+"""The reference for vera_A and vera_B: numpy alone, bit-identical to torch's CPU kernel, and frozen.
+
+The engine is MT19937 with ``init_genrand(key mod 2**32)``. numpy has the same one in `numpy.random.RandomState`, whose
+streams NumPy guarantees never to change (NEP 19), so this reference cannot move with any later numpy or torch.
+
+The arithmetic follows ``uniform_real`` in ATen/core/TransformationHelper.h and the kernels in
+ATen/native/cpu/DistributionTemplates.h, read in the releases from 1.13 to 2.13:
+
+- float32 takes the low 24 bits of one 32-bit word, float64 the low 53 bits of two (the first word is the high half);
+- ``from`` and ``to`` are -bound and +bound in the drawn dtype, with ``bound = sqrt(3) * sqrt(2) / sqrt(fan_in)``
+  computed in double (PEFT's ``_kaiming_init``), ``fan_in`` being the tensor's second dimension;
+- half types: "scalar" draws as many bits as the type's own precision, with ``from`` and ``to`` rounded to that type;
+  "opmath" draws in float32, rounds, and turns a value that has rounded to ``to`` into ``from``.
+
+Work is done in blocks of `BLOCK` elements, so that scratch memory stays in the CPU's cache whatever the tensor's size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_tools.dtypes import HALVES, np_dtype
+from vera_tools.recipe import Recipe
+
+Array = npt.NDArray[Any]
+
+#: Elements drawn at a time: the scratch arrays of one block (about 20 bytes an element) fit in a CPU's L2 cache.
+BLOCK = 1 << 15
+
+
+@dataclass(frozen=True)
+class PairShape:
+    """The dimensions of a projection pair: vera_A is (r, in_max), vera_B is (out_max, r)."""
+
+    r: int
+    in_max: int
+    out_max: int
+
+    @property
+    def vera_A(self) -> tuple[int, int]:
+        """Shape of vera_A."""
+        return (self.r, self.in_max)
+
+    @property
+    def vera_B(self) -> tuple[int, int]:
+        """Shape of vera_B."""
+        return (self.out_max, self.r)
+
+    @property
+    def elements(self) -> int:
+        """Elements in the two tensors together."""
+        return self.r * (self.in_max + self.out_max)
+
+    def of(self, name: str) -> tuple[int, int]:
+        """The shape of the tensor called `name` ("vera_A" or "vera_B")."""
+        return self.vera_A if name == "vera_A" else self.vera_B
+
+
+def bound(fan_in: int) -> float:
+    """The uniform distribution's bound, in double precision, in PEFT's own order of operations."""
+    return math.sqrt(3.0) * (math.sqrt(2.0) / math.sqrt(fan_in))
+
+
+def generate(recipe: Recipe, shape: PairShape, *, stored_dtype: str = "float32") -> tuple[Array, Array]:
+    """Draw the pair.
+
+    Args:
+        recipe: Which stream.
+        shape: r, in_max and out_max.
+        stored_dtype: The dtype of the result ("float32", "float64", "bfloat16", "float16"); the values are cast to it
+            after they were rounded through the recipe's own dtypes.
+
+    Returns:
+        vera_A of shape (r, in_max) and vera_B of shape (out_max, r), C-contiguous.
+    """
+    dtype = np_dtype(stored_dtype)
+    out = {name: np.empty(math.prod(shape.of(name)), dtype) for name in ("vera_A", "vera_B")}
+    for block in blocks([recipe], shape, stored_dtype=stored_dtype):
+        out[block.tensor][block.start : block.stop] = block.values[recipe]
+    return out["vera_A"].reshape(shape.vera_A), out["vera_B"].reshape(shape.vera_B)
+
+
+def digests(recipe: Recipe, shape: PairShape, *, stored_dtype: str = "float32") -> dict[str, str]:
+    """sha256 of vera_A and vera_B (little-endian, row-major), without holding either of them."""
+    hashes = {"vera_A": hashlib.sha256(), "vera_B": hashlib.sha256()}
+    for block in blocks([recipe], shape, stored_dtype=stored_dtype):
+        hashes[block.tensor].update(block.values[recipe].view(np.uint8))
+    return {name: digest.hexdigest() for name, digest in hashes.items()}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Elements `start` to `stop` of the flattened tensor, as each wanted recipe draws them.
+
+    ``values`` are views of scratch memory: they hold until the next block is asked for.
+    """
+
+    tensor: str
+    start: int
+    stop: int
+    values: dict[Recipe, Array]
+
+
+def blocks(
+    recipes: Sequence[Recipe], shape: PairShape, *, stored_dtype: str = "float32", wanted: set[Recipe] | None = None
+) -> Iterator[Block]:
+    """Draw the pair block by block, under several recipes side by side.
+
+    Recipes that read the same words of the same generator share them. A recipe that the caller removes from `wanted`
+    is not computed any more.
+
+    Args:
+        recipes: All with the same draw order (`Recipe.b_first`).
+        shape: r, in_max and out_max.
+        stored_dtype: The dtype of the values handed out.
+        wanted: The recipes that are still of interest; may shrink between blocks. Default: all.
+    """
+    wanted = set(recipes) if wanted is None else wanted
+    names = ("vera_B", "vera_A") if recipes[0].b_first else ("vera_A", "vera_B")
+    engines: dict[tuple[int, bool], np.random.MT19937] = {}
+    for name in names:
+        size = math.prod(shape.of(name))
+        fan_in = shape.of(name)[1]
+        drawers = {}
+        for recipe in recipes:
+            own = name == "vera_B" and recipe.prng_key_B is not None
+            key = recipe.prng_key_B if own and recipe.prng_key_B is not None else recipe.prng_key
+            stream = (key & 0xFFFFFFFF, own, recipe.drawn_dtype == "float64")
+            if stream not in engines:
+                engines[stream] = _engine(key)
+            drawers[recipe] = (stream, _Drawer(recipe, fan_in, stored_dtype))
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            words: dict[tuple[int, bool, bool], Array] = {}
+            values: dict[Recipe, Array] = {}
+            for recipe, (stream, drawer) in drawers.items():
+                if recipe not in wanted:
+                    continue
+                if stream not in words:
+                    words[stream] = engines[stream].random_raw((stop - start) * (2 if stream[2] else 1))
+                values[recipe] = drawer(words[stream])
+            yield Block(name, start, stop, values)
+
+
+def _engine(key: int) -> np.random.MT19937:
+    engine = np.random.MT19937()
+    # RandomState's seeding is init_genrand, as torch's; MT19937(seed) would go through SeedSequence instead.
+    engine.state = np.random.RandomState(key & 0xFFFFFFFF).get_state(legacy=False)
+    return engine
+
+
+class _Drawer:
+    """Raw words to values of one tensor under one recipe, through scratch arrays that are used again and again."""
+
+    def __init__(self, recipe: Recipe, fan_in: int, stored_dtype: str) -> None:
+        limit = bound(fan_in)
+        self._affine = _AFFINE[recipe.drawn_dtype == "float64", recipe.rounding]
+        bits, limits = 53 if recipe.drawn_dtype == "float64" else 24, np.dtype(np.float32)
+        self._wrap: tuple[Array, Array] | None = None
+        if recipe.drawn_dtype == "float64":
+            limits = np.dtype(np.float64)
+        elif recipe.drawn_dtype in HALVES:
+            half = np_dtype(recipe.drawn_dtype)
+            if recipe.half_sampling == "scalar":
+                bits, limits = (8 if recipe.drawn_dtype == "bfloat16" else 11), half
+            else:
+                edge = np.array([limit, -limit], np.float32).astype(half)
+                self._wrap = edge[:1], edge[1:]
+        # float64 holds every one of these exactly, so nothing is lost by carrying them as Python floats.
+        self._low = float(np.array(-limit).astype(limits))
+        self._scale = 2 * float(np.array(limit).astype(limits)) * 2.0**-bits
+        self._mask = np.uint64(2**bits - 1)
+        self._casts = _casts(recipe, stored_dtype)
+        self._scratch = _Scratch()
+
+    def __call__(self, words: Array) -> Array:
+        values = self._affine(words, self._mask, self._scale, self._low, self._scratch)
+        for step, dtype in enumerate(self._casts):
+            values = values.astype(dtype, copy=False)
+            if step == 0 and self._wrap is not None:
+                values[values == self._wrap[0]] = self._wrap[1]
+        return values
+
+
+def _casts(recipe: Recipe, stored_dtype: str) -> list[np.dtype[Any]]:
+    """The dtypes that drawn values pass through, the stored one last."""
+    chain = [recipe.drawn_dtype, recipe.rounded_through or recipe.drawn_dtype, stored_dtype]
+    path = ["float64" if recipe.drawn_dtype == "float64" else "float32"]
+    for dtype in chain:
+        if dtype != path[-1]:
+            if path[-1] == "float64" and dtype in HALVES:
+                path.append("float32")  # c10::BFloat16 and c10::Half are made from a float, never from a double
+            path.append(dtype)
+    return [np_dtype(dtype) for dtype in path[1:]]
+
+
+class _Scratch:
+    """Arrays of one block's size, made once."""
+
+    def __init__(self) -> None:
+        self._arrays: dict[str, Array] = {}
+
+    def __call__(self, dtype: str, size: int) -> Array:
+        array = self._arrays.get(dtype)
+        if array is None or array.size < size:
+            array = self._arrays[dtype] = np.empty(size, dtype)
+        return array[:size]
+
+
+def _low_bits(words: Array, mask: np.uint64, scratch: _Scratch) -> Array:
+    bits = scratch("uint32", words.size)
+    np.copyto(bits, words, casting="unsafe")
+    np.bitwise_and(bits, np.uint32(mask), out=bits)
+    return bits.view(np.int32)  # numpy converts signed integers to floats much faster than unsigned ones
+
+
+def _single_fused(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
+    # 24 bits times 24 bits plus a number of the same scale fits in float64's 53, so only the last cast rounds.
+    wide, out = scratch("float64", words.size), scratch("float32", words.size)
+    np.multiply(_low_bits(words, mask, scratch), scale, out=wide)
+    np.add(wide, low, out=wide)
+    np.copyto(out, wide, casting="same_kind")
+    return out
+
+
+def _single_separate(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
+    out = scratch("float32", words.size)
+    np.copyto(out, _low_bits(words, mask, scratch), casting="same_kind")
+    # The kernel multiplies by 2**-24 first; scaling by a power of two commutes with rounding.
+    np.multiply(out, np.float32(scale), out=out)
+    np.add(out, np.float32(low), out=out)
+    return out
+
+
+def _unit_bits(words: Array, mask: np.uint64) -> Array:
+    high, low = words[0::2], words[1::2]
+    return (((high << np.uint64(32)) | low) & mask).astype(np.float64)
+
+
+def _double_separate(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
+    return _unit_bits(words, mask) * scale + low
+
+
+def _double_fused(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
+    return fma(_unit_bits(words, mask), scale, low)
+
+
+def fma(a: Array, b: float, c: float) -> Array:
+    """``a * b + c`` in float64 with one rounding.
+
+    Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd"
+    (IEEE Transactions on Computers 57, 2008). Valid away from overflow and underflow, as here.
+    """
+    product, product_error = _two_product(a, b)
+    low, low_error = _two_sum(product_error, c)
+    high, high_error = _two_sum(product, low)
+    # The two errors are added with rounding to odd, so that the last addition cannot round twice.
+    tail, tail_error = _two_sum(high_error, low_error)
+    even = (tail.view(np.int64) & 1) == 0
+    towards = np.where(tail_error > 0, np.inf, -np.inf)
+    tail = np.where(even & (tail_error != 0), np.nextafter(tail, towards), tail)
+    return high + tail
+
+
+def _two_sum(a: Array, b: Array | float) -> tuple[Array, Array]:
+    total = a + b
+    part = total - a
+    return total, (a - (total - part)) + (b - part)
+
+
+def _two_product(a: Array, b: float) -> tuple[Array, Array]:
+    product = a * b
+    a_high, a_low = _split(a)
+    b_high, b_low = _split(np.float64(b))
+    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
+
+
+def _split(a: Any) -> tuple[Any, Any]:
+    scaled = a * 134217729.0  # 2**27 + 1: Veltkamp's splitting into two halves of 26 bits
+    high = scaled - (scaled - a)
+    return high, a - high
+
+
+_Affine = Callable[[Array, np.uint64, float, float, _Scratch], Array]
+_AFFINE: dict[tuple[bool, str], _Affine] = {
+    (False, "fused"): _single_fused,
+    (False, "separate"): _single_separate,
+    (True, "fused"): _double_fused,
+    (True, "separate"): _double_separate,
+}

@@ -1,0 +1,95 @@
+"""The packaged JSON schemas, and validation whose errors name the path in the document.
+
+jsonschema is imported on the first validation only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vera_tools.errors import FormatError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from importlib.resources.abc import Traversable
+
+    from jsonschema import ValidationError
+    from jsonschema.protocols import Validator
+    from referencing import Registry
+
+
+def packaged(folder: str) -> Traversable:
+    """A data folder that ships with the package ("schemas"): inside the wheel, beside the package in a checkout."""
+    inside = resources.files("vera_tools") / folder
+    return inside if inside.is_dir() else Path(__file__).parent.parent / folder
+
+
+@functools.cache
+def load(name: str) -> dict[str, Any]:
+    """The schema called `name`, e.g. ``"verify.v1"``."""
+    document: dict[str, Any] = json.loads((packaged("schemas") / f"{name}.schema.json").read_text("utf-8"))
+    return document
+
+
+def problems(document: object, name: str) -> list[FormatError]:
+    """Everything in which `document` breaks the schema called `name`, most telling first."""
+    return [_as_error(error) for error in sorted(_leaves(document, name), key=lambda e: [str(p) for p in e.path])]
+
+
+def validate(document: object, name: str, *, where: str) -> None:
+    """Check `document`, which was read from `where`, against the schema called `name`.
+
+    Raises:
+        FormatError: naming the first offending path, what was expected and what was found.
+    """
+    for error in problems(document, name):
+        inside = f"{where}: {error.where}" if error.where else where
+        raise FormatError(error.what, where=inside, expected=error.expected, found=error.found)
+
+
+@functools.cache
+def _validator(name: str) -> Validator:
+    import jsonschema
+    from jsonschema import validators
+
+    # JSON Schema calls 8.0 an integer; torch.manual_seed and PEFT do not.
+    checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
+        "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
+    )
+    cls = validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
+    return cls(load(name), registry=_registry())
+
+
+@functools.cache
+def _registry() -> Registry[Any]:
+    from referencing import Registry, Resource
+
+    names = [entry.name.removesuffix(".schema.json") for entry in packaged("schemas").iterdir()]
+    return Registry().with_resources((load(name)["$id"], Resource.from_contents(load(name))) for name in names)
+
+
+def _leaves(document: object, name: str) -> Iterator[ValidationError]:
+    for error in _validator(name).iter_errors(document):
+        yield from error.context if error.context and error.validator == "allOf" else [error]
+
+
+def _as_error(error: ValidationError) -> FormatError:
+    path = ".".join(map(str, error.absolute_path))
+    description = error.schema.get("description") if isinstance(error.schema, dict) else None
+    found = json.dumps(error.instance)
+    if error.validator == "required":
+        missing = next(key for key in error.validator_value if key not in error.instance)
+        return FormatError(f"the key {missing!r} is missing", where=path or None)
+    if error.validator == "additionalProperties":
+        return FormatError(error.message, where=path or None)
+    expected = description or f"{error.validator} {json.dumps(error.validator_value)}"
+    return FormatError(
+        "has a wrong value",
+        where=path or None,
+        expected=expected,
+        found=found if len(found) <= 60 else found[:57] + "...",
+    )

@@ -1,0 +1,173 @@
+"""Where bytes come from: a folder on disk, or (through `vera_tools.hub_source`) a repository on the Hub.
+
+Everything above this module reads through `Folder` and `ByteSource`, by ranges, and so never needs to know which.
+Files are read with pread, not mapped: a file that is truncated while it is read becomes an error, not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from vera_tools.errors import FormatError
+
+
+class ByteSource(Protocol):
+    """Random access to one file's bytes."""
+
+    label: str
+    size: int
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on, or raise `FormatError`."""
+
+    def close(self) -> None:
+        """Release the file."""
+
+
+class Folder(Protocol):
+    """A flat view of one folder: the files directly in it."""
+
+    label: str
+
+    def names(self) -> list[str]:
+        """Sorted names of the files."""
+
+    def path_of(self, name: str) -> str:
+        """How error messages call this file."""
+
+    def open(self, name: str) -> ByteSource:
+        """Open one file, or raise `FormatError`."""
+
+
+class LocalFile:
+    """A file on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        self.path = path
+        try:
+            self._descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
+        self.size = os.fstat(self._descriptor).st_size
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on.
+
+        Raises:
+            FormatError: the file ends before, or the disk fails.
+        """
+        view, done = buffer.cast("B"), 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise FormatError(f"cannot be read: {error.strerror}", where=self.label) from error
+            if count == 0:
+                raise FormatError(
+                    "the file ends too early",
+                    where=self.label,
+                    expected=f"{start + len(view)} bytes",
+                    found=f"{start + done}",
+                    hint="it was cut off, or is being written",
+                )
+            done += count
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> LocalFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class LocalFolder:
+    """A folder on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.label = str(path)
+        self.path = path
+
+    def names(self) -> list[str]:
+        """Sorted names of the files directly in the folder.
+
+        Raises:
+            FormatError: no such folder.
+        """
+        try:
+            with os.scandir(self.path) as entries:
+                return sorted(entry.name for entry in entries if entry.is_file())
+        except OSError as error:
+            raise FormatError(f"cannot be read: {error.strerror}", where=self.path) from error
+
+    def path_of(self, name: str) -> str:
+        """The file's path."""
+        return str(self.path / name)
+
+    def open(self, name: str) -> LocalFile:
+        """Open one file."""
+        return LocalFile(self.path / name)
+
+
+def is_remote(reference: str | os.PathLike[str]) -> bool:
+    """Whether the argument names something on the Hub."""
+    return os.fspath(reference).startswith("hf://")
+
+
+def locate(reference: str | os.PathLike[str]) -> tuple[Folder, str | None]:
+    """The folder that a CHECKPOINT or BASE argument stands for, and the file in it that was named, if one was.
+
+    Args:
+        reference: A folder, a file, or ``hf://owner/name[@revision][/subfolder]``.
+
+    Raises:
+        FormatError: nothing is there.
+    """
+    if is_remote(reference):
+        from vera_tools import hub_source
+
+        return hub_source.folder(os.fspath(reference)), None
+    path = Path(reference)
+    if path.is_dir():
+        return LocalFolder(path), None
+    if path.is_file():
+        return LocalFolder(path.parent), path.name
+    raise FormatError("no such file or folder", where=path)
+
+
+def read_all(source: ByteSource, *, limit: int) -> bytes:
+    """The whole of a small file.
+
+    Raises:
+        FormatError: larger than `limit` bytes, or unreadable.
+    """
+    if source.size > limit:
+        raise FormatError(
+            "too large for what it is", where=source.label, expected=f"at most {limit} bytes", found=f"{source.size}"
+        )
+    data = bytearray(source.size)
+    source.read_into(memoryview(data), 0)
+    return bytes(data)
+
+
+def read_text(folder: Folder, name: str, *, limit: int = 16 << 20) -> str:
+    """A small text file of a folder, UTF-8, line ends and a byte-order mark as they are.
+
+    Raises:
+        FormatError: not there, not UTF-8, or too large.
+    """
+    source = folder.open(name)
+    try:
+        return read_all(source, limit=limit).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"not UTF-8 at byte {error.start}", where=source.label) from error
+    finally:
+        source.close()

@@ -1,0 +1,281 @@
+"""The safetensors format: a strict reader that loads what is asked for, and a writer whose bytes are determined.
+
+A file is an 8-byte little-endian header length, a JSON header, and the tensors' bytes. The reader holds it to these
+rules, each of which stops a file that would otherwise be read wrongly or not end:
+
+- the header is at most `MAX_HEADER` bytes and lies within the file; it is one JSON object without duplicate names;
+- every dtype is known, every dimension is a non-negative integer, and a tensor's extent is shape times element size;
+- the tensors follow each other without hole or overlap and fill the file to its last byte;
+- ``__metadata__`` maps strings to strings.
+
+The library's own writer orders metadata at random in every process; this one sorts it, so that what is written twice
+is written the same. Tensors are laid out as the library does it: widest element first, then by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from vera_tools.config import parse_json
+from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
+from vera_tools.errors import FormatError
+from vera_tools.source import ByteSource, LocalFile
+
+Array = npt.NDArray[Any]
+
+MAX_HEADER = 100_000_000  # the limit of the safetensors library
+CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor as the header describes it. `start` and `stop` count bytes from the end of the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the tensor takes in the file."""
+        return self.stop - self.start
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+class TensorFile:
+    """An open safetensors file: the header is parsed, the tensors are read on demand.
+
+    Attributes:
+        label: The file's name in messages.
+        header: The header's bytes as they stand in the file, padding included, the 8 length bytes not.
+        metadata: The ``__metadata__`` entries.
+        tensors: Name to `TensorInfo`, in the order of the bytes in the file.
+    """
+
+    def __init__(self, source: ByteSource) -> None:
+        self._source = source
+        self.label = source.label
+        try:
+            self.header = self._read_header()
+            self.metadata, self.tensors = _parse_header(
+                self.header, source.size - 8 - len(self.header), where=source.label
+            )
+        except BaseException:
+            source.close()
+            raise
+        self.data_start = 8 + len(self.header)
+
+    @classmethod
+    def open(cls, path: str | Path) -> TensorFile:
+        """Open a file on disk.
+
+        Raises:
+            FormatError: unreadable, or not safetensors.
+        """
+        return cls(LocalFile(Path(path)))
+
+    def close(self) -> None:
+        """Close the underlying file."""
+        self._source.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self._source.size
+
+    def read(self, name: str) -> Array:
+        """One whole tensor, little-endian, C-contiguous; bfloat16 and float8 in ml_dtypes' numpy dtypes.
+
+        Raises:
+            KeyError: no such tensor.
+            FormatError: the file ends too early, or numpy has no dtype for the tensor.
+        """
+        info = self.tensors[name]
+        return self.read_elements(info, 0, info.size).reshape(info.shape)
+
+    def read_elements(self, info: TensorInfo, start: int, stop: int) -> Array:
+        """Elements `start` to `stop` of the flattened tensor."""
+        try:
+            dtype = np_dtype(info.dtype)
+        except (TypeError, AttributeError) as error:
+            raise FormatError(f"no numpy dtype for {info.dtype}", where=f"{self.label}: {info.name}") from error
+        raw = np.empty((stop - start) * dtype.itemsize, np.uint8)
+        self._source.read_into(raw.data, self.data_start + info.start + start * dtype.itemsize)
+        return raw.view(dtype)
+
+    def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
+        """The tensor's bytes, at most `CHUNK` at a time, in one buffer that is used again and again."""
+        buffer = memoryview(bytearray(min(CHUNK, info.nbytes)))
+        for start in range(info.start, info.stop, CHUNK):
+            view = buffer[: min(CHUNK, info.stop - start)]
+            self._source.read_into(view, self.data_start + start)
+            yield view
+
+    def sha256(self, name: str) -> str:
+        """sha256 over the tensor's bytes, which are little-endian and row-major."""
+        digest = hashlib.sha256()
+        for chunk in self.chunks(self.tensors[name]):
+            digest.update(chunk)
+        return digest.hexdigest()
+
+    def file_sha256(self) -> str:
+        """sha256 over the whole file."""
+        digest = hashlib.sha256(struct.pack("<Q", len(self.header)) + self.header)
+        for info in self.tensors.values():  # without hole or overlap, so together they are the rest of the file
+            for chunk in self.chunks(info):
+                digest.update(chunk)
+        return digest.hexdigest()
+
+    def _read_header(self) -> bytes:
+        if self._source.size < 8:
+            raise FormatError(
+                "not a safetensors file", where=self.label, expected="8 bytes or more", found=f"{self._source.size} bytes"
+            )
+        start = bytearray(8)
+        self._source.read_into(memoryview(start), 0)
+        (length,) = struct.unpack("<Q", start)
+        room = min(MAX_HEADER, self._source.size - 8)
+        if length > room:
+            hint = None
+            if start[:2] == b"PK" or start[0] == 0x80:
+                hint = "this is a pickle: load it with torch.load(..., weights_only=True) and save it as safetensors"
+            elif bytes(start) == b"version ":
+                hint = "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"
+            raise FormatError(
+                "not a safetensors file, or cut off",
+                where=self.label,
+                expected=f"a header length of at most {room}",
+                found=str(length),
+                hint=hint,
+            )
+        header = bytearray(length)
+        self._source.read_into(memoryview(header), 8)
+        return bytes(header)
+
+
+def _parse_header(header: bytes, room: int, *, where: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    try:
+        text = header.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FormatError(f"the header is not UTF-8 at byte {error.start}", where=where) from error
+    if not text.startswith("{"):
+        raise FormatError("the header does not start with '{'", where=where)
+    document = parse_json(text, where=f"{where}: header")
+    metadata = document.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FormatError("wrong metadata", where=f"{where}: __metadata__", expected="an object of strings")
+    infos = sorted(
+        (_parse_entry(name, entry, where=f"{where}: {name}") for name, entry in document.items()),
+        key=lambda info: (info.start, info.stop),
+    )
+    position = 0
+    for info in infos:
+        if info.start != position:
+            raise FormatError(
+                "the tensors overlap" if info.start < position else "there is a hole between the tensors",
+                where=f"{where}: {info.name}",
+                expected=f"a start at byte {position}",
+                found=str(info.start),
+            )
+        position = info.stop
+    if position != room:
+        raise FormatError(
+            "the tensors do not fill the file",
+            where=where,
+            expected=f"{position} bytes of tensors, as the header says",
+            found=f"{room}",
+            hint="the file was cut off" if position > room else "something was appended to it",
+        )
+    return metadata, {info.name: info for info in infos}
+
+
+def _parse_entry(name: str, entry: Any, *, where: str) -> TensorInfo:
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise FormatError("wrong header entry", where=where, expected="dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in NAMES:
+        raise FormatError("unknown dtype", where=where, expected=" ".join(NAMES), found=repr(code))
+    if not _are_counts(shape):
+        raise FormatError("wrong shape", where=where, expected="a list of non-negative integers", found=repr(shape))
+    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise FormatError("wrong data_offsets", where=where, expected="[start, stop]", found=repr(offsets))
+    bits = math.prod(shape) * BITS[code]
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        raise FormatError(
+            f"shape and extent contradict each other for {code} {shape}",
+            where=where,
+            expected=f"{bits / 8:g} bytes",
+            found=str(offsets[1] - offsets[0]),
+        )
+    return TensorInfo(name, NAMES[code], tuple(shape), offsets[0], offsets[1])
+
+
+def _are_counts(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
+    )
+
+
+def layout(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, order: Sequence[str] | None = None
+) -> dict[str, TensorInfo]:
+    """Where each tensor goes in a new file: name to (dtype, shape), in `order`, or else in the library's own order."""
+    names = order or sorted(tensors, key=lambda name: (-BITS[CODES[tensors[name][0]]], name))
+    infos, position = {}, 0
+    for name in names:
+        dtype, shape = tensors[name]
+        stop = position + math.prod(shape) * BITS[CODES[dtype]] // 8
+        infos[name] = TensorInfo(name, dtype, shape, position, stop)
+        position = stop
+    return infos
+
+
+def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    """The header's bytes, padded with spaces to a multiple of 8, without the 8 length bytes."""
+    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    for name, info in tensors.items():
+        document[name] = {
+            "dtype": CODES[info.dtype],
+            "shape": list(info.shape),
+            "data_offsets": [info.start, info.stop],
+        }
+    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    return text + b" " * (-len(text) % 8)
+
+
+def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None:
+    """Write a file from an encoded header and the tensors' bytes in the header's order."""
+    with path.open("wb") as stream:
+        stream.write(struct.pack("<Q", len(header)))
+        stream.write(header)
+        for piece in data:
+            stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece)
+
+
+def save(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
+    """Write whole tensors that are in memory."""
+    infos = layout({name: (array.dtype.name, array.shape) for name, array in tensors.items()})
+    write(path, encode_header(infos, metadata), (tensors[name] for name in infos))
