@@ -1,0 +1,303 @@
+"""Stored projections -> the recipes that make exactly these bits, or how far off the nearest one is, and in what way.
+
+Every candidate is drawn beside the stored pair, block by block, and dropped at its first wrong bit, so that the usual
+case costs one full draw. Only where nothing fits exactly are other keys and orders tried, and then distances measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+from vera_tools.dtypes import FLOATS, HALVES
+from vera_tools.manifest import PROJECTIONS
+from vera_tools.prng import Array, PairShape, blocks
+from vera_tools.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
+
+MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absent"]
+
+#: Up to so many differing elements are listed one by one.
+MAX_PLACES = 16
+#: Keys that training scripts are known to leave in place of the configured one.
+USUAL_KEYS = (0, 1, 42)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Stored projections, readable by ranges.
+
+    Attributes:
+        shape: r, in_max, out_max.
+        dtype: The stored dtype of both.
+        read: (name, start, stop) -> elements of the flattened tensor.
+    """
+
+    shape: PairShape
+    dtype: str
+    read: Callable[[str, int, int], Array]
+
+    @classmethod
+    def of(cls, vera_A: Array, vera_B: Array) -> Pair:
+        """A pair that is in memory.
+
+        Raises:
+            ValueError: not (r, in_max) and (out_max, r) of one floating-point dtype.
+        """
+        if vera_A.ndim != 2 or vera_B.ndim != 2 or vera_A.shape[0] != vera_B.shape[1] or vera_A.dtype != vera_B.dtype:
+            raise ValueError(
+                "expected vera_A (r, in_max) and vera_B (out_max, r) of one dtype, "
+                f"found {vera_A.dtype}{list(vera_A.shape)} and {vera_B.dtype}{list(vera_B.shape)}"
+            )
+        flat = {"vera_A": vera_A.reshape(-1), "vera_B": vera_B.reshape(-1)}
+        shape = PairShape(vera_A.shape[0], vera_A.shape[1], vera_B.shape[0])
+        return cls(shape, vera_A.dtype.name, lambda name, start, stop: flat[name][start:stop])
+
+
+@dataclass(frozen=True)
+class Match:
+    """One projection against the nearest recipe. Figures are 0 where the two are identical, None where not finite.
+
+    Attributes:
+        shape: Shape of the tensor, or None where it is unknown.
+        dtype: Its stored dtype.
+        sha256: Digest of the stored bytes, or of the regenerated ones where nothing is stored.
+        match: identical; ulp (the other affine rounding); rounded (through another dtype); edited (a few places);
+            unrelated; absent (not stored).
+        differing: Share of elements that differ, 0 to 1.
+        places: [row, column] of each, where they are few.
+        max_abs: Largest absolute difference.
+        max_ulp: Largest difference in units in the last place of the stored dtype.
+        relative_norm: Frobenius norm of the difference over the recipe's own.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: str | None
+    sha256: str | None
+    match: MatchKind
+    differing: float = 0.0
+    places: tuple[tuple[int, int], ...] = ()
+    max_abs: float | None = 0.0
+    max_ulp: int | None = 0
+    relative_norm: float | None = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """MATCH as it stands in reports."""
+        return {
+            "shape": None if self.shape is None else list(self.shape),
+            "dtype": self.dtype,
+            "sha256": self.sha256,
+            "match": self.match,
+            "differing": self.differing,
+            "places": [list(place) for place in self.places],
+            "max_abs": self.max_abs,
+            "max_ulp": self.max_ulp,
+            "relative_norm": self.relative_norm,
+        }
+
+
+@dataclass(frozen=True)
+class Identification:
+    """What made a stored pair.
+
+    Attributes:
+        recipe: The canonical recipe that gives exactly these bits, else the nearest one, else None.
+        also_matches: Further recipes that give the same bits.
+        matches: Each tensor against `recipe`.
+    """
+
+    recipe: Recipe | None
+    also_matches: tuple[Recipe, ...]
+    matches: dict[str, Match]
+
+    @property
+    def exact(self) -> bool:
+        """Whether a known recipe gives exactly the stored bits."""
+        return all(match.match == "identical" for match in self.matches.values())
+
+    @property
+    def all_recipes(self) -> tuple[Recipe, ...]:
+        """Every recipe that gives exactly the stored bits, the canonical one first."""
+        return (self.recipe, *self.also_matches) if self.exact and self.recipe else ()
+
+    def made_by(self, prng_key: int) -> bool:
+        """Whether the bits are exactly what PEFT's draw order gives for this key (modulo 2**32)."""
+        return any(r.is_peft_order and (r.prng_key - prng_key) % 2**32 == 0 for r in self.all_recipes)
+
+
+def identify(vera_A: Array, vera_B: Array, *, prng_key: int) -> Identification:
+    """Find out which recipe made a pair of projections.
+
+    Args:
+        vera_A: (r, in_max), float32, float64, float16 or ml_dtypes.bfloat16.
+        vera_B: (out_max, r), of the same dtype.
+        prng_key: The key that the config names.
+
+    Returns:
+        The identification; `Match.sha256` is None here.
+
+    Raises:
+        ValueError: the shapes or dtypes do not fit each other.
+    """
+    return identify_pair(Pair.of(vera_A, vera_B), prng_key=prng_key)
+
+
+def identify_pair(pair: Pair, *, prng_key: int) -> Identification:
+    """`identify` for a pair that is read by ranges, in memory that does not grow with it."""
+    for family in (candidates(prng_key), *_other_families(prng_key)):
+        exact = sorted(_exact(pair, family), key=lambda recipe: _canonical_order(recipe, pair.dtype))
+        if exact:
+            same = {name: Match(pair.shape.of(name), pair.dtype, None, "identical") for name in PROJECTIONS}
+            return Identification(exact[0], tuple(exact[1:]), same)
+    nearest = _nearest(pair, candidates(prng_key))
+    matches = _compare(pair, nearest)
+    related = any(match.match != "unrelated" for match in matches.values())
+    return Identification(nearest if related else None, (), matches)
+
+
+def exactly(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:
+    """Those of `recipes` (of one draw order) that give exactly the pair's bits, in both tensors."""
+    return _exact(pair, recipes)
+
+
+def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:
+    wanted = set(recipes)
+    for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype, wanted=wanted):
+        stored = _bits(pair.read(block.tensor, block.start, block.stop))
+        wanted -= {recipe for recipe, values in block.values.items() if not np.array_equal(_bits(values), stored)}
+        if not wanted:
+            break
+    return wanted
+
+
+def _other_families(key: int) -> list[tuple[Recipe, ...]]:
+    """Other keys and orders that are known to happen, most plausible first."""
+    families = [candidates(key, prng_key_B=key + 1 if key < KEY_MAX else KEY_MIN), candidates(key, prng_key_B=key)]
+    families.append(candidates(key, b_first=True))
+    others = dict.fromkeys(k for k in (*USUAL_KEYS, key - 1, key + 1) if KEY_MIN <= k <= KEY_MAX)
+    families += [candidates(other) for other in others if (other - key) % 2**32]
+    return families
+
+
+def _canonical_order(recipe: Recipe, stored_dtype: str) -> tuple[int, bool, bool]:
+    # A pair stored in a half type was rounded through it, whether on the way or on storing: the bits are the same.
+    usual = stored_dtype if stored_dtype in HALVES else None
+    return FLOATS.index(recipe.drawn_dtype), recipe.rounded_through != usual, recipe.rounding != "fused"
+
+
+def _nearest(pair: Pair, recipes: tuple[Recipe, ...]) -> Recipe:
+    differing = dict.fromkeys(recipes, 0)
+    distance = dict.fromkeys(recipes, 0.0)
+    for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype):
+        stored = pair.read(block.tensor, block.start, block.stop)
+        for recipe, values in block.values.items():
+            differing[recipe] += int(np.count_nonzero(_bits(values) != _bits(stored)))
+            if block.start == 0:  # enough to tell near from far where no element is the same
+                difference = _finite(values.astype(np.float64) - stored.astype(np.float64))
+                distance[recipe] += float(np.dot(difference, difference))
+    # Coarse values coincide by chance; below a half, how near the rest is says more than how many are the same.
+    most = 0.5 * pair.shape.elements
+
+    def remoteness(recipe: Recipe) -> tuple[float, float, tuple[int, bool, bool]]:
+        order = _canonical_order(recipe, pair.dtype)
+        return min(float(differing[recipe]), most), distance[recipe], order
+
+    return min(recipes, key=remoteness)
+
+
+def _compare(pair: Pair, recipe: Recipe) -> dict[str, Match]:
+    totals = {name: _Totals() for name in PROJECTIONS}
+    for block in blocks([recipe], pair.shape, stored_dtype=pair.dtype):
+        stored = pair.read(block.tensor, block.start, block.stop)
+        totals[block.tensor].add(block.start, stored, block.values[recipe])
+    return {name: totals[name].match(pair.shape.of(name), pair.dtype) for name in PROJECTIONS}
+
+
+class _Totals:
+    """Running figures of the difference between a stored tensor and a recipe's."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.places: list[int] = []
+        self.max_abs = 0.0
+        self.max_ulp = 0
+        self.difference = 0.0
+        self.reference = 0.0
+        self.finite = True
+
+    def add(self, start: int, stored: Array, values: Array) -> None:
+        wrong = np.flatnonzero(_bits(stored) != _bits(values))
+        wide = values.astype(np.float64)
+        self.reference += float(np.dot(wide, wide))
+        self.count += wrong.size
+        self.places += [start + int(i) for i in wrong[: MAX_PLACES + 1]]
+        if wrong.size == 0:
+            return
+        self.max_ulp = max(self.max_ulp, max_ulp(stored[wrong], values[wrong]))
+        difference = stored[wrong].astype(np.float64) - wide[wrong]
+        self.finite &= bool(np.isfinite(difference).all())
+        difference = _finite(difference)
+        self.max_abs = max(self.max_abs, float(np.abs(difference).max()))
+        self.difference += float(np.dot(difference, difference))
+
+    def match(self, shape: tuple[int, int], dtype: str) -> Match:
+        size = shape[0] * shape[1]
+        norm = math.sqrt(self.difference / self.reference) if self.reference else 0.0
+        few = self.count <= MAX_PLACES
+        return Match(
+            shape,
+            dtype,
+            None,
+            self._kind(size, norm, math.sqrt(3.0) * math.sqrt(2.0 / shape[1])),
+            differing=self.count / size,
+            places=tuple((i // shape[1], i % shape[1]) for i in self.places) if few else (),
+            max_abs=self.max_abs if self.finite else None,
+            max_ulp=self.max_ulp if self.finite else None,
+            relative_norm=norm if self.finite else None,
+        )
+
+    def _kind(self, size: int, norm: float, bound: float) -> MatchKind:
+        if self.count == 0:
+            return "identical"
+        if self.count <= max(8, size // 100):
+            return "edited"
+        if self.finite and self.max_abs <= bound * 2.0**-22:
+            return "ulp"
+        # float8_e5m2, the coarsest floating-point type in use, keeps values within 1/8.
+        if self.finite and norm <= 2.0**-3 and self.max_abs <= bound * 2.0**-3:
+            return "rounded"
+        return "edited" if self.count <= size // 2 else "unrelated"
+
+
+def max_ulp(a: Array, b: Array) -> int:
+    """Largest distance between two arrays of one floating-point dtype, counted in representable numbers."""
+    first, second = _ordered(a), _ordered(b)
+    largest, smallest = np.maximum(first, second), np.minimum(first, second)
+    return int((largest - smallest).max()) if largest.size else 0
+
+
+def _ordered(values: Array) -> Array:
+    """Floats as uint64 in the floats' own order, so that neighbours differ by 1 (and -0.0 equals 0.0)."""
+    bits = _bits(values)
+    width = 8 * bits.dtype.itemsize
+    sign = np.uint64(1 << (width - 1))
+    wide = bits.astype(np.uint64)
+    magnitude = wide & (sign - np.uint64(1))
+    return np.where(wide & sign, sign - magnitude, sign + magnitude)
+
+
+def _bits(values: Array) -> Array:
+    return values.view(np.dtype(f"u{values.dtype.itemsize}"))
+
+
+def _finite(values: Array) -> Array:
+    return np.where(np.isfinite(values), values, 0.0)
+
+
+def with_digests(identification: Identification, sha256: dict[str, str]) -> Identification:
+    """The identification with the stored tensors' digests filled in."""
+    matches = {name: replace(match, sha256=sha256[name]) for name, match in identification.matches.items()}
+    return replace(identification, matches=matches)

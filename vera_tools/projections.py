@@ -1,0 +1,148 @@
+"""The projections that a checkpoint was trained with: stored, or regenerated and proven, or (said aloud) assumed.
+
+This is the one place that applies the rule for seed-only checkpoints with nothing recorded: PEFT's recipe is assumed,
+float32 drawn with a fused multiply-add and rounded through the base weights' dtype where a base is at hand.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
+from vera_tools.identification import Identification, Pair, identify_pair, with_digests
+from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.prng import Array, PairShape, digests, generate
+from vera_tools.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Which projections a checkpoint has, and how that is known.
+
+    Attributes:
+        record: Recipe (None where no known recipe makes the stored pair), shapes, stored dtype and digests.
+        origin: "stored" in the file; "recorded", then regenerated and proven by digest; or "assumed".
+        identification: What was found out about a stored pair; None where nothing is stored.
+    """
+
+    record: ProjectionRecord
+    origin: Literal["stored", "recorded", "assumed"]
+    identification: Identification | None = None
+
+
+def stored_pair(checkpoint: Checkpoint) -> Pair | None:
+    """The stored pair, readable by ranges; None where the checkpoint is seed-only.
+
+    Raises:
+        FormatError: the two tensors do not fit each other.
+    """
+    shape = checkpoint.pair_shape() if len(checkpoint.projections) == 2 else None
+    if shape is None:
+        return None
+    infos = checkpoint.projections
+    return Pair(shape, infos["vera_A"].dtype, lambda name, a, b: checkpoint.weights.read_elements(infos[name], a, b))
+
+
+def resolve(
+    checkpoint: Checkpoint,
+    *,
+    base: BaseModel | None = None,
+    in_features: int | None = None,
+    recipe: Recipe | None = None,
+    stored_dtype: str = "float32",
+    strict: bool = False,
+) -> Resolved:
+    """Find out which projections the checkpoint was trained with, without holding them in memory.
+
+    Args:
+        checkpoint: An open checkpoint.
+        base: Its base model, for in_max and for the dtype that PEFT rounds through.
+        in_features: in_max, where no base is at hand.
+        recipe: What to assume for a seed-only checkpoint with nothing recorded. Default: PEFT's.
+        stored_dtype: The dtype an assumed pair would be stored in.
+        strict: Refuse to assume anything.
+
+    Raises:
+        CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
+        UnprovenError: seed-only with nothing recorded, and `strict`.
+        UsageError: seed-only with nothing recorded, and nothing says in_max.
+    """
+    pair = stored_pair(checkpoint)
+    if pair is not None:
+        sha256 = {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
+        found = with_digests(identify_pair(pair, prng_key=checkpoint.config.projection_prng_key), sha256)
+        made_by = found.recipe if found.exact else None
+        return Resolved(ProjectionRecord(made_by, False, pair.shape, pair.dtype, sha256), "stored", found)
+    record = checkpoint.recorded
+    if record is not None:
+        return Resolved(_proven(record, where=checkpoint.label), "recorded")
+    if strict:
+        raise UnprovenError(
+            "nothing records which recipe made the projections of this seed-only checkpoint",
+            where=checkpoint.label,
+            hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
+        )
+    return Resolved(_assume(checkpoint, base, in_features, recipe, stored_dtype), "assumed")
+
+
+def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
+    """vera_A (r, in_max) and vera_B (out_max, r) in their stored dtype."""
+    record = resolved.record
+    if resolved.origin == "stored" or record.recipe is None:
+        return checkpoint.weights.read(ROOT + "vera_A"), checkpoint.weights.read(ROOT + "vera_B")
+    return generate(record.recipe, record.shape, stored_dtype=record.dtype)
+
+
+def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:
+    if record.recipe is None:
+        raise CheckFailedError(
+            "the projections are not stored, and the record names no recipe that would make them",
+            where=where,
+            hint="they are lost unless the checkpoint they were stripped from still exists",
+        )
+    found = digests(record.recipe, record.shape, stored_dtype=record.dtype)
+    for name in PROJECTIONS:
+        if found[name] != record.sha256[name]:
+            raise CheckFailedError(
+                f"the regenerated {name} is not the recorded one",
+                where=where,
+                expected=f"sha256 {record.sha256[name]}",
+                found=found[name],
+                hint=f"the record of {record.recipe.name} or its digests were changed",
+            )
+    return record
+
+
+def _assume(
+    checkpoint: Checkpoint, base: BaseModel | None, in_features: int | None, recipe: Recipe | None, stored_dtype: str
+) -> ProjectionRecord:
+    shape = checkpoint.pair_shape(base)
+    if shape is None:
+        if in_features is None:
+            raise UsageError(
+                "in_max cannot be read off a seed-only checkpoint",
+                where=checkpoint.label,
+                hint="name the base model (--base) or the largest in_features of the adapted layers (--in-features)",
+            )
+        widths = [layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b]
+        shape = PairShape(checkpoint.config.r, in_features, max(widths))
+    elif in_features is not None and in_features != shape.in_max:
+        raise UsageError(
+            "in_features contradicts the base model", where=checkpoint.label, expected=str(shape.in_max), found=str(in_features)
+        )
+    if recipe is None:
+        recipe = Recipe(
+            prng_key=checkpoint.config.projection_prng_key, rounded_through=assumed_rounding(checkpoint, base)
+        )
+    warnings.warn(
+        f"{checkpoint.label}: nothing records which recipe made the projections; assuming {recipe.name}"
+        + ("" if base or recipe.rounded_through else " (a half-precision base would have rounded them: pass --base)"),
+        AssumedRecipeWarning,
+        stacklevel=3,
+    )
+    sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
+    return ProjectionRecord(recipe, True, shape, stored_dtype, sha256)
