@@ -1,1 +1,40 @@
-"""x"""
+"""vera-tools: checkpoint toolkit and reproducibility verifier for VeRA adapters (arXiv 2310.11454).
+
+Importing this package is cheap: names are resolved on first use, and torch is imported by `VeraModel`, `load_adapter`
+and `save_adapter` alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from vera_tools._version import __version__
+
+if TYPE_CHECKING:
+    from vera_tools._record import record as record
+    from vera_tools.config import VeraConfig as VeraConfig
+    from vera_tools.identification import identify as identify
+    from vera_tools.recipe import Recipe as Recipe
+
+# Public name: the module it lives in. No module may bear a public function's name, or importing it would shadow that.
+_HOMES = {
+    "Recipe": "recipe",
+    "VeraConfig": "config",
+    "identify": "identification",
+    "record": "_record",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vera_tools' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"vera_tools.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

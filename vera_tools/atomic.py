@@ -97,7 +97,9 @@ def _errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise VeraToolsError(
-            f"could not be written: {error.strerror or error}", where=path, hint="nothing was left half-written"
+            f"could not be written: {error.strerror or error}",
+            where=path,
+            hint="nothing was left half-written",
         ) from error
 
 

@@ -67,7 +67,9 @@ class BaseModel:
         config: The parsed config.json, or {}.
     """
 
-    def __init__(self, folder: source.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None) -> None:
+    def __init__(
+        self, folder: source.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None
+    ) -> None:
         self.label, self.folder, self.index = label, folder, index
         self.files: dict[str, TensorFile] = {}
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
@@ -120,7 +122,9 @@ class BaseModel:
     def __enter__(self) -> BaseModel:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -181,7 +185,9 @@ class BaseModel:
                 hint="name the unquantised base, whose shapes are the same",
             )
         if len(info.shape) != 2:
-            raise CheckFailedError("not a linear weight", where=where, expected="2 dimensions", found=str(list(info.shape)))
+            raise CheckFailedError(
+                "not a linear weight", where=where, expected="2 dimensions", found=str(list(info.shape))
+            )
         if info.shape[0] != info.shape[1]:
             transposed = info.shape[1] == out_features
         rows, columns = info.shape[::-1] if transposed else info.shape

@@ -117,7 +117,9 @@ class Checkpoint:
     def __enter__(self) -> Checkpoint:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -221,7 +223,9 @@ class Checkpoint:
             for fragment, kind in _FOREIGN.items():
                 if fragment in name:
                     raise NotVeraError(
-                        f"this holds {kind} tensors, not VeRA's", kind=kind, where=f"{self.weights.label}: {name}"
+                        f"this holds {kind} tensors, not VeRA's",
+                        kind=kind,
+                        where=f"{self.weights.label}: {name}",
                     )
 
     def _config_from_metadata(self) -> VeraConfig:

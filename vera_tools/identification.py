@@ -175,7 +175,10 @@ def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:
 
 def _other_families(key: int) -> list[tuple[Recipe, ...]]:
     """Other keys and orders that are known to happen, most plausible first."""
-    families = [candidates(key, prng_key_B=key + 1 if key < KEY_MAX else KEY_MIN), candidates(key, prng_key_B=key)]
+    families = [
+        candidates(key, prng_key_B=key + 1 if key < KEY_MAX else KEY_MIN),
+        candidates(key, prng_key_B=key),
+    ]
     families.append(candidates(key, b_first=True))
     others = dict.fromkeys(k for k in (*USUAL_KEYS, key - 1, key + 1) if KEY_MIN <= k <= KEY_MAX)
     families += [candidates(other) for other in others if (other - key) % 2**32]

@@ -99,7 +99,10 @@ class ProjectionRecord:
 
     def to_metadata(self) -> dict[str, str]:
         """The safetensors metadata of a file that vera-tools writes."""
-        return {"format": "pt", METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))}
+        return {
+            "format": "pt",
+            METADATA_KEY: json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":")),
+        }
 
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], *, where: str) -> ProjectionRecord | None:
@@ -192,7 +195,7 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text. The same manifest always gives the same bytes."""
-        return json.dumps(self.to_dict(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str = MANIFEST_NAME) -> Manifest:

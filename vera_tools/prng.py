@@ -109,7 +109,11 @@ class Block:
 
 
 def blocks(
-    recipes: Sequence[Recipe], shape: PairShape, *, stored_dtype: str = "float32", wanted: set[Recipe] | None = None
+    recipes: Sequence[Recipe],
+    shape: PairShape,
+    *,
+    stored_dtype: str = "float32",
+    wanted: set[Recipe] | None = None,
 ) -> Iterator[Block]:
     """Draw the pair block by block, under several recipes side by side.
 

@@ -52,7 +52,7 @@ def resolve(
     *,
     base: BaseModel | None = None,
     in_features: int | None = None,
-    recipe: Recipe | None = None,
+    recipe: str | None = None,
     stored_dtype: str = "float32",
     strict: bool = False,
 ) -> Resolved:
@@ -62,14 +62,14 @@ def resolve(
         checkpoint: An open checkpoint.
         base: Its base model, for in_max and for the dtype that PEFT rounds through.
         in_features: in_max, where no base is at hand.
-        recipe: What to assume for a seed-only checkpoint with nothing recorded. Default: PEFT's.
+        recipe: Name of the recipe of a seed-only checkpoint with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype an assumed pair would be stored in.
         strict: Refuse to assume anything.
 
     Raises:
         CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
         UnprovenError: seed-only with nothing recorded, and `strict`.
-        UsageError: seed-only with nothing recorded, and nothing says in_max.
+        UsageError: seed-only with nothing recorded, and nothing says in_max; or `recipe` contradicts the record.
     """
     pair = stored_pair(checkpoint)
     if pair is not None:
@@ -79,8 +79,16 @@ def resolve(
         return Resolved(ProjectionRecord(made_by, False, pair.shape, pair.dtype, sha256), "stored", found)
     record = checkpoint.recorded
     if record is not None:
+        if recipe is not None and (record.recipe is None or record.recipe.name != recipe):
+            raise UsageError(
+                "another recipe is recorded already",
+                where=checkpoint.label,
+                expected=record.recipe.name if record.recipe else "none",
+                found=recipe,
+                hint="delete the record if it is wrong",
+            )
         return Resolved(_proven(record, where=checkpoint.label), "recorded")
-    if strict:
+    if strict and recipe is None:
         raise UnprovenError(
             "nothing records which recipe made the projections of this seed-only checkpoint",
             where=checkpoint.label,
@@ -118,7 +126,11 @@ def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:
 
 
 def _assume(
-    checkpoint: Checkpoint, base: BaseModel | None, in_features: int | None, recipe: Recipe | None, stored_dtype: str
+    checkpoint: Checkpoint,
+    base: BaseModel | None,
+    in_features: int | None,
+    name: str | None,
+    stored_dtype: str,
 ) -> ProjectionRecord:
     shape = checkpoint.pair_shape(base)
     if shape is None:
@@ -132,17 +144,21 @@ def _assume(
         shape = PairShape(checkpoint.config.r, in_features, max(widths))
     elif in_features is not None and in_features != shape.in_max:
         raise UsageError(
-            "in_features contradicts the base model", where=checkpoint.label, expected=str(shape.in_max), found=str(in_features)
+            "in_features contradicts the base model",
+            where=checkpoint.label,
+            expected=str(shape.in_max),
+            found=str(in_features),
         )
-    if recipe is None:
-        recipe = Recipe(
-            prng_key=checkpoint.config.projection_prng_key, rounded_through=assumed_rounding(checkpoint, base)
+    key = checkpoint.config.projection_prng_key
+    if name is not None:
+        recipe = Recipe.parse(name, prng_key=key)
+    else:
+        recipe = Recipe(prng_key=key, rounded_through=assumed_rounding(checkpoint, base))
+        warnings.warn(
+            f"{checkpoint.label}: nothing records which recipe made the projections; assuming {recipe.name}"
+            + ("" if base else " (a half-precision base would have rounded them: name it with --base)"),
+            AssumedRecipeWarning,
+            stacklevel=3,
         )
-    warnings.warn(
-        f"{checkpoint.label}: nothing records which recipe made the projections; assuming {recipe.name}"
-        + ("" if base or recipe.rounded_through else " (a half-precision base would have rounded them: pass --base)"),
-        AssumedRecipeWarning,
-        stacklevel=3,
-    )
     sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
     return ProjectionRecord(recipe, True, shape, stored_dtype, sha256)

@@ -86,7 +86,8 @@ class Recipe:
             _check_choice("half_sampling", self.half_sampling, ("scalar", "opmath"))
         elif self.half_sampling is not None:
             raise UsageError(
-                "half_sampling goes with a half drawn_dtype only", found=f"{self.half_sampling} with {self.drawn_dtype}"
+                "half_sampling goes with a half drawn_dtype only",
+                found=f"{self.half_sampling} with {self.drawn_dtype}",
             )
         if self.rounded_through == self.drawn_dtype:
             object.__setattr__(self, "rounded_through", None)
@@ -121,7 +122,9 @@ class Recipe:
         match = _NAME.fullmatch(name)
         if match is None:
             raise UsageError(
-                "not a recipe's name", expected="for example mt19937-f32-fused or mt19937-f32-fused-via-bf16", found=name
+                "not a recipe's name",
+                expected="for example mt19937-f32-fused or mt19937-f32-fused-via-bf16",
+                found=name,
             )
         if bool(match["split"]) != (prng_key_B is not None):
             raise UsageError("prng_key_B goes with the names that end in -split, and with those only", found=name)

@@ -85,7 +85,9 @@ class LocalFile:
     def __enter__(self) -> LocalFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -151,7 +153,10 @@ def read_all(source: ByteSource, *, limit: int) -> bytes:
     """
     if source.size > limit:
         raise FormatError(
-            "too large for what it is", where=source.label, expected=f"at most {limit} bytes", found=f"{source.size}"
+            "too large for what it is",
+            where=source.label,
+            expected=f"at most {limit} bytes",
+            found=f"{source.size}",
         )
     data = bytearray(source.size)
     source.read_into(memoryview(data), 0)

@@ -98,7 +98,9 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @property
@@ -152,7 +154,10 @@ class TensorFile:
     def _read_header(self) -> bytes:
         if self._source.size < 8:
             raise FormatError(
-                "not a safetensors file", where=self.label, expected="8 bytes or more", found=f"{self._source.size} bytes"
+                "not a safetensors file",
+                where=self.label,
+                expected="8 bytes or more",
+                found=f"{self._source.size} bytes",
             )
         start = bytearray(8)
         self._source.read_into(memoryview(start), 0)
@@ -272,7 +277,9 @@ def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None
         stream.write(struct.pack("<Q", len(header)))
         stream.write(header)
         for piece in data:
-            stream.write(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece)
+            stream.write(
+                np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece
+            )
 
 
 def save(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:

@@ -1,0 +1,115 @@
+"""`record`: write or renew the manifest of a checkpoint that exists already, touching nothing else."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vera_tools import atomic, source
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import Checkpoint
+from vera_tools.errors import UsageError
+from vera_tools.manifest import MANIFEST_NAME, Manifest
+from vera_tools.projections import Resolved, resolve
+from vera_tools.report import Report
+from vera_tools.writing import describe
+
+
+@dataclass(frozen=True)
+class RecordReport(Report):
+    """What was recorded.
+
+    Attributes:
+        path: The checkpoint.
+        manifest_path: The file that was written.
+        manifest: Its content.
+        resolved: Where the recipe comes from.
+        renewed: A manifest was there already.
+        changed: Its bytes are not what they were.
+    """
+
+    name: ClassVar[str] = "record"
+
+    path: str
+    manifest_path: str
+    manifest: Manifest
+    resolved: Resolved
+    renewed: bool
+    changed: bool
+
+    def body(self) -> dict[str, Any]:
+        """The record/v1 document's own part."""
+        record = self.manifest.projections
+        return {
+            "path": self.path,
+            "manifest": self.manifest_path,
+            "renewed": self.renewed,
+            "changed": self.changed,
+            "origin": self.resolved.origin,
+            "recipe": record.recipe.to_dict() if record.recipe else None,
+            "assumed": record.assumed,
+            "r": record.shape.r,
+            "in_max": record.shape.in_max,
+            "out_max": record.shape.out_max,
+            "projections": record.to_dict()["projections"],
+            "tensors": len(self.manifest.tensors),
+            "base": self.manifest.base.to_dict(),
+        }
+
+
+def record(
+    checkpoint: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    in_features: int | None = None,
+    recipe: str | None = None,
+    stored_dtype: str = "float32",
+    strict: bool = False,
+) -> RecordReport:
+    """Write (or renew) vera_manifest.json beside a checkpoint's adapter_config.json.
+
+    From then on every bit of the checkpoint can be proven. For a seed-only checkpoint this must happen where its
+    recipe is known: nothing in it says which machine drew its projections.
+
+    Args:
+        checkpoint: A local folder or adapter_model.safetensors file.
+        base: The base model. Its adapted weights are recorded with shapes, dtypes and, where it lies on disk, digests.
+        in_features: Largest in_features of the adapted layers, for a seed-only checkpoint without a base.
+        recipe: Name of the recipe of a seed-only checkpoint with nothing recorded. Default: PEFT's is assumed.
+        stored_dtype: The dtype that its digests are over.
+        strict: Refuse to assume a recipe.
+
+    Raises:
+        FormatError: unreadable, malformed, or not VeRA.
+        CheckFailedError: the base does not fit, or an earlier record is wrong about the projections.
+        UnprovenError: seed-only with nothing recorded, and `strict`.
+        UsageError: a checkpoint on the Hub, or a seed-only one for which nothing says in_max.
+    """
+    if source.is_remote(checkpoint):
+        raise UsageError(
+            "a manifest is written beside a local checkpoint",
+            where=os.fspath(checkpoint),
+            hint="pull it first",
+        )
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(checkpoint))
+        model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        resolved = resolve(
+            opened,
+            base=model,
+            in_features=in_features,
+            recipe=recipe,
+            stored_dtype=stored_dtype,
+            strict=strict,
+        )
+        digest_base = base is not None and not source.is_remote(base)
+        manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
+        folder = opened.folder
+    assert isinstance(folder, source.LocalFolder)
+    path = folder.path / MANIFEST_NAME
+    data = manifest.to_json().encode()
+    before = path.read_bytes() if path.exists() else None
+    atomic.write_bytes(path, data)
+    return RecordReport(os.fspath(checkpoint), str(path), manifest, resolved, before is not None, before != data)

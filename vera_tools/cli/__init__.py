@@ -1,0 +1,93 @@
+"""The command line: each command parses, makes one call into the library, shows the report, and exits with its code.
+
+One module a command, loaded when it is called; what they share is in `shared`. Errors are turned into text or an
+``error/v1`` document, and into an exit code, in `main` alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any, NoReturn
+
+import click
+
+from vera_tools._version import __version__
+from vera_tools.cli.shared import write_line
+from vera_tools.errors import UsageError, VeraToolsError
+from vera_tools.report import error_document
+
+# Command: its module and its one line of help, so that `vera-tools --help` loads none of them.
+COMMANDS = {
+    "record": ("record", "Write or renew a checkpoint's manifest, so that it can be proven from now on."),
+}
+
+EPILOG = (
+    "Exit codes: 0 all well; 1 drift, or a check failed; 2 wrong usage; 3 unproven; 4 unreadable or not VeRA; 5 Hub."
+)
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The commands, in the order of a checkpoint's life."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        """Import one command."""
+        if name not in COMMANDS:
+            return None
+        command: click.Command = importlib.import_module(f"vera_tools.cli.{COMMANDS[name][0]}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
+@click.version_option(__version__, prog_name="vera-tools")
+def cli() -> None:
+    """Verify, convert, merge and ship VeRA adapters, bit for bit."""
+
+
+def main(args: list[str] | None = None) -> NoReturn:
+    """Run the command line and exit: the one place that turns errors into messages and exit codes."""
+    arguments = sys.argv[1:] if args is None else args
+    as_json = "--json" in arguments
+    try:
+        code: Any = cli.main(args=arguments, prog_name="vera-tools", standalone_mode=False)
+        sys.stdout.flush()
+        sys.exit(code if isinstance(code, int) else 0)
+    except VeraToolsError as error:
+        _fail(error, as_json=as_json)
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "vera-tools"
+        _fail(UsageError(error.format_message(), hint=f"see `{command} --help`"), as_json=as_json)
+    except (click.Abort, KeyboardInterrupt):
+        write_line("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except Exception as error:
+        if os.environ.get("VERA_TOOLS_DEBUG") == "1":
+            raise
+        what = f"internal error: {type(error).__name__}: {error}"
+        _fail(
+            VeraToolsError(what, hint="please report it, with the traceback that VERA_TOOLS_DEBUG=1 shows"),
+            as_json=as_json,
+        )
+
+
+def _fail(error: VeraToolsError, *, as_json: bool) -> NoReturn:
+    if os.environ.get("VERA_TOOLS_DEBUG") == "1":
+        raise error
+    if as_json:
+        print(error_document(error))
+    write_line(f"error: {error}")
+    sys.exit(error.exit_code)

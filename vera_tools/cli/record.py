@@ -1,0 +1,66 @@
+"""``vera-tools record``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools._record import RecordReport, record
+from vera_tools.cli.shared import (
+    Output,
+    RecipeOptions,
+    base_option,
+    in_features_option,
+    output_options,
+    recipe_options,
+    strict_option,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command("record")
+@click.argument("checkpoint")
+@base_option
+@in_features_option
+@recipe_options
+@strict_option
+@output_options
+def command(
+    output: Output,
+    *,
+    checkpoint: str,
+    base: str | None,
+    in_features: int | None,
+    recipe_options: RecipeOptions,
+    strict: bool,
+) -> int:
+    """Write or renew the manifest of CHECKPOINT, touching nothing else.
+
+    The manifest records the recipe, the digests of the projections and of every tensor, and the config, so that
+    `verify` can prove the checkpoint from now on. For a seed-only checkpoint with nothing recorded, PEFT's recipe is
+    assumed unless recipe options say otherwise.
+    """
+    report = record(
+        checkpoint,
+        base=base,
+        in_features=in_features,
+        recipe=recipe_options.name,
+        stored_dtype=recipe_options.stored_dtype,
+        strict=strict,
+    )
+    return output.emit(report, lambda console: _show(report, console))
+
+
+def _show(report: RecordReport, console: Console) -> None:
+    record = report.manifest.projections
+    state = "written" if not report.renewed else "renewed" if report.changed else "already up to date"
+    console.print(f"{report.manifest_path}: {state}")
+    recipe = record.recipe.name if record.recipe else "no known recipe makes these projections"
+    console.print(f"  recipe   {recipe}{' (assumed)' if record.assumed else ''}")
+    console.print(f"  pair     vera_A {list(record.shape.vera_A)}, vera_B {list(record.shape.vera_B)}, {record.dtype}")
+    console.print(f"  tensors  {len(report.manifest.tensors)} with shape, dtype and sha256")
+    if report.manifest.base.weights:
+        console.print(f"  base     {len(report.manifest.base.weights)} adapted weights")

@@ -1,0 +1,203 @@
+"""What commands share: output and recipe options, the console, warnings, and progress."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from vera_tools.dtypes import FLOATS, HALVES
+from vera_tools.errors import VeraToolsWarning
+from vera_tools.recipe import Recipe
+from vera_tools.report import Progress, Report
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command shows what it has to say.
+
+    Attributes:
+        json: One JSON document on stdout, and nothing else there.
+        quiet: Nothing but errors.
+        verbose: More detail.
+    """
+
+    json: bool
+    quiet: bool
+    verbose: bool
+
+    def emit(self, report: Report, show: Callable[[Console], None]) -> int:
+        """Show a report and return its exit code. `show` prints its human form on a rich console."""
+        if self.json:
+            print(report.to_json())
+        elif not self.quiet:
+            show(console())
+        return report.exit_code
+
+    @contextlib.contextmanager
+    def progress(self, description: str, *, unit: str = "items") -> Iterator[Progress | None]:
+        """A progress bar on stderr, on a terminal only. `unit` is "items" or "bytes"."""
+        if self.quiet or self.json or not sys.stderr.isatty():
+            yield None
+            return
+        from rich import progress as bars
+        from rich.console import Console
+
+        amount = bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn()
+        rate: tuple[bars.ProgressColumn, ...] = (bars.TransferSpeedColumn(),) if unit == "bytes" else ()
+        columns = (
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            amount,
+            *rate,
+            bars.TimeRemainingColumn(),
+        )
+        with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(description, total=None)
+
+            def update(done: int, total: int, what: str) -> None:
+                bar.update(task, completed=done, total=total or None, description=what or description)
+
+            yield update
+
+
+def console() -> Console:
+    """The console for human text on stdout. NO_COLOR and TERM are honoured; the text never depends on colour."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), emoji=False)
+
+
+def write_line(text: str) -> None:
+    """One line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def output_options(function: Function) -> Function:
+    """--json, -q and -v; the command receives an `Output` as its first argument, and its return value is the exit code.
+
+    Warnings raised inside become lines on stderr.
+    """
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+    @click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors.")
+    @click.option("-v", "--verbose", is_flag=True, help="Print more detail.")
+    @functools.wraps(function)
+    def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", VeraToolsWarning)
+            try:
+                code: int = function(Output(as_json, quiet, verbose), *args, **kwargs)
+            finally:
+                if not quiet:
+                    for warning in caught:
+                        write_line(f"warning: {warning.message}")
+        return code
+
+    return wrapper  # type: ignore[return-value]
+
+
+def base_option(function: Function) -> Function:
+    """--base."""
+    option = click.option(
+        "--base",
+        metavar="BASE",
+        help="Base model: a folder, a safetensors file or hf://owner/name. Headers are enough.",
+    )
+    return option(function)
+
+
+def strict_option(function: Function) -> Function:
+    """--strict."""
+    option = click.option("--strict", is_flag=True, help="Refuse (exit 3) to assume a recipe where none is recorded.")
+    return option(function)
+
+
+def in_features_option(function: Function) -> Function:
+    """--in-features."""
+    option = click.option(
+        "--in-features",
+        type=click.IntRange(1),
+        metavar="N",
+        help="Largest in_features of the adapted layers, where no base is at hand.",
+    )
+    return option(function)
+
+
+@dataclass(frozen=True)
+class RecipeOptions:
+    """What the recipe options say; None where they say nothing."""
+
+    drawn_dtype: str | None
+    half_sampling: str | None
+    rounding: str | None
+    rounded_through: str | None
+    stored_dtype: str
+
+    @property
+    def name(self) -> str | None:
+        """The name of the recipe that the options describe, or None where none was given.
+
+        Raises:
+            UsageError: no such recipe.
+        """
+        if not any((self.drawn_dtype, self.half_sampling, self.rounding, self.rounded_through)):
+            return None
+        drawn = self.drawn_dtype or "float32"
+        return Recipe(
+            prng_key=0,  # a name does not hold the key
+            drawn_dtype=drawn,
+            half_sampling=self.half_sampling or ("opmath" if drawn in HALVES else None),  # type: ignore[arg-type]
+            rounding=self.rounding or "fused",  # type: ignore[arg-type]
+            rounded_through=None if self.rounded_through == "none" else self.rounded_through,
+        ).name
+
+
+def recipe_options(function: Function) -> Function:
+    """--drawn-dtype, --half-sampling, --rounding, --rounded-through and --stored-dtype, as one `RecipeOptions`."""
+
+    @click.option("--drawn-dtype", type=click.Choice(FLOATS), help="torch's default dtype at the draw.")
+    @click.option(
+        "--half-sampling",
+        type=click.Choice(["scalar", "opmath"]),
+        help="Half types: torch <= 2.11 or >= 2.12.",
+    )
+    @click.option("--rounding", type=click.Choice(["fused", "separate"]), help="How the kernel's affine map rounds.")
+    @click.option(
+        "--rounded-through",
+        type=click.Choice(["none", *HALVES]),
+        help="The base's dtype, which PEFT rounds through.",
+    )
+    @click.option(
+        "--stored-dtype",
+        type=click.Choice(FLOATS),
+        default="float32",
+        show_default=True,
+        help="Dtype of the result.",
+    )
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        drawn_dtype: str | None,
+        half_sampling: str | None,
+        rounding: str | None,
+        rounded_through: str | None,
+        stored_dtype: str,
+        **kwargs: Any,
+    ) -> Any:
+        options = RecipeOptions(drawn_dtype, half_sampling, rounding, rounded_through, stored_dtype)
+        return function(*args, recipe_options=options, **kwargs)
+
+    return wrapper  # type: ignore[return-value]

@@ -1,0 +1,59 @@
+"""What every capability returns: a typed report that knows its JSON form and its exit code.
+
+Reports hold data only. How one looks in a terminal is the business of the command that shows it (`vera_tools.cli`).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from vera_tools.errors import VeraToolsError
+from vera_tools.manifest import TOOL
+
+#: Called with (done, total, what) as work goes on; total is 0 where it is unknown.
+Progress = Callable[[int, int, str], None]
+
+
+class Report(ABC):
+    """Base of all reports. `name` is the report's name in its schema, e.g. "verify" for vera-tools/verify/v1."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def body(self) -> dict[str, Any]:
+        """Everything but the schema and the tool."""
+
+    @property
+    def exit_code(self) -> int:
+        """0 all well; 1 drift, or a check failed; 3 unproven; 4 unreadable, malformed or not VeRA."""
+        return 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON document, valid against ``schemas/<name>.v1.schema.json``; figures that are not finite are None."""
+        document = {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **self.body()}
+        result: dict[str, Any] = _finite(document)
+        return result
+
+    def to_json(self) -> str:
+        """The document as text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def error_document(error: VeraToolsError) -> str:
+    """The ``error/v1`` document, as text."""
+    document = {"schema": "vera-tools/error/v1", "tool": dict(TOOL), "error": error.to_dict()}
+    return json.dumps(document, indent=2, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

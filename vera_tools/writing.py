@@ -1,0 +1,118 @@
+"""Every checkpoint that vera-tools writes ends here: config, tensors and a manifest made from what was written."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+
+from vera_tools import tensorfile
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.config import CONFIG_NAME, VeraConfig
+from vera_tools.manifest import MANIFEST_NAME, BaseRecord, Manifest, Original, ProjectionRecord, TensorRecord
+from vera_tools.prng import Array
+
+
+def write_checkpoint(
+    folder: Path,
+    config: VeraConfig | str,
+    tensors: Mapping[str, Array],
+    record: ProjectionRecord,
+    *,
+    base: BaseModel | None = None,
+    original: Original | None = None,
+) -> Manifest:
+    """Write adapter_config.json, adapter_model.safetensors and vera_manifest.json into an existing, empty folder.
+
+    Use it inside `atomic.folder`, which makes the whole appear at once.
+
+    Args:
+        folder: Where to.
+        config: The config, or the exact text of adapter_config.json.
+        tensors: Every tensor, by its full name, the projections included where they are to be stored.
+        record: Recipe, shapes and digests of the projections. Its digests are over the dtype the pair is stored in.
+        base: Named in the manifest, with its adapted weights' shapes and dtypes.
+        original: What the checkpoint was stripped from.
+
+    Returns:
+        The manifest that was written.
+    """
+    text = config if isinstance(config, str) else config.to_json()
+    (folder / CONFIG_NAME).write_bytes(text.encode())
+    tensorfile.save(folder / WEIGHTS_NAME, tensors, record.to_metadata())
+    return write_manifest(folder, record, base=base, original=original)
+
+
+def write_manifest(
+    folder: Path, record: ProjectionRecord, *, base: BaseModel | None = None, original: Original | None = None
+) -> Manifest:
+    """Write vera_manifest.json for the checkpoint that lies in `folder`, from the bytes that lie there."""
+    with Checkpoint.open(folder) as checkpoint:
+        manifest = describe(checkpoint, record, base=base, original=original)
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json().encode())
+    return manifest
+
+
+def describe(
+    checkpoint: Checkpoint,
+    record: ProjectionRecord,
+    *,
+    base: BaseModel | None = None,
+    digest_base: bool = False,
+    original: Original | None = None,
+) -> Manifest:
+    """The manifest of an open checkpoint whose projections are known.
+
+    Args:
+        checkpoint: The checkpoint; every tensor in it is hashed.
+        record: Its projections, from `projections.resolve`.
+        base: Its base model; what an earlier manifest says of the base is kept where None.
+        digest_base: Hash the adapted weights of the base too.
+        original: What the checkpoint was stripped from; an earlier manifest's is kept where None.
+
+    Raises:
+        CheckFailedError: the base does not fit.
+    """
+    known = {ROOT + name: digest for name, digest in record.sha256.items()}
+    tensors = {
+        name: TensorRecord(info.shape, info.dtype, known.get(name) or checkpoint.weights.sha256(name))
+        for name, info in checkpoint.weights.tensors.items()
+    }
+    earlier = checkpoint.manifest
+    return Manifest(
+        projections=record,
+        tensors=tensors,
+        config=checkpoint.raw_config,
+        metadata=checkpoint.weights.metadata,
+        base=_describe_base(checkpoint, base, digest_base=digest_base),
+        torch=torch_version(),
+        platform=f"{platform.system()}-{platform.machine()}",
+        original=original or (earlier.original if earlier else None),
+    )
+
+
+def torch_version() -> str | None:
+    """The installed torch's version, read without importing it; None where there is none."""
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _describe_base(checkpoint: Checkpoint, base: BaseModel | None, *, digest_base: bool) -> BaseRecord:
+    config = checkpoint.config
+    if base is None:
+        earlier = checkpoint.manifest.base if checkpoint.manifest else BaseRecord()
+        return BaseRecord(
+            config.base_model_name_or_path or earlier.name,
+            config.revision or earlier.revision,
+            earlier.weights,
+        )
+    weights = {}
+    for linear in checkpoint.linears(base):
+        file = base.files[base.tensors[linear.weight][0]]
+        digest = file.sha256(linear.weight) if digest_base else None
+        weights[linear.weight] = TensorRecord(linear.info.shape, linear.info.dtype, digest)
+    return BaseRecord(config.base_model_name_or_path or None, config.revision, weights)
