@@ -1,0 +1,162 @@
+"""The loader table: which loader, on which machine and base, computes with exactly the trained projections.
+
+Three facts about PEFT decide every row (each was seen by running it):
+
+- before 0.21 stored projections are ignored on loading, in silence, and drawn again from the key;
+- a redrawn pair is cast to the base weights' dtype, half types rounding it; integer (quantised) weights are not cast to;
+- from 0.21 on stored projections are restored, unless save_projection is false, but rounded through a half-precision
+  base under ``low_cpu_mem_usage=True`` or ``autocast_adapter_dtype=False``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any
+
+from vera_tools.dtypes import HALVES
+from vera_tools.recipe import Recipe
+
+OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
+ROUNDINGS = ("fused", "separate")
+BASE_DTYPES = ("float32", "bfloat16", "float16", "integer")
+OPTIONS: tuple[dict[str, bool], ...] = ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
+
+
+@dataclass(frozen=True)
+class Load:
+    """One row: what a loader would compute with.
+
+    Attributes:
+        loader: OLD_PEFT, PEFT or VERA_TOOLS.
+        options: The loader's options that differ from its defaults.
+        rounding: The loading machine's kind of affine rounding.
+        base_dtype: Dtype of the adapted base weights; "integer" for quantised ones.
+        exact: Whether the projections are exactly the trained ones; None where nobody can know.
+        why: The reason, one clause.
+    """
+
+    loader: str
+    options: dict[str, bool]
+    rounding: str
+    base_dtype: str
+    exact: bool | None
+    why: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row as it stands in reports."""
+        return {
+            "loader": self.loader,
+            "options": dict(self.options),
+            "rounding": self.rounding,
+            "base_dtype": self.base_dtype,
+            "exact": self.exact,
+            "why": self.why,
+        }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is known of the projections that a checkpoint was trained with.
+
+    Attributes:
+        stored: They are in the file.
+        save_projection: The config says that they are.
+        prng_key: The config's key.
+        recipes: Every recipe that gives exactly their bits, the canonical one first; empty where none does; None where
+            nothing is known (seed-only, nothing recorded).
+        dtype: The dtype they are stored or recorded in.
+        representable: Whether casting the stored values to a half dtype changes none of them.
+    """
+
+    stored: bool
+    save_projection: bool
+    prng_key: int
+    recipes: Collection[Recipe] | None
+    dtype: str
+    representable: Callable[[str], bool]
+
+
+def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
+    """What PEFT gets when it draws the pair again on such a machine, onto such a base."""
+    through = base_dtype if base_dtype in HALVES else None
+    return Recipe(prng_key=prng_key, rounding=rounding, rounded_through=through)  # type: ignore[arg-type]
+
+
+def loader_table(trained: Trained) -> tuple[Load, ...]:
+    """All rows, in the order of BASE_DTYPES within ROUNDINGS within options within loaders."""
+    rows = []
+    for loader, options in [(OLD_PEFT, {}), *((PEFT, options) for options in OPTIONS), (VERA_TOOLS, {})]:
+        for rounding in ROUNDINGS:
+            for base_dtype in BASE_DTYPES:
+                exact, why = _row(trained, loader, options, rounding, base_dtype)
+                rows.append(Load(loader, options, rounding, base_dtype, exact, why))
+    return tuple(rows)
+
+
+def _row(
+    trained: Trained, loader: str, options: dict[str, bool], rounding: str, base_dtype: str
+) -> tuple[bool | None, str]:
+    if loader == VERA_TOOLS:
+        return _vera_tools(trained)
+    if loader == PEFT and trained.stored and trained.save_projection:
+        return _restored(trained, options, base_dtype)
+    exact, why = _redraw(trained, rounding, base_dtype)
+    if trained.stored and loader == OLD_PEFT:
+        why = f"ignores the stored pair and {why}"
+    elif trained.stored:
+        why = f"ignores the stored pair, because save_projection is false, and {why}"
+    return exact, why
+
+
+def _vera_tools(trained: Trained) -> tuple[bool | None, str]:
+    if trained.stored:
+        return True, "takes the stored pair as it is"
+    if trained.recipes is None:
+        return None, "nothing is recorded: assumes PEFT's recipe for the base, and says so"
+    if not trained.recipes:
+        return False, "no known recipe makes the recorded pair"
+    return True, "regenerates the recorded recipe on any machine and checks its digest"
+
+
+def _restored(trained: Trained, options: dict[str, bool], base_dtype: str) -> tuple[bool, str]:
+    if trained.dtype == "float64" and not trained.representable("float32"):
+        return False, "restores the stored pair in float32, which does not hold its float64 values"
+    if not options or base_dtype not in HALVES:
+        return True, "restores the stored pair"
+    if trained.representable(base_dtype):
+        return True, f"rounds the stored pair through {base_dtype}, which changes none of its values"
+    return False, f"rounds the stored pair through {base_dtype}"
+
+
+def _redraw(trained: Trained, rounding: str, base_dtype: str) -> tuple[bool | None, str]:
+    if trained.recipes is None:
+        return None, "draws it from the key, and nothing records what it was trained with"
+    if not trained.recipes:
+        return False, "draws it from the key, which does not give the trained pair"
+    key = trained.prng_key
+    own = [recipe for recipe in trained.recipes if (recipe.prng_key - key) % 2**32 == 0]
+    wanted = redrawn(key, rounding, base_dtype)
+    same = any(recipe.replace(prng_key=key) == wanted for recipe in own)
+    # The recipes tell what gives the same bits in the stored dtype. Values that a half type did not hold would differ.
+    lossless = trained.dtype not in HALVES or wanted.rounded_through == trained.dtype
+    if same and lossless:
+        return True, "draws the same pair from the key"
+    return False, f"draws another pair from the key: {_difference(next(iter(trained.recipes)), wanted, bool(own))}"
+
+
+def _difference(made: Recipe, wanted: Recipe, own_key: bool) -> str:
+    if not own_key:
+        return f"the trained one was made with key {made.prng_key}"
+    if not made.is_peft_order:
+        return "the trained one was drawn in another order"
+    if made.drawn_dtype != wanted.drawn_dtype:
+        return f"the trained one was drawn in {made.drawn_dtype}"
+    reasons = []
+    if made.rounding != wanted.rounding:
+        reasons.append(f"{wanted.rounding} rounding, trained with {made.rounding}")
+    if made.rounded_through != wanted.rounded_through:
+        reasons.append(
+            f"rounded through {wanted.rounded_through or 'nothing'}, trained through {made.rounded_through or 'nothing'}"
+        )
+    return "; ".join(reasons) or "of other precision"
