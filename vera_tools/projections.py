@@ -7,10 +7,11 @@ float32 drawn with a fused multiply-add and rounded through the base weights' dt
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from vera_tools.base import BaseModel
+from vera_tools.base import BaseModel, rounds_through
 from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
 from vera_tools.identification import Identification, Pair, identify_pair, with_digests
@@ -52,6 +53,7 @@ def resolve(
     *,
     base: BaseModel | None = None,
     in_features: int | None = None,
+    weight_dtypes: Collection[str] = (),
     recipe: str | None = None,
     stored_dtype: str = "float32",
     strict: bool = False,
@@ -61,7 +63,8 @@ def resolve(
     Args:
         checkpoint: An open checkpoint.
         base: Its base model, for in_max and for the dtype that PEFT rounds through.
-        in_features: in_max, where no base is at hand.
+        in_features: in_max, where no base is at hand as files.
+        weight_dtypes: The adapted weights' dtypes, where the base is in memory; they do for `base` in what is assumed.
         recipe: Name of the recipe of a seed-only checkpoint with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype an assumed pair would be stored in.
         strict: Refuse to assume anything.
@@ -94,7 +97,7 @@ def resolve(
             where=checkpoint.label,
             hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
         )
-    return Resolved(_assume(checkpoint, base, in_features, recipe, stored_dtype), "assumed")
+    return Resolved(_assume(checkpoint, base, in_features, weight_dtypes, recipe, stored_dtype), "assumed")
 
 
 def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
@@ -129,6 +132,7 @@ def _assume(
     checkpoint: Checkpoint,
     base: BaseModel | None,
     in_features: int | None,
+    weight_dtypes: Collection[str],
     name: str | None,
     stored_dtype: str,
 ) -> ProjectionRecord:
@@ -153,10 +157,13 @@ def _assume(
     if name is not None:
         recipe = Recipe.parse(name, prng_key=key)
     else:
-        recipe = Recipe(prng_key=key, rounded_through=assumed_rounding(checkpoint, base))
+        through = rounds_through(weight_dtypes) if weight_dtypes else assumed_rounding(checkpoint, base)
+        recipe = Recipe(prng_key=key, rounded_through=through)
         warnings.warn(
             f"{checkpoint.label}: nothing records which recipe made the projections; assuming {recipe.name}"
-            + ("" if base else " (a half-precision base would have rounded them: name it with --base)"),
+            + (
+                "" if base or weight_dtypes else " (a half-precision base would have rounded them: name it with --base)"
+            ),
             AssumedRecipeWarning,
             stacklevel=3,
         )

@@ -21,7 +21,7 @@ def write_checkpoint(
     tensors: Mapping[str, Array],
     record: ProjectionRecord,
     *,
-    base: BaseModel | None = None,
+    base: BaseModel | BaseRecord | None = None,
     original: Original | None = None,
 ) -> Manifest:
     """Write adapter_config.json, adapter_model.safetensors and vera_manifest.json into an existing, empty folder.
@@ -33,7 +33,7 @@ def write_checkpoint(
         config: The config, or the exact text of adapter_config.json.
         tensors: Every tensor, by its full name, the projections included where they are to be stored.
         record: Recipe, shapes and digests of the projections. Its digests are over the dtype the pair is stored in.
-        base: Named in the manifest, with its adapted weights' shapes and dtypes.
+        base: Named in the manifest, with its adapted weights' shapes and dtypes; or what is known of it already.
         original: What the checkpoint was stripped from.
 
     Returns:
@@ -46,7 +46,11 @@ def write_checkpoint(
 
 
 def write_manifest(
-    folder: Path, record: ProjectionRecord, *, base: BaseModel | None = None, original: Original | None = None
+    folder: Path,
+    record: ProjectionRecord,
+    *,
+    base: BaseModel | BaseRecord | None = None,
+    original: Original | None = None,
 ) -> Manifest:
     """Write vera_manifest.json for the checkpoint that lies in `folder`, from the bytes that lie there."""
     with Checkpoint.open(folder) as checkpoint:
@@ -59,7 +63,7 @@ def describe(
     checkpoint: Checkpoint,
     record: ProjectionRecord,
     *,
-    base: BaseModel | None = None,
+    base: BaseModel | BaseRecord | None = None,
     digest_base: bool = False,
     original: Original | None = None,
 ) -> Manifest:
@@ -86,7 +90,7 @@ def describe(
         tensors=tensors,
         config=checkpoint.raw_config,
         metadata=checkpoint.weights.metadata,
-        base=_describe_base(checkpoint, base, digest_base=digest_base),
+        base=base if isinstance(base, BaseRecord) else _describe_base(checkpoint, base, digest_base=digest_base),
         torch=torch_version(),
         platform=f"{platform.system()}-{platform.machine()}",
         original=original or (earlier.original if earlier else None),
