@@ -1,16 +1,21 @@
 """The one way in which vera-tools writes: a file or a folder appears whole, or not at all.
 
 Everything is written under a temporary name in the same parent folder, flushed to disk, and renamed. A process that is
-killed leaves the old state, and at most a hidden ``.NAME.XXXX.tmp`` beside it.
+killed leaves the old state or the new one, and at most a hidden ``.NAME.XXXX.tmp`` beside it. A folder that is there
+already is exchanged with the new one in a single step (`exchange`), where the system has it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import functools
 import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from vera_tools.errors import UsageError, VeraToolsError
@@ -59,13 +64,76 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            for entry in temporary.rglob("*"):
-                if entry.is_file():
-                    _sync(entry)
+            _sync_tree(temporary)
             _put_in_place(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+@contextlib.contextmanager
+def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
+    """Hand out an empty temporary folder; on leaving without an error it is exchanged with the folder `path`.
+
+    What `path` holds and the new folder does not is carried over, subfolders included, as hard links where the file
+    system has them. Permissions and owners stay as they were.
+
+    Args:
+        path: A folder. Where it is a symbolic link, the folder behind it is replaced and the link stays.
+        drop: Names of files that are not carried over.
+
+    Raises:
+        UsageError: the system cannot exchange two folders in one step.
+        VeraToolsError: the file system refused.
+    """
+    with _errors(path):
+        path = path.resolve(strict=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+        try:
+            yield temporary
+            for entry in os.scandir(path):
+                new = temporary / entry.name
+                if new.exists():
+                    _keep_owner(Path(entry.path), new)
+                elif entry.name not in drop:
+                    _carry_over(Path(entry.path), new)
+            _sync_tree(temporary)
+            _keep_owner(path, temporary)
+            exchange(temporary, path)
+            _sync(path.parent)
+        finally:  # after the exchange, the temporary name is the old folder's
+            _remove(temporary)
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Swap what two names of one file system stand for, in a single step (Linux's renameat2 with RENAME_EXCHANGE).
+
+    Raises:
+        UsageError: this system or this file system has no such operation.
+        OSError: it has, and refused.
+    """
+    rename = _renameat2()
+    if rename is not None:
+        at_cwd, rename_exchange = -100, 2  # AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
+        if rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), rename_exchange) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), str(b))
+    raise UsageError(
+        "this system cannot replace a folder in one step", where=b, hint="write to another folder with -o instead"
+    )
+
+
+@functools.cache
+def _renameat2() -> ctypes._NamedFuncPointer | None:
+    """The C library's function, or None where there is none."""
+    if sys.platform != "linux":
+        return None
+    function: ctypes._NamedFuncPointer | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if function is not None:
+        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return function
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -77,7 +145,12 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 def _put_in_place(temporary: Path, path: Path) -> None:
     if not os.path.lexists(path):
         temporary.rename(path)
-    else:
+        _sync(path.parent)
+        return
+    try:
+        exchange(temporary, path)
+        _remove(temporary)
+    except UsageError:
         # A folder cannot be renamed over a filled one. The old one steps aside for the moment between two renames.
         aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         path.rename(aside / path.name)
@@ -101,6 +174,44 @@ def _errors(path: Path) -> Iterator[None]:
             where=path,
             hint="nothing was left half-written",
         ) from error
+
+
+def _carry_over(old: Path, new: Path) -> None:
+    """The same file, link or folder under another name."""
+    if old.is_dir() and not old.is_symlink():
+        new.mkdir()
+        for entry in os.scandir(old):
+            _carry_over(Path(entry.path), new / entry.name)
+        _keep_owner(old, new)
+        shutil.copystat(old, new)
+        return
+    try:
+        os.link(old, new, follow_symlinks=False)
+    except OSError:  # a file system without hard links, or too many of them
+        shutil.copy2(old, new, follow_symlinks=False)
+        _keep_owner(old, new, follow_symlinks=False)
+
+
+def _keep_owner(old: Path, new: Path, *, follow_symlinks: bool = True) -> None:
+    status = old.stat(follow_symlinks=follow_symlinks)
+    with contextlib.suppress(PermissionError):  # only root may give a file away
+        os.chown(new, status.st_uid, status.st_gid, follow_symlinks=follow_symlinks)
+    if follow_symlinks:
+        new.chmod(status.st_mode & 0o7777)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _sync_tree(folder: Path) -> None:
+    for entry in folder.rglob("*"):
+        if (entry.is_file() and not entry.is_symlink()) or entry.is_dir():
+            _sync(entry)
+    _sync(folder)
 
 
 def _sync(path: Path) -> None:

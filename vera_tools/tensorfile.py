@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -57,6 +57,21 @@ class TensorInfo:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor that is made piece by piece while it is written, so that a file may be larger than memory.
+
+    Attributes:
+        dtype: Name of its dtype.
+        shape: Its shape.
+        pieces: Makes its elements in row-major order; a piece is used up before the next one is asked for.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[memoryview | Array]]
 
 
 class TensorFile:
@@ -135,6 +150,11 @@ class TensorFile:
             view = buffer[: min(CHUNK, info.stop - start)]
             self._source.read_into(view, self.data_start + start)
             yield view
+
+    def deferred(self, name: str) -> Deferred:
+        """One tensor as it stands, to be copied into another file."""
+        info = self.tensors[name]
+        return Deferred(info.dtype, info.shape, lambda: self.chunks(info))
 
     def sha256(self, name: str) -> str:
         """sha256 over the tensor's bytes, which are little-endian and row-major."""
@@ -282,7 +302,21 @@ def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None
             )
 
 
-def save(path: Path, tensors: Mapping[str, Array], metadata: Mapping[str, str]) -> None:
-    """Write whole tensors that are in memory."""
-    infos = layout({name: (array.dtype.name, array.shape) for name, array in tensors.items()})
-    write(path, encode_header(infos, metadata), (tensors[name] for name in infos))
+def save(path: Path, tensors: Mapping[str, Array | Deferred], metadata: Mapping[str, str]) -> None:
+    """Write tensors that are in memory, or are made as they are written."""
+    infos = layout(
+        {
+            name: (tensor.dtype if isinstance(tensor, Deferred) else tensor.dtype.name, tensor.shape)
+            for name, tensor in tensors.items()
+        }
+    )
+    write(path, encode_header(infos, metadata), pieces(tensors[name] for name in infos))
+
+
+def pieces(tensors: Iterable[Array | Deferred]) -> Iterator[memoryview | Array]:
+    """The tensors' elements, one tensor after the other."""
+    for tensor in tensors:
+        if isinstance(tensor, Deferred):
+            yield from tensor.pieces()
+        else:
+            yield tensor
