@@ -13,6 +13,7 @@ from vera_tools._version import __version__
 
 if TYPE_CHECKING:
     from vera_tools._record import record as record
+    from vera_tools._verify import verify as verify
     from vera_tools.config import VeraConfig as VeraConfig
     from vera_tools.identification import identify as identify
     from vera_tools.recipe import Recipe as Recipe
@@ -23,6 +24,7 @@ _HOMES = {
     "VeraConfig": "config",
     "identify": "identification",
     "record": "_record",
+    "verify": "_verify",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -154,9 +154,9 @@ def _difference(made: Recipe, wanted: Recipe, own_key: bool) -> str:
         return f"the trained one was drawn in {made.drawn_dtype}"
     reasons = []
     if made.rounding != wanted.rounding:
-        reasons.append(f"{wanted.rounding} rounding, trained with {made.rounding}")
+        reasons.append(f"{wanted.rounding} rounding where it was trained with {made.rounding}")
     if made.rounded_through != wanted.rounded_through:
-        reasons.append(
-            f"rounded through {wanted.rounded_through or 'nothing'}, trained through {made.rounded_through or 'nothing'}"
-        )
-    return "; ".join(reasons) or "of other precision"
+        here = f"rounded through {wanted.rounded_through}" if wanted.rounded_through else "not rounded"
+        then = f"through {made.rounded_through}" if made.rounded_through else "unrounded"
+        reasons.append(f"{here} where it was trained {then}")
+    return ", ".join(reasons) or "of higher precision than the stored one"

@@ -7,7 +7,7 @@ case costs one full draw. Only where nothing fits exactly are other keys and ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -158,9 +158,16 @@ def identify_pair(pair: Pair, *, prng_key: int) -> Identification:
     return Identification(nearest if related else None, (), matches)
 
 
-def exactly(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:
-    """Those of `recipes` (of one draw order) that give exactly the pair's bits, in both tensors."""
-    return _exact(pair, recipes)
+def same_bits(recipe: Recipe, others: Collection[Recipe], shape: PairShape, stored_dtype: str) -> set[Recipe]:
+    """Those of `others` that give the same bits as `recipe`, in both tensors."""
+    rivals = [other for other in others if other.b_first == recipe.b_first]
+    wanted = {recipe, *rivals}
+    for block in blocks([recipe, *rivals], shape, stored_dtype=stored_dtype, wanted=wanted):
+        if len(wanted) == 1:
+            break
+        reference = _bits(block.values[recipe])
+        wanted -= {other for other, values in block.values.items() if not np.array_equal(_bits(values), reference)}
+    return wanted - {recipe}
 
 
 def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:

@@ -20,6 +20,7 @@ from vera_tools.report import error_document
 
 # Command: its module and its one line of help, so that `vera-tools --help` loads none of them.
 COMMANDS = {
+    "verify": ("verify", "Is this what the key regenerates, is it intact, does it fit its base?"),
     "record": ("record", "Write or renew a checkpoint's manifest, so that it can be proven from now on."),
 }
 

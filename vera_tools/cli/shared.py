@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,6 +78,17 @@ def console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), emoji=False)
+
+
+def labelled(console: Console, label: str, message: str, *, style: str = "dim") -> None:
+    """A label and its text, wrapped beside it to the console's width: the form in which reports list their facts."""
+    from rich.text import Text
+
+    width = max(console.width, 40) if not console.soft_wrap else 10**6
+    lines = textwrap.wrap(message, width - 12, break_long_words=False, break_on_hyphens=False) or [""]
+    console.print(Text.assemble("  ", (f"{label:9}", style), " ", lines[0]))
+    for line in lines[1:]:
+        console.print(Text(" " * 12 + line))
 
 
 def write_line(text: str) -> None:

@@ -1,0 +1,449 @@
+"""`verify`: does this checkpoint hold what its key regenerates, is it intact, and does it fit its base?
+
+The verdict is about the projections alone; the checks are about everything else. Each distinct pair of projections is
+computed once in a call, however many checkpoints share it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+from xml.etree import ElementTree
+
+import numpy as np
+
+from vera_tools import checks, source
+from vera_tools._loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, Checkpoint, find
+from vera_tools.checks import Check, Scan
+from vera_tools.config import CONFIG_NAME
+from vera_tools.dtypes import np_dtype
+from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.identification import Identification, Match, Pair, identify_pair, same_bits, with_digests
+from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.prng import PairShape, digests
+from vera_tools.projections import stored_pair
+from vera_tools.recipe import Recipe
+from vera_tools.report import Progress, Report
+
+Verdict = Literal["reproducible", "unproven", "drift", "invalid"]
+
+#: From best to worst.
+VERDICTS: tuple[Verdict, ...] = ("reproducible", "unproven", "drift", "invalid")
+_EXIT_CODES = {"reproducible": 0, "unproven": 3, "drift": 1, "invalid": 4}
+_SEVERITY = (0, 3, 5, 1, 4)
+_ABSENT = Match(None, None, None, "absent")
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class CheckpointReport:
+    """One checkpoint's verdict.
+
+    Attributes:
+        path: What the caller called it.
+        verdict: reproducible, unproven, drift or invalid.
+        checks: Everything that was looked at.
+        save_projection: The config's; None where it could not be read.
+        projections_stored: Whether both projections are in the file.
+        recipe: What made the projections: exactly, or nearest (see `projections`), or None.
+        also_matches: Other recipes that give the same bits.
+        projections: "vera_A" and "vera_B" against `recipe`.
+        loads: The loader table.
+        scope: What the verdict covers, in words.
+    """
+
+    path: str
+    verdict: Verdict
+    checks: tuple[Check, ...]
+    save_projection: bool | None = None
+    projections_stored: bool | None = None
+    recipe: Recipe | None = None
+    also_matches: tuple[Recipe, ...] = ()
+    projections: tuple[Match, Match] = (_ABSENT, _ABSENT)
+    loads: tuple[Load, ...] = ()
+    scope: str = "nothing was proven"
+
+    @property
+    def ok(self) -> bool:
+        """Whether no check failed."""
+        return not any(check.status == "fail" for check in self.checks)
+
+    def exit_code(self, require: Verdict = "reproducible") -> int:
+        """The exit code where `require` is the worst verdict that passes."""
+        code = 0 if VERDICTS.index(self.verdict) <= VERDICTS.index(require) else _EXIT_CODES[self.verdict]
+        return code if self.ok else _worst([code, 1])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The checkpoint's entry in a verify/v1 document."""
+        return {
+            "path": self.path,
+            "verdict": self.verdict,
+            "ok": self.ok,
+            "save_projection": self.save_projection,
+            "projections_stored": self.projections_stored,
+            "recipe": self.recipe.to_dict() if self.recipe else None,
+            "also_matches": [recipe.to_dict() for recipe in self.also_matches],
+            "projections": {name: match.to_dict() for name, match in zip(PROJECTIONS, self.projections, strict=True)},
+            "loads": [load.to_dict() for load in self.loads],
+            "checks": [check.to_dict() for check in self.checks],
+            "scope": self.scope,
+        }
+
+
+@dataclass(frozen=True)
+class VerifyReport(Report):
+    """The result of one call.
+
+    Attributes:
+        checkpoints: One report each, in the order asked for.
+        skipped: (path, kind) of adapters of other kinds that a recursive search met.
+        require: The worst verdict that passes.
+    """
+
+    name: ClassVar[str] = "verify"
+
+    checkpoints: tuple[CheckpointReport, ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+    require: Verdict = "reproducible"
+
+    @property
+    def exit_code(self) -> int:
+        """The most severe of the checkpoints' codes: 4, 1, 3, 0."""
+        return _worst(report.exit_code(self.require) for report in self.checkpoints)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """How many checkpoints have each verdict, and how many were skipped."""
+        counts = {verdict: 0 for verdict in ("reproducible", "drift", "unproven", "invalid")}
+        for report in self.checkpoints:
+            counts[report.verdict] += 1
+        return {**counts, "skipped": len(self.skipped)}
+
+    def body(self) -> dict[str, Any]:
+        """The verify/v1 document's own part."""
+        return {
+            "checkpoints": [report.to_dict() for report in self.checkpoints],
+            "summary": self.summary,
+            "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
+        }
+
+    def to_junit(self) -> str:
+        """JUnit XML: a suite for each checkpoint, a case for its verdict and for each check."""
+        root = ElementTree.Element("testsuites", name="vera-tools verify")
+        for report in self.checkpoints:
+            failed = report.exit_code(self.require) != 0 and report.ok
+            suite = ElementTree.SubElement(root, "testsuite", name=report.path)
+            case = ElementTree.SubElement(suite, "testcase", classname=report.path, name="verdict")
+            if failed or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
+                ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.scope}")
+            for check in report.checks:
+                case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=check.id)
+                if check.status in ("fail", "skip"):
+                    ElementTree.SubElement(
+                        case, "failure" if check.status == "fail" else "skipped", message=check.message
+                    )
+                elif check.status == "warn":
+                    ElementTree.SubElement(case, "system-out").text = f"warning: {check.message}"
+            suite.set("tests", str(len(suite)))
+            suite.set("failures", str(len(suite.findall("testcase/failure"))))
+            suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
+        for key in ("tests", "failures", "skipped"):
+            root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
+        ElementTree.indent(root)
+        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def verify(
+    *checkpoints: str | os.PathLike[str],
+    recursive: bool = False,
+    base: str | os.PathLike[str] | None = None,
+    require: Verdict = "reproducible",
+    jobs: int = 1,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> VerifyReport:
+    """Verify checkpoints.
+
+    A checkpoint that cannot be read, or is not VeRA, is a verdict ("invalid"), not an exception.
+
+    Args:
+        checkpoints: Folders, adapter_model.safetensors files, or ``hf://owner/name[@revision][/subfolder]``.
+        recursive: Search the folders for checkpoints; adapters of other kinds are counted as skipped.
+        base: A base model to check them against. It adds checks and never changes a verdict.
+        require: The worst verdict for which `VerifyReport.exit_code` is 0, where no check failed.
+        jobs: Checkpoints verified side by side. Reading and hashing run in parallel, Python code does not.
+        allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
+        progress: Called after each checkpoint.
+
+    Raises:
+        FormatError: the base cannot be read, or a recursive search finds no adapter.
+        UsageError: no checkpoint given, or an unknown `require`.
+    """
+    if require not in VERDICTS:
+        raise UsageError("unknown verdict to require", expected=" or ".join(VERDICTS), found=str(require))
+    if not checkpoints:
+        raise UsageError("no checkpoint given")
+    paths = list(_search(checkpoints)) if recursive else [os.fspath(path) for path in checkpoints]
+    model = BaseModel.open(base) if base is not None else None
+    verifier = Verifier(base=model, allow_pickle=allow_pickle, skip_others=recursive)
+    reports: list[CheckpointReport] = []
+    skipped: list[tuple[str, str]] = []
+    try:
+        for done, (path, result) in enumerate(_parallel(verifier.verify, paths, jobs), start=1):
+            if isinstance(result, str):
+                skipped.append((path, result))
+            else:
+                reports.append(result)
+            if progress:
+                progress(done, len(paths), path)
+    finally:
+        if model:
+            model.close()
+    return VerifyReport(tuple(reports), tuple(skipped), require)
+
+
+class Verifier:
+    """Verifies one checkpoint after another, and computes nothing twice that several of them share."""
+
+    def __init__(self, *, base: BaseModel | None = None, allow_pickle: bool = False, skip_others: bool = False) -> None:
+        self._base, self._allow_pickle, self._skip_others = base, allow_pickle, skip_others
+        self._memory = _Once()
+
+    def verify(self, path: str) -> CheckpointReport | str:
+        """One checkpoint's report; or the kind of another adapter, where those are skipped."""
+        try:
+            checkpoint = Checkpoint.open(path, allow_pickle=self._allow_pickle)
+        except NotVeraError as error:
+            return error.kind if self._skip_others else _invalid(path, "config.kind", error)
+        except FormatError as error:
+            return _invalid(path, "config.schema" if CONFIG_NAME in (error.where or "") else "tensors.file", error)
+        with checkpoint:
+            try:
+                return self._verify(path, checkpoint)
+            except FormatError as error:
+                return _invalid(path, "tensors.file", error)
+
+    def _verify(self, path: str, checkpoint: Checkpoint) -> CheckpointReport:
+        found = [*checks.structure(checkpoint)]
+        broken = {"tensors.shapes", "tensors.dtypes"}
+        if len(checkpoint.projections) == 1 or not checkpoint.layers or _failed(found, broken):
+            return CheckpointReport(
+                path,
+                "invalid",
+                tuple(found),
+                save_projection=checkpoint.config.save_projection,
+                projections_stored=len(checkpoint.projections) == 2,
+            )
+        scans = checks.scan(checkpoint)
+        found += [*checks.values(checkpoint, scans), *checks.recorded(checkpoint, scans)]
+        if self._base:
+            found += checks.against_base(checkpoint, self._base)
+        pair = stored_pair(checkpoint)
+        if pair:
+            return self._stored(path, checkpoint, pair, scans, found)
+        return self._seed_only(path, checkpoint, found)
+
+    def _stored(
+        self, path: str, checkpoint: Checkpoint, pair: Pair, scans: dict[str, Scan], found: list[Check]
+    ) -> CheckpointReport:
+        key = checkpoint.config.projection_prng_key
+        sha256 = {name: scans[ROOT + name].sha256 for name in PROJECTIONS}
+        identity = (pair.shape, pair.dtype, *sha256.values())
+        identified = self._memory(("identify", key, *identity), lambda: identify_pair(pair, prng_key=key))
+        identified = with_digests(identified, sha256)
+        verdict: Verdict = "reproducible" if identified.made_by(key) else "drift"
+        found.append(_projections_check(identified, key))
+        trained = Trained(
+            stored=True,
+            save_projection=checkpoint.config.save_projection,
+            prng_key=key,
+            recipes=identified.all_recipes,
+            dtype=pair.dtype,
+            representable=lambda dtype: self._memory(("held", dtype, *identity), lambda: _representable(pair, dtype)),
+        )
+        return CheckpointReport(
+            path,
+            verdict,
+            tuple(found),
+            save_projection=checkpoint.config.save_projection,
+            projections_stored=True,
+            recipe=identified.recipe,
+            also_matches=identified.also_matches,
+            projections=(identified.matches["vera_A"], identified.matches["vera_B"]),
+            loads=self._memory(("loads", trained.save_projection, key, *identity), lambda: loader_table(trained)),
+            scope=_scope(checkpoint, found),
+        )
+
+    def _seed_only(self, path: str, checkpoint: Checkpoint, found: list[Check]) -> CheckpointReport:
+        config, record = checkpoint.config, checkpoint.recorded
+        key = config.projection_prng_key
+        verdict: Verdict = "unproven"
+        recipes: Collection[Recipe] | None = None
+        projections = (_ABSENT, _ABSENT)
+        if record is None:
+            message = "vera_A and vera_B are not stored, and nothing records which recipe makes them"
+            found.append(Check("projections.match", "skip", message))
+        elif record.recipe is None:
+            verdict, recipes = "drift", ()
+            message = "vera_A and vera_B are not stored, and no known recipe makes the recorded ones: they are lost"
+            found.append(Check("projections.match", "fail", message))
+        else:
+            verdict, check, regenerated = self._regenerate(record.recipe, record, key)
+            found.append(check)
+            recipes = self._same(record.recipe, record.shape, record.dtype) if verdict == "reproducible" else ()
+            projections = (
+                Match(record.shape.vera_A, record.dtype, regenerated["vera_A"], "absent"),
+                Match(record.shape.vera_B, record.dtype, regenerated["vera_B"], "absent"),
+            )
+        dtype = record.dtype if record else "float32"
+        trained = Trained(
+            stored=False,
+            save_projection=config.save_projection,
+            prng_key=key,
+            recipes=recipes,
+            dtype=dtype,
+            representable=lambda _: False,
+        )
+        table_key = ("loads", key, None if recipes is None else tuple(recipes), dtype)
+        return CheckpointReport(
+            path,
+            verdict,
+            tuple(found),
+            save_projection=config.save_projection,
+            projections_stored=False,
+            recipe=record.recipe if record else None,
+            also_matches=tuple(recipe for recipe in recipes or () if record and recipe != record.recipe),
+            projections=projections,
+            loads=self._memory(table_key, lambda: loader_table(trained)),
+            scope=_scope(checkpoint, found),
+        )
+
+    def _regenerate(self, recipe: Recipe, record: ProjectionRecord, key: int) -> tuple[Verdict, Check, dict[str, str]]:
+        shape, dtype = record.shape, record.dtype
+        got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))
+        if (recipe.prng_key - key) % 2**32:
+            message = f"the recorded recipe has key {recipe.prng_key}, the config {key}"
+            return "drift", Check("projections.match", "fail", message), got
+        wrong = [name for name in PROJECTIONS if got[name] != record.sha256[name]]
+        if wrong:
+            message = f"regenerated under {recipe.name}, {' and '.join(wrong)} have other digests than the recorded"
+            return "drift", Check("projections.match", "fail", message), got
+        message = f"regenerated under {recipe.name}, both have the recorded digests"
+        return "reproducible", Check("projections.match", "pass", message), got
+
+    def _same(self, recipe: Recipe, shape: PairShape, dtype: str) -> tuple[Recipe, ...]:
+        """`recipe`, and what PEFT may draw that has the same bits."""
+
+        def compute() -> tuple[Recipe, ...]:
+            key = recipe.prng_key
+            others = {redrawn(key, rounding, base) for rounding in ROUNDINGS for base in BASE_DTYPES} - {recipe}
+            return (recipe, *sorted(same_bits(recipe, others, shape, dtype), key=lambda r: r.name))
+
+        return self._memory(("same", recipe, shape, dtype), compute)
+
+
+class _Once:
+    """Remembers results by key; a second thread that asks for one under way waits for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._results: dict[Hashable, Future[Any]] = {}
+
+    def __call__(self, key: Hashable, compute: Callable[[], Result]) -> Result:
+        with self._lock:
+            future = self._results.get(key)
+            mine = future is None
+            if future is None:
+                future = self._results[key] = Future()
+        if mine:
+            try:
+                future.set_result(compute())
+            except BaseException as error:
+                future.set_exception(error)
+                with self._lock:
+                    self._results.pop(key, None)
+        result: Result = future.result()
+        return result
+
+
+def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    for root in roots:
+        if source.is_remote(root):
+            yield os.fspath(root)
+            continue
+        path, empty = Path(root), True
+        if path.is_file():
+            yield os.fspath(root)
+            continue
+        for folder in find(path):
+            yield str(folder)
+            empty = False
+        if empty:
+            raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=path)
+
+
+def _parallel(function: Callable[[str], Result], items: list[str], jobs: int) -> Iterator[tuple[str, Result]]:
+    if jobs <= 1 or len(items) <= 1:
+        for item in items:
+            yield item, function(item)
+        return
+    with ThreadPoolExecutor(jobs) as pool:
+        yield from zip(items, pool.map(function, items), strict=True)
+
+
+def _invalid(path: str, check: str, error: VeraToolsError) -> CheckpointReport:
+    return CheckpointReport(path, "invalid", (Check(check, "fail", str(error)),))
+
+
+def _failed(found: Iterable[Check], ids: Collection[str]) -> bool:
+    return any(check.status == "fail" and check.id in ids for check in found)
+
+
+def _projections_check(identified: Identification, key: int) -> Check:
+    recipe = identified.recipe
+    if identified.made_by(key):
+        return Check("projections.match", "pass", f"vera_A and vera_B are bit-identical to what key {key} gives")
+    if identified.exact and recipe:
+        how = f"key {recipe.prng_key}" + (f" and, for vera_B, key {recipe.prng_key_B}" if recipe.prng_key_B else "")
+        how += ", vera_B first" if recipe.b_first else ""
+        return Check("projections.match", "warn", f"vera_A and vera_B were made with {how}; the config says key {key}")
+    kinds = ", ".join(f"{name} is {match.match}" for name, match in identified.matches.items())
+    nearest = f"nearest recipe {recipe.name}" if recipe else "no known recipe is near"
+    return Check("projections.match", "warn", f"not what key {key} gives: {kinds} ({nearest})")
+
+
+def _scope(checkpoint: Checkpoint, found: list[Check]) -> str:
+    """The limits of the proof, in words."""
+    if checkpoint.manifest and not any(c.status == "fail" and c.id.startswith("manifest.") for c in found):
+        return "projections, vectors and config are covered"
+    if checkpoint.manifest:
+        return "the manifest does not hold for this checkpoint (see the failed checks)"
+    if checkpoint.projections or checkpoint.recorded:
+        return "vectors not covered: no manifest"
+    return "nothing is covered: run `record` where it was trained, so that it can be proven from then on"
+
+
+def _representable(pair: Pair, dtype: str) -> bool:
+    """Whether casting the stored values to `dtype` and back changes none of them."""
+    step, narrow = 1 << 18, np_dtype(dtype)
+    for name in PROJECTIONS:
+        size = pair.shape.of(name)[0] * pair.shape.of(name)[1]
+        for start in range(0, size, step):
+            values = pair.read(name, start, min(start + step, size))
+            with np.errstate(over="ignore"):
+                back = values.astype(np.float32).astype(narrow).astype(values.dtype)
+            if not np.array_equal(back, values):
+                return False
+    return True
+
+
+def _worst(codes: Iterable[int]) -> int:
+    return max(codes, key=_SEVERITY.index, default=0)

@@ -1,0 +1,187 @@
+"""``vera-tools verify``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools import atomic
+from vera_tools._loads import BASE_DTYPES, Load
+from vera_tools._verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
+from vera_tools.cli.shared import Output, base_option, labelled, output_options
+from vera_tools.identification import Match
+from vera_tools.manifest import PROJECTIONS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"reproducible": "bold green", "unproven": "bold yellow", "drift": "bold red", "invalid": "bold red"}
+_MARKS = {"fail": "bold red", "warn": "yellow", "skip": "dim", "pass": "green"}
+_COUNTED = (("pass", "passed"), ("warn", "warned"), ("skip", "skipped"), ("fail", "FAILED"))
+
+
+@click.command("verify")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option(
+    "-R", "--recursive", is_flag=True, help="Search the folders for checkpoints; count other adapters as skipped."
+)
+@base_option
+@click.option(
+    "--require",
+    type=click.Choice(VERDICTS),
+    default="reproducible",
+    show_default=True,
+    help="The worst verdict that still exits 0.",
+)
+@click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML too.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Checkpoints at a time."
+)
+@click.option("--allow-pickle", is_flag=True, help="Read legacy adapter_model.bin files (needs torch; weights_only).")
+@output_options
+def command(
+    output: Output,
+    *,
+    checkpoints: tuple[str, ...],
+    recursive: bool,
+    base: str | None,
+    require: Verdict,
+    junit: Path | None,
+    jobs: int,
+    allow_pickle: bool,
+) -> int:
+    """Verify CHECKPOINTs: are the projections what the config's key regenerates, bit for bit; is everything else
+    intact; does it fit its base; and which loader would silently compute with something else?
+
+    A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder].
+    """
+    with output.progress("verifying") as progress:
+        report = verify(
+            *checkpoints,
+            recursive=recursive,
+            base=base,
+            require=require,
+            jobs=jobs,
+            allow_pickle=allow_pickle,
+            progress=progress,
+        )
+    if junit:
+        atomic.write_bytes(junit, report.to_junit().encode())
+    return output.emit(report, lambda console: show(report, console, verbose=output.verbose))
+
+
+def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
+    """Print a verify report for people: in full for one checkpoint, a line each for many."""
+    single = len(report.checkpoints) == 1
+    for checkpoint in report.checkpoints:
+        console.print(_headline(checkpoint))
+        if single or verbose or not checkpoint.ok or checkpoint.verdict in ("drift", "invalid"):
+            _show_details(checkpoint, console, verbose=verbose, loads=single or verbose)
+    if not single:
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items() if count)
+        console.print(f"{len(report.checkpoints)} checkpoints: {counts or 'none'}")
+    if report.skipped:
+        kinds = [kind for _, kind in report.skipped]
+        names = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
+        console.print(f"skipped, not VeRA: {names}")
+        if verbose:
+            for path, kind in report.skipped:
+                console.print(f"  {path}: {kind}")
+
+
+def _headline(checkpoint: CheckpointReport) -> object:
+    from rich.text import Text
+
+    failed = sum(check.status == "fail" for check in checkpoint.checks)
+    text = Text(f"{checkpoint.path}: ")
+    text.append(checkpoint.verdict.upper(), style=_STYLES[checkpoint.verdict])
+    if failed:
+        text.append(f", {failed} check{'s' if failed > 1 else ''} failed", style="bold red")
+    return text
+
+
+def _show_details(checkpoint: CheckpointReport, console: Console, *, verbose: bool, loads: bool) -> None:
+    for check in checkpoint.checks:
+        if check.id == "projections.match" and check.status in ("pass", "skip"):
+            labelled(console, "proven" if check.status == "pass" else "unproven", check.message)
+    if checkpoint.recipe:
+        also = f" (same bits: {', '.join(r.name for r in checkpoint.also_matches)})" if checkpoint.also_matches else ""
+        labelled(console, "recipe", f"{checkpoint.recipe.name}, key {checkpoint.recipe.prng_key}{also}")
+    for name, match in zip(PROJECTIONS, checkpoint.projections, strict=True):
+        if match.match not in ("identical", "absent"):
+            labelled(console, name, _difference(match))
+    if checkpoint.verdict != "invalid":
+        labelled(console, "scope", checkpoint.scope)
+    statuses = [check.status for check in checkpoint.checks]
+    counts = [f"{statuses.count(s)} {word}" for s, word in _COUNTED if s in statuses]
+    labelled(console, "checks", ", ".join(counts))
+    for check in checkpoint.checks:
+        if check.status in ("fail", "warn") or verbose:
+            labelled(console, check.status, f"{check.id}: {check.message}", style=_MARKS[check.status])
+    if loads and checkpoint.loads:
+        _show_loads(checkpoint.loads, console, verbose=verbose)
+
+
+def _difference(match: Match) -> str:
+    parts = [f"{match.match}: {match.differing:.3g} of the elements differ"]
+    if match.places:
+        parts.append("at " + ", ".join(f"[{row}, {column}]" for row, column in match.places))
+    figures = (("by at most", match.max_abs), ("ulps", match.max_ulp), ("relative norm", match.relative_norm))
+    parts += [f"{label} {value:.3g}" for label, value in figures if value is not None]
+    return ", ".join(parts)
+
+
+def _show_loads(loads: Sequence[Load], console: Console, *, verbose: bool) -> None:
+    """The loader table, with rows that say the same put together."""
+    rows: list[tuple[str, tuple[bool | None, ...]]] = []
+    for loader in dict.fromkeys(load.loader for load in loads):
+        variants: dict[tuple[str, str], tuple[bool | None, ...]] = {}
+        for load in loads:
+            if load.loader == loader:
+                options = ", ".join(f"{key}={value}" for key, value in load.options.items())
+                place = (options, load.rounding)
+                variants[place] = (*variants.get(place, ()), load.exact)
+        default = {rounding: cells for (options, rounding), cells in variants.items() if not options}
+        for options in dict.fromkeys(options for options, _ in variants):
+            cells = {rounding: variants[options, rounding] for rounding in default}
+            if options and cells == default:
+                continue
+            name = f"  {options}" if options else loader
+            if len(set(cells.values())) == 1:
+                rows.append((name, next(iter(cells.values()))))
+            else:
+                rows += [(f"{name}, {rounding} rounding", row) for rounding, row in cells.items()]
+    _print_loads(rows, console)
+    for why in _reasons(loads) if verbose else ():
+        labelled(console, "why", why)
+    if not verbose and any(load.exact is False for load in loads):
+        console.print("  (-v says why a loader is not exact)", style="dim")
+
+
+def _print_loads(rows: list[tuple[str, tuple[bool | None, ...]]], console: Console) -> None:
+    from rich.text import Text
+
+    heading = "loads exactly, by dtype of the base"
+    width = max(len(heading), *(len(name) for name, _ in rows)) + 2
+    console.print(Text(f"  {heading:{width}}" + "  ".join(BASE_DTYPES), style="bold"))
+    for name, cells in rows:
+        line = Text(f"  {name:{width}}")
+        for dtype, exact in zip(BASE_DTYPES, cells, strict=True):
+            word, style = {True: ("yes", "green"), False: ("NO", "bold red"), None: ("?", "yellow")}[exact]
+            line.append(f"{word:{len(dtype) + 2}}", style=style)
+        line.rstrip()
+        console.print(line)
+
+
+def _reasons(loads: Sequence[Load]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for load in loads:
+        if not load.exact:
+            loaders = reasons.setdefault(load.why, [])
+            name = " ".join([load.loader, *(f"{key}={value}" for key, value in load.options.items())])
+            if name not in loaders and load.loader not in loaders:
+                loaders.append(name)
+    return [f"{', '.join(loaders)} {why}" for why, loaders in reasons.items()]
