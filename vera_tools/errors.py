@@ -85,6 +85,10 @@ class UsageError(VeraToolsError, ValueError):
     exit_code = 2
 
 
+class NothingToDoError(UsageError):
+    """The checkpoint is already in the form that was asked for."""
+
+
 class UnprovenError(VeraToolsError):
     """There is nothing to compare with, and the caller asked for proof (``strict=True``)."""
 
@@ -117,3 +121,15 @@ class VeraToolsWarning(UserWarning):
 
 class AssumedRecipeWarning(VeraToolsWarning):
     """Nothing records which recipe made a seed-only checkpoint's projections; PEFT's own was assumed."""
+
+
+class AssumedShapeWarning(VeraToolsWarning):
+    """Nothing says how wide each adapted layer is; all were taken to be as wide as vera_A."""
+
+
+class LoadingWarning(VeraToolsWarning):
+    """What was written computes something else than what was trained, in some loader or on some machine."""
+
+
+class SignatureWarning(VeraToolsWarning):
+    """A signature or checksum beside a checkpoint no longer holds, because the checkpoint was changed."""

@@ -89,9 +89,8 @@ class TensorFile:
         self.label = source.label
         try:
             self.header = self._read_header()
-            self.metadata, self.tensors = _parse_header(
-                self.header, source.size - 8 - len(self.header), where=source.label
-            )
+            self.metadata, self.tensors = parse_header(self.header, where=source.label)
+            _check_extent(self.tensors, source.size - 8 - len(self.header), where=source.label)
         except BaseException:
             source.close()
             raise
@@ -201,7 +200,12 @@ class TensorFile:
         return bytes(header)
 
 
-def _parse_header(header: bytes, room: int, *, where: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
+    """A header's metadata, and its tensors in the order of their bytes.
+
+    Raises:
+        FormatError: not a header, or its tensors leave holes or overlap.
+    """
     try:
         text = header.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -226,6 +230,11 @@ def _parse_header(header: bytes, room: int, *, where: str) -> tuple[dict[str, st
                 found=str(info.start),
             )
         position = info.stop
+    return metadata, {info.name: info for info in infos}
+
+
+def _check_extent(tensors: Mapping[str, TensorInfo], room: int, *, where: str) -> None:
+    position = max((info.stop for info in tensors.values()), default=0)
     if position != room:
         raise FormatError(
             "the tensors do not fill the file",
@@ -234,7 +243,6 @@ def _parse_header(header: bytes, room: int, *, where: str) -> tuple[dict[str, st
             found=f"{room}",
             hint="the file was cut off" if position > room else "something was appended to it",
         )
-    return metadata, {info.name: info for info in infos}
 
 
 def _parse_entry(name: str, entry: Any, *, where: str) -> TensorInfo:
@@ -297,9 +305,12 @@ def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None
         stream.write(struct.pack("<Q", len(header)))
         stream.write(header)
         for piece in data:
-            stream.write(
-                np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece
-            )
+            stream.write(as_bytes(piece))
+
+
+def as_bytes(piece: memoryview | Array) -> memoryview:
+    """A piece of a tensor as the bytes that stand in the file, without a copy where it is contiguous."""
+    return np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data if isinstance(piece, np.ndarray) else piece
 
 
 def save(path: Path, tensors: Mapping[str, Array | Deferred], metadata: Mapping[str, str]) -> None:

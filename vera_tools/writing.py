@@ -13,14 +13,16 @@ from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.config import CONFIG_NAME, VeraConfig
 from vera_tools.manifest import MANIFEST_NAME, BaseRecord, Manifest, Original, ProjectionRecord, TensorRecord
 from vera_tools.prng import Array
+from vera_tools.tensorfile import Deferred
 
 
 def write_checkpoint(
     folder: Path,
     config: VeraConfig | str,
-    tensors: Mapping[str, Array],
+    tensors: Mapping[str, Array | Deferred],
     record: ProjectionRecord,
     *,
+    metadata: Mapping[str, str] | None = None,
     base: BaseModel | BaseRecord | None = None,
     original: Original | None = None,
 ) -> Manifest:
@@ -33,6 +35,7 @@ def write_checkpoint(
         config: The config, or the exact text of adapter_config.json.
         tensors: Every tensor, by its full name, the projections included where they are to be stored.
         record: Recipe, shapes and digests of the projections. Its digests are over the dtype the pair is stored in.
+        metadata: Entries for the safetensors metadata beside the record's own, which win.
         base: Named in the manifest, with its adapted weights' shapes and dtypes; or what is known of it already.
         original: What the checkpoint was stripped from.
 
@@ -41,7 +44,7 @@ def write_checkpoint(
     """
     text = config if isinstance(config, str) else config.to_json()
     (folder / CONFIG_NAME).write_bytes(text.encode())
-    tensorfile.save(folder / WEIGHTS_NAME, tensors, record.to_metadata())
+    tensorfile.save(folder / WEIGHTS_NAME, tensors, {**(metadata or {}), **record.to_metadata()})
     return write_manifest(folder, record, base=base, original=original)
 
 
