@@ -3,7 +3,8 @@
 Three facts about PEFT decide every row (each was seen by running it):
 
 - before 0.21 stored projections are ignored on loading, in silence, and drawn again from the key;
-- a redrawn pair is cast to the base weights' dtype, half types rounding it; integer (quantised) weights are not cast to;
+- a redrawn pair is cast to the base weights' dtype, which rounds it where that is a half type; integer (quantised)
+  weights are not cast to;
 - from 0.21 on stored projections are restored, unless save_projection is false, but rounded through a half-precision
   base under ``low_cpu_mem_usage=True`` or ``autocast_adapter_dtype=False``.
 """

@@ -122,7 +122,7 @@ class VerifyReport(Report):
     @property
     def summary(self) -> dict[str, int]:
         """How many checkpoints have each verdict, and how many were skipped."""
-        counts = {verdict: 0 for verdict in ("reproducible", "drift", "unproven", "invalid")}
+        counts = dict.fromkeys(("reproducible", "drift", "unproven", "invalid"), 0)
         for report in self.checkpoints:
             counts[report.verdict] += 1
         return {**counts, "skipped": len(self.skipped)}

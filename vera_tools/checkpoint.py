@@ -17,7 +17,7 @@ from typing import Any
 from vera_tools import source
 from vera_tools.base import BaseModel, Linear, rounds_through
 from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
-from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
+from vera_tools.errors import FormatError, NotVeraError
 from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, Manifest, ProjectionRecord
 from vera_tools.prng import PairShape
 from vera_tools.tensorfile import TensorFile, TensorInfo
@@ -152,7 +152,7 @@ class Checkpoint:
 
     @cached_property
     def other_tensors(self) -> dict[str, TensorInfo]:
-        """Everything that is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
+        """Whatever is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
         vectors = {info.name for layer in self.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info}
         pair = {info.name for info in self.projections.values()}
         return {name: info for name, info in self.weights.tensors.items() if name not in vectors | pair}

@@ -232,7 +232,8 @@ def _dtypes(checkpoint: Checkpoint) -> Check:
 def _unexpected(checkpoint: Checkpoint) -> Check:
     config = checkpoint.config
     outside = [module for module in checkpoint.layers if not config.targets(module)]
-    embeddings, unknown = [], []
+    embeddings: list[str] = []
+    unknown: list[str] = []
     for name in checkpoint.other_tensors:
         if not _is_expected(name.removeprefix(MODULES), checkpoint) or not name.startswith(MODULES):
             (embeddings if _EMBEDDINGS.search(name) else unknown).append(name)
@@ -283,8 +284,8 @@ def _vectors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
     moved = sum(name in set(changed) for name in vectors)
     if 2 * moved >= len(vectors) and not any(_is_changed(manifest, scans, name) for name in pair):
         message = (
-            f"{moved} of {len(vectors)} vectors are not the recorded ones, while the projections are: saved again after "
-            "training on? Renew the manifest with `record`"
+            f"{moved} of {len(vectors)} vectors are not the recorded ones, while the projections are: saved again "
+            "after training on? Renew the manifest with `record`"
         )
         return Check("manifest.stale", "fail", message)
     message = (

@@ -56,5 +56,7 @@ def np_dtype(name: str) -> np.dtype[Any]:
     if name == "bfloat16" or name.startswith(("float8", "float6", "float4")):
         import ml_dtypes
 
-        return np.dtype(getattr(ml_dtypes, name))
-    return np.dtype(name).newbyteorder("<")
+        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+    else:
+        dtype = np.dtype(name).newbyteorder("<")
+    return dtype

@@ -296,7 +296,8 @@ def _ordered(values: Array) -> Array:
     sign = np.uint64(1 << (width - 1))
     wide = bits.astype(np.uint64)
     magnitude = wide & (sign - np.uint64(1))
-    return np.where(wide & sign, sign - magnitude, sign + magnitude)
+    ordered: Array = np.where(wide & sign, sign - magnitude, sign + magnitude)
+    return ordered
 
 
 def _bits(values: Array) -> Array:

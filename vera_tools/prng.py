@@ -91,7 +91,7 @@ def digests(recipe: Recipe, shape: PairShape, *, stored_dtype: str = "float32") 
     """sha256 of vera_A and vera_B (little-endian, row-major), without holding either of them."""
     hashes = {"vera_A": hashlib.sha256(), "vera_B": hashlib.sha256()}
     for block in blocks([recipe], shape, stored_dtype=stored_dtype):
-        hashes[block.tensor].update(block.values[recipe].view(np.uint8))
+        hashes[block.tensor].update(block.values[recipe].view(np.uint8).data)
     return {name: digest.hexdigest() for name, digest in hashes.items()}
 
 
@@ -128,7 +128,7 @@ def blocks(
     """
     wanted = set(recipes) if wanted is None else wanted
     names = ("vera_B", "vera_A") if recipes[0].b_first else ("vera_A", "vera_B")
-    engines: dict[tuple[int, bool], np.random.MT19937] = {}
+    engines: dict[tuple[int, bool, bool], np.random.MT19937] = {}
     for name in names:
         size = math.prod(shape.of(name))
         fan_in = shape.of(name)[1]
@@ -156,7 +156,8 @@ def blocks(
 def _engine(key: int) -> np.random.MT19937:
     engine = np.random.MT19937()
     # RandomState's seeding is init_genrand, as torch's; MT19937(seed) would go through SeedSequence instead.
-    engine.state = np.random.RandomState(key & 0xFFFFFFFF).get_state(legacy=False)
+    state: Any = np.random.RandomState(key & 0xFFFFFFFF).get_state(legacy=False)
+    engine.state = state
     return engine
 
 
@@ -166,7 +167,8 @@ class _Drawer:
     def __init__(self, recipe: Recipe, fan_in: int, stored_dtype: str) -> None:
         limit = bound(fan_in)
         self._affine = _AFFINE[recipe.drawn_dtype == "float64", recipe.rounding]
-        bits, limits = 53 if recipe.drawn_dtype == "float64" else 24, np.dtype(np.float32)
+        bits = 53 if recipe.drawn_dtype == "float64" else 24
+        limits: np.dtype[Any] = np.dtype(np.float32)
         self._wrap: tuple[Array, Array] | None = None
         if recipe.drawn_dtype == "float64":
             limits = np.dtype(np.float64)
@@ -245,7 +247,8 @@ def _single_separate(words: Array, mask: np.uint64, scale: float, low: float, sc
 
 def _unit_bits(words: Array, mask: np.uint64) -> Array:
     high, low = words[0::2], words[1::2]
-    return (((high << np.uint64(32)) | low) & mask).astype(np.float64)
+    bits: Array = ((high << np.uint64(32)) | low) & mask
+    return bits.astype(np.float64)
 
 
 def _double_separate(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:

@@ -1,9 +1,9 @@
 """A recipe says, bit for bit, how a pair of projections was made.
 
 Two facts about PyTorch make the set of recipes small. Its CPU generator is MT19937, seeded with the low 32 bits of the
-key. And its uniform kernel is compiled in one of two ways: the affine map ``x * (to - from) + from`` is either one fused
-multiply-add (one rounding) or a multiply and an add (two). Everything else is which dtype the draw happened in and which
-dtype the values went through afterwards.
+key. And its uniform kernel is compiled in one of two ways: the affine map ``x * (to - from) + from`` is either one
+fused multiply-add (one rounding) or a multiply and an add (two). Everything else is which dtype the draw happened in
+and which dtype the values went through afterwards.
 
 A recipe's name records every choice that changes a bit, the keys apart::
 

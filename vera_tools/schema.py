@@ -15,7 +15,7 @@ from vera_tools.errors import FormatError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from importlib.resources.abc import Traversable
+    from importlib.abc import Traversable  # importlib.resources.abc from Python 3.11 on
 
     from jsonschema import ValidationError
     from jsonschema.protocols import Validator
@@ -60,8 +60,11 @@ def _validator(name: str) -> Validator:
     checker = jsonschema.Draft202012Validator.TYPE_CHECKER.redefine(
         "integer", lambda _, value: isinstance(value, int) and not isinstance(value, bool)
     )
-    cls = validators.extend(jsonschema.Draft202012Validator, type_checker=checker)
-    return cls(load(name), registry=_registry())
+    extend: Any = validators.extend  # jsonschema's stubs leave it untyped
+    validator: Validator = extend(jsonschema.Draft202012Validator, type_checker=checker)(
+        load(name), registry=_registry()
+    )
+    return validator
 
 
 @functools.cache
@@ -72,7 +75,7 @@ def _registry() -> Registry[Any]:
     return Registry().with_resources((load(name)["$id"], Resource.from_contents(load(name))) for name in names)
 
 
-def _leaves(document: object, name: str) -> Iterator[ValidationError]:
+def _leaves(document: Any, name: str) -> Iterator[ValidationError]:
     for error in _validator(name).iter_errors(document):
         yield from error.context if error.context and error.validator == "allOf" else [error]
 
@@ -80,9 +83,11 @@ def _leaves(document: object, name: str) -> Iterator[ValidationError]:
 def _as_error(error: ValidationError) -> FormatError:
     path = ".".join(map(str, error.absolute_path))
     description = error.schema.get("description") if isinstance(error.schema, dict) else None
-    found = json.dumps(error.instance)
+    instance: Any = error.instance
+    found = json.dumps(instance)
     if error.validator == "required":
-        missing = next(key for key in error.validator_value if key not in error.instance)
+        required: Any = error.validator_value
+        missing = next(key for key in required if key not in instance)
         return FormatError(f"the key {missing!r} is missing", where=path or None)
     if error.validator == "additionalProperties":
         return FormatError(error.message, where=path or None)
