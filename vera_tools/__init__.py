@@ -12,7 +12,11 @@ from typing import TYPE_CHECKING, Any
 from vera_tools._version import __version__
 
 if TYPE_CHECKING:
+    from vera_tools._embed import embed_projections as embed_projections
+    from vera_tools._inspect import inspect as inspect
     from vera_tools._record import record as record
+    from vera_tools._regenerate import regenerate as regenerate
+    from vera_tools._strip import strip_projections as strip_projections
     from vera_tools._verify import verify as verify
     from vera_tools.config import VeraConfig as VeraConfig
     from vera_tools.identification import identify as identify
@@ -22,8 +26,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "recipe",
     "VeraConfig": "config",
+    "embed_projections": "_embed",
     "identify": "identification",
+    "inspect": "_inspect",
     "record": "_record",
+    "regenerate": "_regenerate",
+    "strip_projections": "_strip",
     "verify": "_verify",
 }
 

@@ -52,7 +52,8 @@ class LocalFile:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
-        self.size = os.fstat(self._descriptor).st_size
+        status = os.fstat(self._descriptor)
+        self.size, self.modified = status.st_size, status.st_mtime_ns
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on.
@@ -76,6 +77,26 @@ class LocalFile:
                 )
             done += count
 
+    def fileno(self) -> int:
+        """The open descriptor."""
+        return self._descriptor
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened.
+
+        Raises:
+            FormatError: its size or its time of modification is another.
+        """
+        status = os.fstat(self._descriptor)
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
+            raise FormatError(
+                "the file was changed while it was read",
+                where=self.label,
+                expected=f"{self.size} bytes",
+                found=f"{status.st_size}",
+                hint="it is being written, or was cut off",
+            )
+
     def close(self) -> None:
         """Close the descriptor."""
         if self._descriptor >= 0:
@@ -89,6 +110,21 @@ class LocalFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class MemoryFile:
+    """A file that exists in memory only."""
+
+    def __init__(self, label: str, data: bytes) -> None:
+        self.label, self.size, self._data = label, len(data), data
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on."""
+        view = buffer.cast("B")
+        view[:] = self._data[start : start + len(view)]
+
+    def close(self) -> None:
+        """Nothing to release."""
 
 
 class LocalFolder:

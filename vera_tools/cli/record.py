@@ -12,6 +12,7 @@ from vera_tools.cli.shared import (
     RecipeOptions,
     base_option,
     in_features_option,
+    labelled,
     output_options,
     recipe_options,
     strict_option,
@@ -48,7 +49,7 @@ def command(
         base=base,
         in_features=in_features,
         recipe=recipe_options.name,
-        stored_dtype=recipe_options.stored_dtype,
+        stored_dtype=recipe_options.stored_dtype or "float32",
         strict=strict,
     )
     return output.emit(report, lambda console: _show(report, console))
@@ -57,10 +58,10 @@ def command(
 def _show(report: RecordReport, console: Console) -> None:
     record = report.manifest.projections
     state = "written" if not report.renewed else "renewed" if report.changed else "already up to date"
-    console.print(f"{report.manifest_path}: {state}")
+    console.print(f"{report.manifest_path}: {state}", style="bold")
     recipe = record.recipe.name if record.recipe else "no known recipe makes these projections"
-    console.print(f"  recipe   {recipe}{' (assumed)' if record.assumed else ''}")
-    console.print(f"  pair     vera_A {list(record.shape.vera_A)}, vera_B {list(record.shape.vera_B)}, {record.dtype}")
-    console.print(f"  tensors  {len(report.manifest.tensors)} with shape, dtype and sha256")
+    labelled(console, "recipe", f"{recipe}{' (assumed)' if record.assumed else ''}")
+    labelled(console, "pair", f"vera_A {list(record.shape.vera_A)}, vera_B {list(record.shape.vera_B)}, {record.dtype}")
+    labelled(console, "tensors", f"{len(report.manifest.tensors)} with shape, dtype and sha256")
     if report.manifest.base.weights:
-        console.print(f"  base     {len(report.manifest.base.weights)} adapted weights")
+        labelled(console, "base", f"{len(report.manifest.base.weights)} adapted weights")

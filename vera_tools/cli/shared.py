@@ -91,6 +91,14 @@ def labelled(console: Console, label: str, message: str, *, style: str = "dim") 
         console.print(Text(" " * 12 + line))
 
 
+def human_bytes(count: int) -> str:
+    """A size for people: decimal units, as disks and the Hub use them."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} bytes"
+
+
 def write_line(text: str) -> None:
     """One line on stderr."""
     print(text, file=sys.stderr, flush=True)
@@ -148,6 +156,12 @@ def in_features_option(function: Function) -> Function:
     return option(function)
 
 
+def overwrite_option(function: Function) -> Function:
+    """--overwrite."""
+    option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+    return option(function)
+
+
 @dataclass(frozen=True)
 class RecipeOptions:
     """What the recipe options say; None where they say nothing."""
@@ -156,7 +170,7 @@ class RecipeOptions:
     half_sampling: str | None
     rounding: str | None
     rounded_through: str | None
-    stored_dtype: str
+    stored_dtype: str | None
 
     @property
     def name(self) -> str | None:
@@ -206,7 +220,7 @@ def recipe_options(function: Function) -> Function:
         half_sampling: str | None,
         rounding: str | None,
         rounded_through: str | None,
-        stored_dtype: str,
+        stored_dtype: str | None,
         **kwargs: Any,
     ) -> Any:
         options = RecipeOptions(drawn_dtype, half_sampling, rounding, rounded_through, stored_dtype)

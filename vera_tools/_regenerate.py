@@ -1,0 +1,165 @@
+"""`regenerate`: vera_A and vera_B from the key, without torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from vera_tools import atomic, tensorfile
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, Checkpoint
+from vera_tools.errors import AssumedRecipeWarning, UsageError
+from vera_tools.manifest import PROJECTIONS, ProjectionRecord, TensorRecord
+from vera_tools.prng import PairShape, digests, generate
+from vera_tools.projections import resolve
+from vera_tools.recipe import Recipe
+from vera_tools.report import Report
+
+
+@dataclass(frozen=True)
+class RegenerateReport(Report):
+    """What was regenerated.
+
+    Attributes:
+        record: Recipe, shapes, stored dtype and digests.
+        origin: Where the recipe comes from: "given" by the caller, "stored" (identified from stored projections),
+            "recorded" in a manifest or in metadata, or "assumed".
+        output: The file that was written, or None.
+    """
+
+    name: ClassVar[str] = "regenerate"
+
+    record: ProjectionRecord
+    origin: Literal["given", "stored", "recorded", "assumed"]
+    output: str | None
+
+    def body(self) -> dict[str, Any]:
+        """The regenerate/v1 document's own part."""
+        record = self.record
+        assert record.recipe is not None
+        pair = {
+            name: TensorRecord(record.shape.of(name), record.dtype, record.sha256[name]).to_dict()
+            for name in PROJECTIONS
+        }
+        return {
+            "recipe": record.recipe.to_dict(),
+            "assumed": record.assumed,
+            "origin": self.origin,
+            **pair,
+            "output": self.output,
+        }
+
+
+def regenerate(
+    checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    key: int | None = None,
+    r: int | None = None,
+    in_features: int | None = None,
+    out_features: int | None = None,
+    base: str | os.PathLike[str] | None = None,
+    recipe: str | None = None,
+    stored_dtype: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    strict: bool = False,
+) -> RegenerateReport:
+    """Draw vera_A (r, in_max) and vera_B (out_max, r), for a checkpoint or for a key and a shape.
+
+    Args:
+        checkpoint: Whose projections; or None, with key, r, in_features and out_features.
+        key: projection_prng_key.
+        r: Rank.
+        in_features: Largest in_features of the adapted layers.
+        out_features: Largest out_features of the adapted layers.
+        base: The checkpoint's base model, for in_max and for the dtype that PEFT rounds through.
+        recipe: A recipe's name. Default: what is stored or recorded; otherwise PEFT's.
+        stored_dtype: Dtype of the result. Default: the checkpoint's, or float32.
+        output: A safetensors file to write, with PEFT's tensor names. Without it nothing is held in memory.
+        overwrite: Replace an existing file.
+        strict: Refuse to assume a recipe for a seed-only checkpoint with nothing recorded.
+
+    Raises:
+        UsageError: both or neither of checkpoint and key, or nothing says in_max.
+        CheckFailedError: a recorded digest is not met, or the base does not fit.
+        UnprovenError: nothing recorded, and `strict`.
+        FormatError: the checkpoint cannot be read.
+    """
+    if output is not None:
+        atomic.refuse_existing(Path(output), overwrite=overwrite)
+    record, origin = (
+        _of_key(key, r, in_features, out_features, recipe, stored_dtype)
+        if checkpoint is None
+        else _of_checkpoint(checkpoint, (key, r, out_features), in_features, base, recipe, stored_dtype, strict)
+    )
+    if output is not None:
+        assert record.recipe is not None
+        vera_A, vera_B = generate(record.recipe, record.shape, stored_dtype=record.dtype)
+        with atomic.file(Path(output)) as path:
+            tensorfile.save(path, {ROOT + "vera_A": vera_A, ROOT + "vera_B": vera_B}, record.to_metadata())
+    return RegenerateReport(record, origin, None if output is None else os.fspath(output))
+
+
+def _of_key(
+    key: int | None,
+    r: int | None,
+    in_features: int | None,
+    out_features: int | None,
+    name: str | None,
+    stored_dtype: str | None,
+) -> tuple[ProjectionRecord, Literal["given"]]:
+    if key is None or r is None or in_features is None or out_features is None:
+        raise UsageError("name a checkpoint, or all of --key, --rank, --in-features and --out-features")
+    recipe = Recipe.parse(name, prng_key=key) if name else Recipe(prng_key=key)
+    return _draw(recipe, PairShape(r, in_features, out_features), stored_dtype or "float32"), "given"
+
+
+def _of_checkpoint(
+    checkpoint: str | os.PathLike[str],
+    excess: tuple[int | None, ...],
+    in_features: int | None,
+    base: str | os.PathLike[str] | None,
+    name: str | None,
+    stored_dtype: str | None,
+    strict: bool,
+) -> tuple[ProjectionRecord, Literal["given", "stored", "recorded", "assumed"]]:
+    if any(value is not None for value in excess):
+        raise UsageError("a checkpoint has its own key, rank and out_features: leave them out")
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(checkpoint))
+        model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        stored = len(opened.projections) == 2
+        resolved = resolve(
+            opened,
+            base=model,
+            in_features=in_features,
+            recipe=None if stored else name,
+            stored_dtype=stored_dtype or "float32",
+            strict=strict,
+        )
+        record = resolved.record
+        if name and stored:
+            recipe = Recipe.parse(name, prng_key=opened.config.projection_prng_key)
+            return _draw(recipe, record.shape, stored_dtype or record.dtype), "given"
+        if record.recipe is None:
+            recipe = Recipe(prng_key=opened.config.projection_prng_key)
+            warnings.warn(
+                f"{opened.label}: no known recipe makes the stored projections; regenerating by {recipe.name}, "
+                "which gives others",
+                AssumedRecipeWarning,
+                stacklevel=3,
+            )
+            return _draw(recipe, record.shape, stored_dtype or record.dtype, assumed=True), "assumed"
+        if stored_dtype and stored_dtype != record.dtype:
+            record = _draw(record.recipe, record.shape, stored_dtype, assumed=record.assumed)
+        origin = "given" if name and resolved.origin == "assumed" else resolved.origin
+        return record, origin
+
+
+def _draw(recipe: Recipe, shape: PairShape, stored_dtype: str, *, assumed: bool = False) -> ProjectionRecord:
+    sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
+    return ProjectionRecord(recipe, assumed, shape, stored_dtype, sha256)
