@@ -1,0 +1,150 @@
+"""One conversion over every checkpoint below a folder, taking up again where it was interrupted."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from vera_tools._conversion import ConversionReport
+from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
+from vera_tools.config import CONFIG_NAME
+from vera_tools.errors import NothingToDoError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.manifest import MANIFEST_NAME
+from vera_tools.report import Progress, Report
+
+Status = Literal["converted", "up to date", "unchanged", "skipped", "failed"]
+STATUSES: tuple[Status, ...] = ("converted", "up to date", "unchanged", "skipped", "failed")
+
+#: Exit codes, most severe first.
+_SEVERITY = (4, 1, 5, 2, 3, 0)
+
+#: (checkpoint, output, or None for in place) -> report.
+Convert = Callable[[Path, Path | None], ConversionReport]
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """What became of one checkpoint.
+
+    Attributes:
+        path: The checkpoint.
+        output: Where it goes.
+        status: converted; up to date (an earlier run did it); unchanged (it has the asked form already);
+            skipped (another kind of adapter); failed.
+        report: Of a converted one.
+        error: Of a failed, skipped or unchanged one.
+    """
+
+    path: str
+    output: str
+    status: Status
+    report: ConversionReport | None = None
+    error: VeraToolsError | None = None
+
+
+@dataclass(frozen=True)
+class BatchReport(Report):
+    """What became of every checkpoint below a folder. The exit code is that of the most severe failure."""
+
+    name: ClassVar[str] = "batch"
+
+    command: str
+    root: str
+    items: tuple[BatchItem, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """0 where nothing failed, else the most severe failure's code."""
+        codes = {item.error.exit_code for item in self.items if item.status == "failed" and item.error}
+        return next((code for code in _SEVERITY if code in codes), 0)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """How many checkpoints have each status."""
+        counts = Counter(item.status for item in self.items)
+        return {status.replace(" ", "_"): counts[status] for status in STATUSES}
+
+    def body(self) -> dict[str, Any]:
+        """The batch/v1 document's own part."""
+        return {
+            "command": self.command,
+            "root": self.root,
+            "checkpoints": [
+                {
+                    "path": item.path,
+                    "output": item.output,
+                    "status": item.status,
+                    "report": item.report.to_dict() if item.report else None,
+                    "error": item.error.to_dict() if item.error else None,
+                }
+                for item in self.items
+            ],
+            "summary": self.summary,
+        }
+
+
+def convert_all(
+    root: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str] | None,
+    convert: Convert,
+    *,
+    command: str,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> BatchReport:
+    """Convert every checkpoint at or below a folder; one that fails does not stop the others.
+
+    An output appears whole or not at all, so one that is there and no older than its source is done, and a run that
+    was interrupted can simply be started again.
+
+    Args:
+        root: Where to look.
+        out_dir: Where the outputs go, under the same relative paths; None converts in place.
+        convert: What to do with each.
+        command: The conversion's name, for the report.
+        overwrite: Do those again that are up to date.
+        progress: Called with each checkpoint.
+
+    Raises:
+        FormatError: no such folder.
+        UsageError: no checkpoint is there.
+    """
+    top = Path(root)
+    own = None if out_dir is None else Path(out_dir).resolve()
+    # Listed before anything is written, so that outputs below the root are not taken for inputs.
+    folders = [f for f in find(top) if own is None or not f.resolve().is_relative_to(own)]
+    if not folders:
+        raise UsageError("no adapter_config.json at or below this folder", where=top)
+    items = []
+    for done, folder in enumerate(folders):
+        if progress:
+            progress(done, len(folders), str(folder.relative_to(top)))
+        output = None if out_dir is None else Path(out_dir) / folder.relative_to(top)
+        items.append(_convert_one(folder, output, convert, overwrite=overwrite))
+    return BatchReport(command, str(top), tuple(items))
+
+
+def _convert_one(folder: Path, output: Path | None, convert: Convert, *, overwrite: bool) -> BatchItem:
+    path, to = str(folder), str(output or folder)
+    if output is not None and not overwrite and _is_up_to_date(folder, output):
+        return BatchItem(path, to, "up to date")
+    try:
+        return BatchItem(path, to, "converted", report=convert(folder, output))
+    except NothingToDoError as error:
+        return BatchItem(path, to, "unchanged", error=error)
+    except NotVeraError as error:
+        return BatchItem(path, to, "skipped", error=error)
+    except VeraToolsError as error:
+        return BatchItem(path, to, "failed", error=error)
+
+
+def _is_up_to_date(folder: Path, output: Path) -> bool:
+    if not (output / CONFIG_NAME).exists() or not (output / MANIFEST_NAME).exists():
+        return False
+    read = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)]
+    newest = max(file.stat().st_mtime_ns for file in read if file.exists())
+    return (output / MANIFEST_NAME).stat().st_mtime_ns >= newest

@@ -1,0 +1,211 @@
+"""What the conversions share: where they write to, what they carry over, and what their reports have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vera_tools import atomic, source
+from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpoint
+from vera_tools.config import CONFIG_NAME
+from vera_tools.errors import FormatError, SignatureWarning, UsageError
+from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS, Manifest, ProjectionRecord
+from vera_tools.report import Report
+from vera_tools.tensorfile import CHUNK
+
+#: Files that sign or hash a checkpoint: OpenSSF model signing, sigstore bundles, OpenPGP, minisign, checksum lists.
+SIGNATURES = ("*.sig", "*.sigstore", "*.sigstore.json", "*.asc", "*.gpg", "*.p7s", "*.minisig", "*sha256*", "*sha512*")
+#: Weights and training state: what lies beside an adapter and is no part of it.
+_HEAVY = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.gguf", "*.h5", "*.msgpack", "*.onnx", "*.npz")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where a conversion writes to.
+
+    Attributes:
+        path: The output folder; the checkpoint's own where it is converted in place.
+        in_place: The checkpoint itself is replaced.
+        carried_over: Files beside the checkpoint that go into the output as they are.
+        left_out: Files beside the checkpoint that do not.
+    """
+
+    path: Path
+    in_place: bool
+    overwrite: bool
+    carried_over: tuple[str, ...]
+    left_out: tuple[str, ...]
+    _checkpoint: Checkpoint = field(repr=False)
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, output: str | os.PathLike[str] | None, *, in_place: bool, overwrite: bool
+    ) -> Destination:
+        """Check the arguments that say where to, before any work is done.
+
+        Raises:
+            UsageError: neither or both of `output` and `in_place`; the output exists, or is or holds the checkpoint;
+                in place on the Hub, or on a weights file of another name.
+        """
+        if (output is None) != in_place:
+            raise UsageError("say either where to write (-o) or --in-place", where=checkpoint.label)
+        own = {CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, PICKLE_NAME, Path(checkpoint.weights.label).name}
+        others = [name for name in checkpoint.folder.names() if name not in own]
+        signatures = tuple(name for name in others if _is_one_of(name, SIGNATURES))
+        if in_place:
+            path = _own_folder(checkpoint)
+            if signatures:
+                message = (
+                    f"{path}: what is signed or hashed here changes; these no longer hold: {', '.join(signatures)}"
+                )
+                warnings.warn(message, SignatureWarning, stacklevel=3)
+            return cls(path, True, True, tuple(others), (), checkpoint)
+        assert output is not None
+        path = Path(output)
+        atomic.refuse_existing(path, overwrite=overwrite)
+        if isinstance(checkpoint.folder, source.LocalFolder):
+            here = checkpoint.folder.path.resolve()
+            if here == path.resolve() or path.resolve() in here.parents:
+                hint = "choose another output, or pass --in-place"
+                raise UsageError("the output would replace the checkpoint itself", where=path, hint=hint)
+        left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
+        return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[Path]:
+        """An empty folder to write into, which becomes the output whole, or not at all.
+
+        Raises:
+            VeraToolsError: the file system refused.
+        """
+        if self.in_place:
+            with atomic.replacement(self.path, drop={PICKLE_NAME}) as folder:
+                yield folder
+            return
+        with atomic.folder(self.path, overwrite=self.overwrite) as folder:
+            yield folder
+            for name in self.carried_over:
+                _copy(self._checkpoint.folder.open(name), folder / name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversionReport(Report):
+    """What every conversion reports.
+
+    Attributes:
+        path: The checkpoint.
+        output: The folder that was written.
+        in_place: It took the checkpoint's place.
+        projections: Recipe, shapes and digests of the pair.
+        origin: How they are known: "stored", "recorded" or "assumed".
+        input_bytes: Size of the weights file that was read.
+        output_bytes: Size of the weights file that was written.
+        manifest_bytes: Size of the manifest that was written.
+        carried_over: Files that were taken over as they are.
+        left_out: Files that were not.
+        notes: What else the caller should know, one sentence each.
+    """
+
+    path: str
+    output: str
+    in_place: bool
+    projections: ProjectionRecord
+    origin: str
+    input_bytes: int
+    output_bytes: int
+    manifest_bytes: int
+    carried_over: tuple[str, ...]
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+    def body(self) -> dict[str, Any]:
+        """The part of the document that all conversions have."""
+        return {
+            "path": self.path,
+            "output": self.output,
+            "in_place": self.in_place,
+            "origin": self.origin,
+            **self.projections.to_dict(),
+            "input_bytes": self.input_bytes,
+            "output_bytes": self.output_bytes,
+            "manifest_bytes": self.manifest_bytes,
+            "carried_over": list(self.carried_over),
+            "left_out": list(self.left_out),
+            "notes": list(self.notes),
+        }
+
+
+def common(checkpoint: Checkpoint, target: Destination, manifest: Manifest, output_bytes: int) -> dict[str, Any]:
+    """The fields of a `ConversionReport` that follow from what was written."""
+    return {
+        "path": checkpoint.label,
+        "output": str(target.path),
+        "in_place": target.in_place,
+        "projections": manifest.projections,
+        "input_bytes": checkpoint.weights.size,
+        "output_bytes": output_bytes,
+        "manifest_bytes": len(manifest.to_json().encode()),
+        "carried_over": target.carried_over,
+        "left_out": target.left_out,
+    }
+
+
+def config_text(checkpoint: Checkpoint, *, save_projection: bool) -> str:
+    """The text of adapter_config.json with this one key set; unchanged where it says so already."""
+    if checkpoint.config_text is not None and checkpoint.config.save_projection is save_projection:
+        return checkpoint.config_text
+    return json.dumps({**checkpoint.raw_config, "save_projection": save_projection}, indent=2) + "\n"
+
+
+def foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """The file's metadata entries that are not ours."""
+    return {key: value for key, value in checkpoint.weights.metadata.items() if key != METADATA_KEY}
+
+
+def refuse_half_a_pair(checkpoint: Checkpoint) -> None:
+    """Raise FormatError where only one of vera_A and vera_B is stored."""
+    if len(checkpoint.projections) == 1:
+        (present,) = checkpoint.projections
+        (missing,) = set(PROJECTIONS) - {present}
+        raise FormatError(f"{present} is stored and {missing} is not", where=checkpoint.weights.label)
+
+
+def _own_folder(checkpoint: Checkpoint) -> Path:
+    folder = checkpoint.folder
+    if not isinstance(folder, source.LocalFolder):
+        raise UsageError(
+            "nothing on the Hub is changed in place", where=checkpoint.label, hint="write to a folder (-o)"
+        )
+    name = Path(checkpoint.weights.label).name
+    if name not in (WEIGHTS_NAME, PICKLE_NAME):
+        raise UsageError(
+            "only a whole checkpoint is converted in place",
+            where=checkpoint.label,
+            expected=f"a folder with {WEIGHTS_NAME}",
+            found=name,
+            hint="write to a folder (-o)",
+        )
+    return folder.path
+
+
+def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
+
+
+def _copy(file: source.ByteSource, path: Path) -> None:
+    try:
+        with path.open("wb") as stream:
+            buffer = memoryview(bytearray(min(CHUNK, file.size)))
+            for start in range(0, file.size, CHUNK):
+                view = buffer[: min(CHUNK, file.size - start)]
+                file.read_into(view, start)
+                stream.write(view)
+    finally:
+        file.close()

@@ -1,0 +1,193 @@
+"""`embed-projections`: put vera_A and vera_B into a seed-only checkpoint; the inverse of `strip-projections`."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vera_tools import tensorfile
+from vera_tools._conversion import (
+    ConversionReport,
+    Destination,
+    common,
+    config_text,
+    foreign_metadata,
+    refuse_half_a_pair,
+)
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.config import CONFIG_NAME, parse_json
+from vera_tools.errors import FormatError, NothingToDoError
+from vera_tools.manifest import BaseRecord, Manifest, Original, ProjectionRecord
+from vera_tools.projections import arrays, resolve
+from vera_tools.tensorfile import Array, Deferred
+from vera_tools.writing import write_checkpoint, write_manifest
+
+Tensors = Mapping[str, Array | Deferred]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedReport(ConversionReport):
+    """What was embedded.
+
+    Attributes:
+        byte_exact: The weights file is, byte for byte, the one that was stripped; None where no original is recorded.
+        config_exact: The same for adapter_config.json.
+    """
+
+    name: ClassVar[str] = "embed-projections"
+
+    byte_exact: bool | None
+    config_exact: bool | None
+
+    def body(self) -> dict[str, Any]:
+        """The embed-projections/v1 document's own part."""
+        return {**super().body(), "byte_exact": self.byte_exact, "config_exact": self.config_exact}
+
+
+def embed_projections(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    in_features: int | None = None,
+    recipe: str | None = None,
+    stored_dtype: str = "float32",
+    strict: bool = False,
+    in_place: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> EmbedReport:
+    """Write the checkpoint with vera_A and vera_B in it.
+
+    What is recorded decides how they are made, and its digests are checked. Where `strip_projections` recorded the
+    original files and the vectors are unchanged, those files come back byte for byte.
+
+    Args:
+        checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+        output: The folder to write.
+        base: The base model, for in_max and its dtype, where nothing is recorded. Only headers are read.
+        in_features: Largest in_features of the adapted layers, where nothing is recorded and no base is at hand.
+        recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
+        stored_dtype: The dtype to store the pair in, where none is recorded.
+        strict: Refuse to assume a recipe.
+        in_place: Replace the checkpoint itself, in one step.
+        overwrite: Replace `output` where it exists.
+        allow_pickle: Read a legacy adapter_model.bin too.
+
+    Raises:
+        FormatError: unreadable, malformed, or not VeRA.
+        NothingToDoError: the projections are stored already.
+        CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
+        UnprovenError: nothing is recorded, and `strict`.
+        UsageError: nothing says in_max, or the output cannot be where it was asked for.
+    """
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        refuse_half_a_pair(opened)
+        if opened.projections:
+            raise NothingToDoError("the projections are stored already", where=opened.label)
+        model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        resolved = resolve(
+            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        )
+        vera_A, vera_B = arrays(opened, resolved)
+        tensors: Tensors = {
+            ROOT + "vera_A": vera_A,
+            ROOT + "vera_B": vera_B,
+            **{name: opened.weights.deferred(name) for name in opened.weights.tensors},
+        }
+        known_base = model or (opened.manifest.base if opened.manifest else None)
+        restoration = _Restoration.of(opened, tensors)
+        with target.open() as folder:
+            manifest = restoration.write(folder, opened, tensors, resolved.record, known_base)
+            size = (folder / WEIGHTS_NAME).stat().st_size
+        return EmbedReport(
+            **common(opened, target, manifest, size),
+            origin=resolved.origin,
+            byte_exact=restoration.weights,
+            config_exact=restoration.config,
+            notes=restoration.notes,
+        )
+
+
+@dataclass(frozen=True)
+class _Restoration:
+    """What comes back exactly as it was before stripping; None where nothing is recorded of it."""
+
+    original: Original | None = None
+    weights: bool | None = None
+    config: bool | None = None
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, tensors: Tensors) -> _Restoration:
+        original = checkpoint.manifest.original if checkpoint.manifest else None
+        if original is None:
+            return cls()
+        weights = _file_sha256(original, tensors) == original.sha256
+        before = parse_json(original.config.removeprefix("\ufeff"), where="the original adapter_config.json")
+        config = {**before, "save_projection": False} == checkpoint.raw_config
+        notes = []
+        if not weights:
+            notes.append("the tensors changed after stripping, so the original file does not come back byte for byte")
+        if not config:
+            notes.append("adapter_config.json changed after stripping, so its new content is kept")
+        return cls(original, weights, config, tuple(notes))
+
+    def write(
+        self,
+        folder: Path,
+        checkpoint: Checkpoint,
+        tensors: Tensors,
+        record: ProjectionRecord,
+        base: BaseModel | BaseRecord | None,
+    ) -> Manifest:
+        text = config_text(checkpoint, save_projection=True)
+        if self.config and self.original:
+            text = self.original.config
+        if not self.weights or not self.original:
+            return write_checkpoint(folder, text, tensors, record, metadata=foreign_metadata(checkpoint), base=base)
+        (folder / CONFIG_NAME).write_bytes(text.encode())
+        header = _header(self.original)
+        names = _names_in_order(header, tensors) or []
+        tensorfile.write(folder / WEIGHTS_NAME, header, tensorfile.pieces(tensors[name] for name in names))
+        return write_manifest(folder, record, base=base)
+
+
+def _header(original: Original) -> bytes:
+    try:
+        return base64.b64decode(original.header, validate=True)
+    except ValueError as error:
+        raise FormatError("not base64", where="the manifest: original.header") from error
+
+
+def _names_in_order(header: bytes, tensors: Tensors) -> list[str] | None:
+    """The header's tensors in the order of their bytes, or None where they are not the ones at hand."""
+    _, infos = tensorfile.parse_header(header, where="the manifest: original.header")
+    found = {
+        name: (tensor.dtype if isinstance(tensor, Deferred) else tensor.dtype.name, tensor.shape)
+        for name, tensor in tensors.items()
+    }
+    expected = {name: (info.dtype, info.shape) for name, info in infos.items()}
+    return list(infos) if found == expected else None
+
+
+def _file_sha256(original: Original, tensors: Tensors) -> str | None:
+    """Digest of the original header with the tensors at hand behind it."""
+    header = _header(original)
+    names = _names_in_order(header, tensors)
+    if names is None:
+        return None
+    digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)
+    for piece in tensorfile.pieces(tensors[name] for name in names):
+        digest.update(tensorfile.as_bytes(piece))
+    return digest.hexdigest()

@@ -1,0 +1,208 @@
+"""`strip-projections`: take vera_A and vera_B out of a checkpoint, once it is proven that they can be made again."""
+
+from __future__ import annotations
+
+import base64
+import os
+import warnings
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vera_tools._conversion import (
+    ConversionReport,
+    Destination,
+    common,
+    config_text,
+    foreign_metadata,
+    refuse_half_a_pair,
+)
+from vera_tools._loads import OLD_PEFT, PEFT, Load, Trained, loader_table
+from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
+from vera_tools.identification import Identification
+from vera_tools.manifest import PROJECTIONS, Original
+from vera_tools.projections import Resolved, resolve
+from vera_tools.writing import write_checkpoint
+
+REMEDY = (
+    "vera-tools loads it exactly everywhere; embedding makes it exact in PEFT >= 0.21 with default options, "
+    "older PEFT needs vera_tools.nn.peft or the LoRA export"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StripReport(ConversionReport):
+    """What was stripped.
+
+    Attributes:
+        saved_bytes: Bytes that the weights file lost.
+        factor: How many times smaller it is.
+        identification: Proof that the pair can be made again, or, with `forced`, how far off the nearest recipe is.
+        forced: The pair cannot be made again, and was stripped all the same.
+        loads: Which loader loads the stripped checkpoint exactly, on which machine and base.
+    """
+
+    name: ClassVar[str] = "strip-projections"
+
+    saved_bytes: int
+    factor: float
+    identification: Identification
+    forced: bool
+    loads: tuple[Load, ...]
+
+    def body(self) -> dict[str, Any]:
+        """The strip-projections/v1 document's own part."""
+        nearest = self.identification.recipe
+        return {
+            **super().body(),
+            "saved_bytes": self.saved_bytes,
+            "factor": self.factor,
+            "forced": self.forced,
+            "nearest_recipe": nearest.to_dict() if nearest else None,
+            "matches": {name: match.to_dict() for name, match in self.identification.matches.items()},
+            "loads": [load.to_dict() for load in self.loads],
+        }
+
+
+def strip_projections(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    in_place: bool = False,
+    force: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> StripReport:
+    """Write the checkpoint without vera_A and vera_B, if a known recipe gives exactly their bits.
+
+    Every other tensor stays as it is, and ``save_projection`` becomes false. Recipe, shapes and digests are recorded in
+    the manifest and in the file itself; the original header and config too, so that `embed_projections` gives back the
+    original file byte for byte.
+
+    Args:
+        checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+        output: The folder to write.
+        in_place: Replace the checkpoint itself, in one step.
+        force: Strip even where no recipe gives these bits. They are lost then; their digests are recorded.
+        overwrite: Replace `output` where it exists.
+        allow_pickle: Read a legacy adapter_model.bin too.
+
+    Raises:
+        FormatError: unreadable, malformed, or not VeRA.
+        NothingToDoError: no projections are stored.
+        CheckFailedError: no known recipe gives the stored bits, and `force` is false.
+        UsageError: the output exists, or cannot be where it was asked for.
+    """
+    with Checkpoint.open(checkpoint, allow_pickle=allow_pickle) as opened:
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        refuse_half_a_pair(opened)
+        if not opened.projections:
+            raise NothingToDoError("no projections are stored", where=opened.label, hint="there is nothing to strip")
+        resolved = resolve(opened)
+        found = resolved.identification
+        assert found is not None  # because the pair is stored
+        if not found.exact and not force:
+            raise _refusal(opened, found)
+        tensors = {
+            name: opened.weights.deferred(name)
+            for name in opened.weights.tensors
+            if name not in (ROOT + "vera_A", ROOT + "vera_B")
+        }
+        with target.open() as folder:
+            manifest = write_checkpoint(
+                folder,
+                config_text(opened, save_projection=False),
+                tensors,
+                resolved.record,
+                metadata=foreign_metadata(opened),
+                base=opened.manifest.base if opened.manifest else None,
+                original=_original(opened),
+            )
+            size = (folder / WEIGHTS_NAME).stat().st_size
+        loads = _loads(opened, resolved)
+        _warn(opened, found, loads)
+        return StripReport(
+            **common(opened, target, manifest, size),
+            origin=resolved.origin,
+            saved_bytes=opened.weights.size - size,
+            factor=opened.weights.size / size,
+            identification=found,
+            forced=not found.exact,
+            loads=loads,
+        )
+
+
+def describe_distance(found: Identification) -> str:
+    """How far a stored pair is from the nearest known recipe, in one line."""
+    if found.recipe is None:
+        return "no known recipe makes anything like it"
+    parts = []
+    for name in PROJECTIONS:
+        match = found.matches[name]
+        if match.match == "identical":
+            parts.append(f"{name} identical")
+            continue
+        figures = f"{match.differing:.2%} of the elements differ"
+        if match.max_abs is not None:
+            figures += f", by at most {match.max_abs:.3g}"
+        parts.append(f"{name} {match.match}: {figures}")
+    return f"nearest is {found.recipe.name} with key {found.recipe.prng_key}: {'; '.join(parts)}"
+
+
+def _refusal(checkpoint: Checkpoint, found: Identification) -> CheckFailedError:
+    return CheckFailedError(
+        "no known recipe gives exactly these projections, so stripping would lose them",
+        where=checkpoint.label,
+        found=describe_distance(found),
+        hint="keep them, or pass --force to lose them",
+    )
+
+
+def _original(checkpoint: Checkpoint) -> Original | None:
+    """What embedding needs to give the file back; a pickle cannot be given back."""
+    if not checkpoint.weights.label.endswith(".safetensors"):
+        return None
+    return Original(
+        header=base64.b64encode(checkpoint.weights.header).decode(),
+        config=checkpoint.config_text or checkpoint.config.to_json(),
+        sha256=checkpoint.weights.file_sha256(),
+    )
+
+
+def _loads(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Load, ...]:
+    assert resolved.identification is not None
+    return loader_table(
+        Trained(
+            stored=False,
+            save_projection=False,
+            prng_key=checkpoint.config.projection_prng_key,
+            recipes=resolved.identification.all_recipes,
+            dtype=resolved.record.dtype,
+            representable=lambda _: False,  # asked for stored pairs only
+        )
+    )
+
+
+def exact_in_peft(loads: tuple[Load, ...]) -> dict[tuple[str, str], bool]:
+    """(rounding, base dtype) -> whether plain PEFT, of any version and with default options, loads exactly there."""
+    rows = [load for load in loads if load.loader in (OLD_PEFT, PEFT) and not load.options]
+    places = dict.fromkeys((load.rounding, load.base_dtype) for load in rows)
+    return {p: all(load.exact is True for load in rows if (load.rounding, load.base_dtype) == p) for p in places}
+
+
+def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...]) -> None:
+    exact = exact_in_peft(loads)
+    if not found.exact or found.recipe is None:
+        message = f"the trained projections are lost: {describe_distance(found)}"
+    elif not any(exact.values()):
+        why = next(load.why for load in loads if load.loader == PEFT)
+        message = f"plain PEFT loads the stripped adapter exactly nowhere: it {why}; {REMEDY}"
+    elif not exact["fused", "float32"]:
+        made = " and ".join(
+            [f"on a machine with {found.recipe.rounding} rounding"] * (found.recipe.rounding != "fused")
+            + [f"on a {found.recipe.rounded_through} base"] * (found.recipe.rounded_through is not None)
+        )
+        message = f"trained {made}, the stripped adapter will drift in plain PEFT on any other; {REMEDY}"
+    else:
+        return
+    warnings.warn(f"{checkpoint.label}: {message}", LoadingWarning, stacklevel=3)

@@ -1,0 +1,60 @@
+"""``vera-tools strip-projections``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools._strip import REMEDY, StripReport, exact_in_peft, strip_projections
+from vera_tools.cli.conversion import Where, destination_options, show_common
+from vera_tools.cli.shared import Output, human_bytes, labelled, output_options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command("strip-projections")
+@click.argument("checkpoint")
+@destination_options
+@click.option("--force", is_flag=True, help="Strip projections that no recipe gives, and lose them.")
+@output_options
+def command(output: Output, *, checkpoint: str, where: Where, force: bool) -> int:
+    """Take vera_A and vera_B out of CHECKPOINT, once it is proven that they can be made again.
+
+    The stored pair is regenerated and compared bit by bit first. Recipe, shapes and digests are recorded, and
+    `embed-projections` gives back the original files byte for byte.
+    """
+    return where.run(
+        output,
+        "strip-projections",
+        checkpoint,
+        lambda source, target: strip_projections(
+            source,
+            target,
+            in_place=where.in_place,
+            force=force,
+            overwrite=where.overwrite,
+            allow_pickle=where.allow_pickle,
+        ),
+        _show,
+    )
+
+
+def _show(report: StripReport, console: Console) -> None:
+    console.print(f"{report.output}: stripped" + (", and the projections are lost" if report.forced else ""))
+    console.print(
+        f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}, "
+        f"{human_bytes(report.saved_bytes)} saved, {report.factor:.1f} times smaller"
+    )
+    show_common(report, console)
+    exact = exact_in_peft(report.loads)
+    console.print("  loads exactly")
+    console.print(f"    vera-tools  {'nowhere' if report.forced else 'on any machine and base'}")
+    for rounding in ("fused", "separate"):
+        bases = [dtype for (where, dtype), is_exact in exact.items() if where == rounding and is_exact]
+        machine = {"fused": "almost every machine", "separate": "x86-64 without AVX2"}[rounding]
+        text = f"on {' and '.join(bases)} bases" if bases else "on no base"
+        console.print(f"    PEFT        {text} ({rounding} rounding: {machine})")
+    if not all(exact.values()) and not report.forced:
+        labelled(console, "elsewhere", REMEDY)
