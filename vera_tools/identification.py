@@ -15,7 +15,7 @@ import numpy as np
 
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.manifest import PROJECTIONS
-from vera_tools.prng import Array, PairShape, blocks
+from vera_tools.prng import BLOCK, Array, PairShape, blocks
 from vera_tools.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
 
 MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absent"]
@@ -224,6 +224,18 @@ def _compare(pair: Pair, recipe: Recipe) -> dict[str, Match]:
         stored = pair.read(block.tensor, block.start, block.stop)
         totals[block.tensor].add(block.start, stored, block.values[recipe])
     return {name: totals[name].match(pair.shape.of(name), pair.dtype) for name in PROJECTIONS}
+
+
+def compare(pair: Pair, reference: Pair) -> dict[str, Match]:
+    """Each tensor of `pair` against another pair of the same shape and dtype, the figures relative to that one."""
+    result = {}
+    for name in PROJECTIONS:
+        totals, size = _Totals(), math.prod(pair.shape.of(name))
+        for start in range(0, size, BLOCK):
+            stop = min(start + BLOCK, size)
+            totals.add(start, pair.read(name, start, stop), reference.read(name, start, stop))
+        result[name] = totals.match(pair.shape.of(name), pair.dtype)
+    return result
 
 
 class _Totals:
