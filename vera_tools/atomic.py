@@ -34,7 +34,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
     """Hand out a temporary path; on leaving without an error it becomes `path`, with `path`'s old permissions."""
-    with _errors(path):
+    with errors(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         try:
@@ -58,14 +58,13 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         VeraToolsError: the file system refused.
     """
     refuse_existing(path, overwrite=overwrite)
-    with _errors(path):
+    with errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
-            _sync_tree(temporary)
-            _put_in_place(temporary, path)
+            publish(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -86,7 +85,7 @@ def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
         UsageError: the system cannot exchange two folders in one step.
         VeraToolsError: the file system refused.
     """
-    with _errors(path):
+    with errors(path):
         path = path.resolve(strict=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
@@ -142,6 +141,22 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise UsageError("already exists", where=path, hint="choose another output, or pass --overwrite to replace it")
 
 
+def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
+    """Make a finished folder appear as `path`, in the place of what was there.
+
+    Args:
+        temporary: The folder, on the same file system.
+        path: Its name from now on.
+        sync: Flush every file to disk first. Without it, a power failure soon afterwards may leave files incomplete.
+
+    Raises:
+        OSError: the file system refused.
+    """
+    if sync:
+        _sync_tree(temporary)
+    _put_in_place(temporary, path)
+
+
 def _put_in_place(temporary: Path, path: Path) -> None:
     if not os.path.lexists(path):
         temporary.rename(path)
@@ -165,7 +180,8 @@ def _put_in_place(temporary: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _errors(path: Path) -> Iterator[None]:
+def errors(path: Path) -> Iterator[None]:
+    """Turn an OSError into a VeraToolsError that names `path` and says that nothing was left half-written."""
     try:
         yield
     except OSError as error:

@@ -118,6 +118,11 @@ class TensorFile:
         self.close()
 
     @property
+    def source(self) -> ByteSource:
+        """The underlying file."""
+        return self._source
+
+    @property
     def size(self) -> int:
         """Bytes of the whole file."""
         return self._source.size
