@@ -1,0 +1,373 @@
+"""The Hub: how it is referred to, how it is called, and what its failures mean.
+
+Every request goes through the huggingface_hub client: its session, token, cache, endpoint and environment variables
+are the user's own. `call` adds the retries that the client leaves out for some of its requests, and `errors` turns
+whatever the client raises into one `HubError` that says what to do, without a token or a signed URL in it.
+
+The client is imported on first use only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vera_tools._version import __version__
+from vera_tools.errors import HubError, UsageError, VeraToolsError
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+Result = TypeVar("Result")
+
+SCHEME = "hf://"
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+_REFERENCE = re.compile(
+    rf"(?:hf://)?(?:models/(?=[^/@]+/))?(?P<repo>{_NAME}/{_NAME})"
+    r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[\w.-]+)|[^/]+))?(?:/(?P<subfolder>.*))?"
+)
+_SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
+
+#: Statuses after which the same request may succeed.
+TRANSIENT = (408, 429, 500, 502, 503, 504)
+ATTEMPTS = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``hf://owner/name[@revision][/subfolder]``: a folder of a model repository.
+
+    Attributes:
+        repo: "owner/name".
+        revision: Branch, tag, commit or ``refs/pr/N``; None is the default branch.
+        subfolder: Path inside the repository, without slashes at its ends; "" is the root.
+    """
+
+    repo: str
+    revision: str | None = None
+    subfolder: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Reference:
+        """The reference that `text` spells. A slash inside a revision is written %2F (refs/pr/N stands as it is).
+
+        Raises:
+            UsageError: not such a reference.
+        """
+        match = _REFERENCE.fullmatch(text)
+        subfolder = (match["subfolder"] or "").strip("/") if match else ""
+        if match is None or any(part in ("", ".", "..") for part in subfolder.split("/") if subfolder):
+            raise UsageError(
+                "not a model repository", where=text, expected="hf://owner/name[@revision][/subfolder]", found=text
+            )
+        revision = match["revision"]
+        return cls(match["repo"], revision.replace("%2F", "/") if revision else None, subfolder)
+
+    def __str__(self) -> str:
+        text = SCHEME + self.repo
+        if self.revision is not None:
+            special = self.revision.startswith(("refs/pr/", "refs/convert/"))
+            text += "@" + (self.revision if special else self.revision.replace("/", "%2F"))
+        return f"{text}/{self.subfolder}" if self.subfolder else text
+
+    def path(self, name: str) -> str:
+        """The path, in the repository, of a file of this folder."""
+        return f"{self.subfolder}/{name}" if self.subfolder else name
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file as the Hub's own listing describes it.
+
+    Attributes:
+        path: Path in the repository.
+        size: Bytes.
+        git_sha1: git's name for it: of the content, or of the pointer where it is a large file.
+        sha256: Of the content, for large files; the Hub has none for the others.
+    """
+
+    path: str
+    size: int
+    git_sha1: str
+    sha256: str | None
+
+
+def git_sha1(content: bytes) -> str:
+    """Git's name for a file with this content, which the Hub lists for files that are not large."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def client() -> HfApi:
+    """The official client, for the endpoint and token that the user's environment names."""
+    from huggingface_hub import HfApi
+
+    return HfApi(library_name="vera-tools", library_version=__version__)
+
+
+def is_offline() -> bool:
+    """Whether HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def resolve(api: HfApi, reference: Reference) -> str:
+    """The commit that the reference's revision stands for now.
+
+    Raises:
+        HubError: no such repository or revision, no access, or the Hub cannot be reached.
+    """
+    with errors(str(reference)):
+        commit: str = call(api.model_info, reference.repo, revision=reference.revision).sha  # type: ignore[assignment]
+    return commit
+
+
+def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = False) -> dict[str, RemoteFile]:
+    """The files of the reference's folder at `commit`, by path in the repository.
+
+    Raises:
+        HubError: no such folder, or the Hub cannot be reached.
+    """
+    from huggingface_hub.hf_api import RepoFile
+
+    def read() -> dict[str, RemoteFile]:
+        rows = api.list_repo_tree(
+            reference.repo, path_in_repo=reference.subfolder or None, recursive=recursive, revision=commit
+        )
+        return {
+            row.path: RemoteFile(row.path, row.size, row.blob_id, row.lfs.sha256 if row.lfs else None)
+            for row in rows
+            if isinstance(row, RepoFile)
+        }
+
+    with errors(str(reference)):
+        return call(read)
+
+
+def call(function: Callable[..., Result], *args: Any, unsafe: bool = False, **kwargs: Any) -> Result:
+    """Call the client, and call it again where it gave up on something that passes.
+
+    A rate limit is waited out as the Hub tells; failures of server and network are tried again after 1, 2, 4, ...
+    seconds. `unsafe` is for requests that must not be made twice: only refusals (429) are tried again.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            root = _root(error)
+            status = _status(root)
+            passes = status == 429 or (not unsafe and (status in TRANSIENT or _is_transport(root)))
+            if not passes or attempt == ATTEMPTS:
+                raise
+            wait = _told_to_wait(root) if status == 429 else None
+            seconds = 2.0 ** (attempt - 1) if wait is None else wait + 1.0
+            reason = "rate limited by the Hub" if status == 429 else f"the Hub failed ({status or 'network'})"
+            log.warning("%s: trying again in %g s (%d of %d)", reason, seconds, attempt, ATTEMPTS - 1)
+        time.sleep(seconds)
+    raise AssertionError("unreachable")
+
+
+@contextlib.contextmanager
+def errors(where: str) -> Iterator[None]:
+    """Turn whatever the client raises inside into a `HubError` at `where`, and keep secrets out of its logs."""
+    from huggingface_hub.errors import HTTPError
+
+    with _discreet_logs():
+        try:
+            yield
+        except VeraToolsError:
+            raise
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:
+            raise _explain(error, where) from _without_secrets(error)
+
+
+def _explain(error: BaseException, where: str) -> HubError:
+    root = _root(error)
+    for explain in (_explain_named, _explain_status, _explain_transport, _explain_disk):
+        if found := explain(root, where):
+            return found
+    return HubError(
+        _first_line(root),
+        where=where,
+        hint="try again; VERA_TOOLS_DEBUG=1 shows where the Hub's client raised it",
+    )
+
+
+def _explain_named(root: BaseException, where: str) -> HubError | None:
+    """What the client has an exception class of its own for."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(root, hub.OfflineModeIsEnabled):
+        what, hint = "offline mode is on", "unset HF_HUB_OFFLINE, or fetch it while online: then the cache is enough"
+    elif isinstance(root, hub.LocalEntryNotFoundError):
+        what, hint = "not in the local cache, and the Hub cannot be reached", "go online, or unset HF_HUB_OFFLINE"
+    elif isinstance(root, hub.GatedRepoError):
+        what = "the repository is gated, and access was not granted to " + ("this token" if _token() else "anyone")
+        hint = f"ask for access on its page, then {_SIGN_IN}"
+    elif isinstance(root, hub.RepositoryNotFoundError):
+        if _token():
+            what, hint = "no such repository, or this token may not see it", "check the name, and whose token is used"
+        else:
+            what, hint = "no such repository, or it is private", f"check the name; to see private ones, {_SIGN_IN}"
+    elif isinstance(root, hub.RevisionNotFoundError):
+        what, hint = "no such revision", "name a branch, a tag, a commit or refs/pr/N that exists"
+    elif isinstance(root, hub.EntryNotFoundError):
+        what, hint = "no such file or folder in the repository", "check the path and the revision"
+    elif isinstance(root, hub.LocalTokenNotFoundError):
+        what, hint = "no token", _SIGN_IN
+    elif isinstance(root, hub.HFValidationError):
+        what, hint = _first_line(root), "a repository is called owner/name"
+    else:
+        return None
+    return HubError(what, where=where, hint=hint)
+
+
+_SIGN_IN = "sign in with `hf auth login`, or set HF_TOKEN"
+
+
+def _explain_status(root: BaseException, where: str) -> HubError | None:
+    status = _status(root)
+    if status is None:
+        return None
+    said = _redact(str(getattr(root, "server_message", None) or "")).split("\n")[0].rstrip(".")
+    quoted = f': "{said}"' if said else ""
+    if status == 401:
+        what = "the Hub does not accept the token" if _token() else "the Hub wants to know who asks"
+        return HubError(what + quoted, where=where, hint=_SIGN_IN)
+    if status == 403:
+        hint = "use a token with write access to this namespace, or propose the change with --create-pr"
+        return HubError("no right to do this" + quoted, where=where, hint=hint)
+    if status == 409:
+        return HubError("it conflicts with what is there" + quoted, where=where, hint="look at the repository first")
+    if status == 412:
+        hint = "look at what changed, then push again"
+        return HubError("somebody else pushed to it meanwhile", where=where, hint=hint)
+    if status == 416:
+        return HubError("the file on the Hub is shorter than its listing says", where=where, hint="try again")
+    if status == 429:
+        wait = _told_to_wait(root)
+        hint = f"wait {wait} seconds and try again" if wait is not None else "wait a while and try again"
+        return HubError("too many requests, even after waiting", where=where, hint=hint)
+    if status >= 500:
+        hint = "try again later; https://status.huggingface.co says more"
+        return HubError(f"the Hub failed with status {status}{quoted}", where=where, hint=hint)
+    return HubError(f"the Hub refused with status {status}{quoted}", where=where, hint="check what was asked for")
+
+
+def _explain_transport(root: BaseException, where: str) -> HubError | None:
+    from huggingface_hub.errors import HTTPError
+
+    name, text = type(root).__name__, _first_line(root)
+    if "Consistency check failed" in text:
+        return HubError("the transfer was cut short", where=where, hint="try again")
+    if name == "ProxyError":
+        return HubError(f"the proxy refused: {text}", where=where, hint="check HTTPS_PROXY and NO_PROXY")
+    if "Timeout" in name:
+        hint = "check the network, or allow more with HF_HUB_DOWNLOAD_TIMEOUT and HF_HUB_ETAG_TIMEOUT"
+        return HubError("the Hub did not answer in time", where=where, hint=hint)
+    if name in ("ConnectError", "UnsupportedProtocol", "InvalidURL"):
+        hint = "check the network, the proxy and HF_ENDPOINT"
+        return HubError(f"the Hub cannot be reached: {text}", where=where, hint=hint)
+    if isinstance(root, HTTPError):
+        return HubError("the connection broke off", where=where, hint="check the network and try again")
+    if isinstance(root, ConnectionError) or name.startswith("Xet"):  # hf_xet's failures have no class of their own
+        hint = "try again, or with HF_HUB_DISABLE_XET=1 to transfer over plain HTTP"
+        return HubError(f"the transfer through Xet failed: {text}", where=where, hint=hint)
+    return None
+
+
+def _explain_disk(root: BaseException, where: str) -> HubError | None:
+    if not isinstance(root, OSError) or root.errno is None:
+        return None
+    full = root.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    what = "the disk is full" if full else f"could not be stored: {root.strerror}"
+    if isinstance(root.filename, str):
+        where = f"{where}: {root.filename}"
+    hint = "make room, or move the cache with HF_HOME" if full else "check the output folder and the cache (HF_HOME)"
+    return HubError(what, where=where, hint=hint)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The failure itself: the client hides some behind a cache miss, and uploads behind a RuntimeError."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    while isinstance(error, LocalEntryNotFoundError | RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    return status if isinstance(status, int) else None
+
+
+def _is_transport(error: BaseException) -> bool:
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+
+    if isinstance(error, OfflineModeIsEnabled):
+        return False
+    return isinstance(error, HTTPError | ConnectionError) and _status(error) is None
+
+
+def _told_to_wait(error: BaseException) -> int | None:
+    """Seconds, from ``RateLimit: "api";r=0;t=N`` or ``Retry-After: N``."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    if match := re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", "")):
+        return int(match[1])
+    after = headers.get("retry-after", "").strip()
+    return int(after) if after.isdigit() else None
+
+
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    return get_token()
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in _redact(str(error)).split("\n") if line.strip()]
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def _redact(text: str) -> str:
+    """`text` without tokens, and without the queries of URLs, which sign them."""
+    token = os.environ.get("HF_TOKEN")
+    if token and token.strip():
+        text = text.replace(token, "<token>").replace(token.strip(), "<token>")
+    return _SECRET.sub("<hidden>", text)
+
+
+def _without_secrets(error: BaseException) -> BaseException | None:
+    """`error` as a cause to show when debugging; None where its own text holds a secret."""
+    return error if _redact(str(error)) == str(error) else None
+
+
+class _Discreet(logging.Filter):
+    """Takes secrets out of what is logged."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = _redact(record.getMessage()), None
+        return True
+
+
+@contextlib.contextmanager
+def _discreet_logs() -> Iterator[None]:
+    discreet = _Discreet()
+    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
+    for handler in handlers:
+        handler.addFilter(discreet)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(discreet)

@@ -1,0 +1,175 @@
+"""A folder on the Hub, read by ranges: kilobytes for a header, and large files piece by piece, never whole.
+
+The revision is pinned to a commit when the folder is opened, so that all its files belong together. Requests are made,
+and made again, by the client's own `http_backoff`, and follow the Hub's redirects to signed URLs.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vera_tools import hub, source
+from vera_tools.errors import HubError
+from vera_tools.hub import Reference, RemoteFile
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import Response
+
+#: Bytes of the first range: enough for the header of most files.
+WINDOW = 16 << 10
+#: Most bytes in one request. Sequential reads grow up to it, so that streaming a file takes few requests.
+MOST = 16 << 20
+
+
+def folder(reference: str) -> source.Folder:
+    """Open ``hf://owner/name[@revision][/subfolder]``; offline, what the client's cache holds of it.
+
+    Raises:
+        UsageError: not such a reference.
+        HubError: not there, no access, or the Hub cannot be reached.
+    """
+    parsed = Reference.parse(reference)
+    return CachedFolder(parsed) if hub.is_offline() else HubFolder(parsed)
+
+
+class HubFolder:
+    """A folder of a repository at one commit.
+
+    Attributes:
+        label: As it was asked for.
+        reference: What was asked for.
+        commit: The commit that it stands for.
+    """
+
+    def __init__(self, reference: Reference) -> None:
+        self.label, self.reference = str(reference), reference
+        self._api = hub.client()
+        self.commit = hub.resolve(self._api, reference)
+
+    @cached_property
+    def files(self) -> dict[str, RemoteFile]:
+        """The files directly in the folder, by name."""
+        found = hub.listing(self._api, self.reference, self.commit)
+        return {path.rsplit("/", 1)[-1]: file for path, file in found.items()}
+
+    def names(self) -> list[str]:
+        """Sorted names of the files."""
+        return sorted(self.files)
+
+    def path_of(self, name: str) -> str:
+        """The file's reference."""
+        return f"{self.label}/{name}"
+
+    def open(self, name: str) -> HubFile:
+        """Open one file.
+
+        Raises:
+            HubError: no such file.
+        """
+        if name not in self.files:
+            raise HubError("no such file in the repository", where=self.path_of(name), hint="check the revision")
+        return HubFile(self._api, self.reference.repo, self.commit, self.files[name], label=self.path_of(name))
+
+
+class HubFile:
+    """A file on the Hub. Small ones that git holds are fetched whole, and checked; large ones by ranges."""
+
+    def __init__(self, api: HfApi, repo: str, commit: str, file: RemoteFile, *, label: str) -> None:
+        self.label, self.size = label, file.size
+        self._api, self._repo, self._commit, self._file = api, repo, commit, file
+        self._start, self._held = 0, b""
+
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill `buffer` with the bytes from `start` on.
+
+        Raises:
+            HubError: the Hub refused, the connection broke for good, or the bytes are not what was asked for.
+        """
+        view, done = buffer.cast("B"), 0
+        while done < len(view):
+            if not self._start <= start + done < self._start + len(self._held):
+                self._fetch(start + done, len(view) - done)
+            offset = start + done - self._start
+            piece = memoryview(self._held)[offset : offset + len(view) - done]
+            view[done : done + len(piece)] = piece
+            done += len(piece)
+
+    def close(self) -> None:
+        """Forget what is held."""
+        self._held = b""
+
+    def _fetch(self, start: int, wanted: int) -> None:
+        """Hold the bytes from `start` on: as many as wanted, and more where the file is read in sequence."""
+        if self._file.sha256 is None:
+            self._start, self._held = 0, self._get_whole()
+        else:
+            sequential = bool(self._held) and start == self._start + len(self._held)
+            ahead = 2 * len(self._held) if sequential else WINDOW
+            stop = min(start + min(max(wanted, ahead), MOST), self.size)
+            self._start, self._held = start, self._get_range(start, stop)
+        if start >= self._start + len(self._held):
+            raise HubError("the file ends too early", where=self.label, expected=f"{start + wanted} bytes")
+
+    def _get_whole(self) -> bytes:
+        content = self._get({}).content
+        if hub.git_sha1(content) != self._file.git_sha1:
+            raise HubError("the bytes that arrived are not the ones on the Hub", where=self.label, hint="try again")
+        return content
+
+    def _get_range(self, start: int, stop: int) -> bytes:
+        if stop <= start:
+            return b""
+        response = self._get({"Range": f"bytes={start}-{stop - 1}"})
+        content = response.content
+        if response.status_code == 200 and len(content) == self.size:  # a server that does not do ranges
+            content = content[start:stop]
+        if len(content) != stop - start:
+            raise HubError(
+                "the Hub sent another range than asked for",
+                where=self.label,
+                expected=f"{stop - start} bytes",
+                found=str(len(content)),
+                hint="try again",
+            )
+        return content
+
+    def _get(self, headers: dict[str, str]) -> Response:
+        from huggingface_hub import constants, hf_hub_url
+        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+
+        headers = {**build_hf_headers(library_name="vera-tools"), "Accept-Encoding": "identity", **headers}
+        url = hf_hub_url(self._repo, self._file.path, revision=self._commit, endpoint=self._api.endpoint)
+        with hub.errors(self.label):
+            response = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            hf_raise_for_status(response)
+        return response
+
+
+class CachedFolder(source.LocalFolder):
+    """What the client's cache holds of a folder, for when HF_HUB_OFFLINE is set."""
+
+    def __init__(self, reference: Reference) -> None:
+        super().__init__(_cached(reference))
+        self.label, self.reference = str(reference), reference
+
+    def path_of(self, name: str) -> str:
+        """The file's reference."""
+        return f"{self.label}/{name}"
+
+
+def _cached(reference: Reference) -> Path:
+    """The folder of the cache that holds the reference's files."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in ("adapter_config.json", "config.json", "adapter_model.safetensors", "model.safetensors"):
+        found = try_to_load_from_cache(reference.repo, reference.path(name), revision=reference.revision)
+        if isinstance(found, str):
+            return Path(found).parent
+    raise HubError(
+        "offline mode is on, and the local cache does not have it",
+        where=str(reference),
+        hint="unset HF_HUB_OFFLINE, or fetch it while online: then the cache is enough",
+    )
