@@ -1,0 +1,58 @@
+"""VeRA adapters on live PyTorch models. The only part of vera-tools that imports torch."""
+
+from __future__ import annotations
+
+import os
+
+from torch import nn
+
+from vera_tools.config import VeraConfig
+from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.model import VeraModel
+
+__all__ = ["VeraConfig", "VeraLinear", "VeraModel", "load_adapter", "save_adapter"]
+
+
+def load_adapter(
+    model: nn.Module,
+    checkpoint: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    strict: bool = False,
+) -> VeraModel:
+    """Put a checkpoint's adapter on a model, with the projections that it was trained with.
+
+    Args:
+        model: A plain model, or a `VeraModel`, which then gets one more adapter.
+        checkpoint: A folder, an adapter_model.safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+        adapter_name: The adapter's name here.
+        is_trainable: Whether it is to be trained on.
+        strict: Refuse what can only be assumed.
+
+    Returns:
+        The `VeraModel`, which is `model` itself where that was one.
+
+    Raises:
+        FormatError, CheckFailedError, UnprovenError, UsageError: as `VeraModel.from_pretrained`.
+    """
+    if not isinstance(model, VeraModel):
+        return VeraModel.from_pretrained(model, checkpoint, adapter_name, is_trainable, strict=strict)
+    model.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict)
+    return model
+
+
+def save_adapter(model: VeraModel, folder: str | os.PathLike[str], adapter_name: str | None = None) -> None:
+    """Write one adapter into a folder, in PEFT's format, with a manifest.
+
+    Args:
+        model: The model.
+        folder: Where to; the adapter goes into the folder itself, whatever its name.
+        adapter_name: Which adapter. Default: the active one.
+
+    Raises:
+        UsageError: no such adapter, several are active, or save_projection is off for projections that no recipe makes.
+    """
+    from vera_tools.nn import io
+
+    io.save(model, os.fspath(folder), model.active_adapter if adapter_name is None else adapter_name)

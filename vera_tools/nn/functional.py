@@ -1,0 +1,109 @@
+"""The VeRA update as one differentiable function that keeps nothing of full width for the backward pass.
+
+Kopiczko, Blankevoort and Asano, "VeRA: Vector-based Random Matrix Adaptation" (arXiv 2310.11454), equation 2::
+
+    h = W0 x + b * (B (d * (A x)))
+
+with A and B frozen, random and shared by all layers, and the vectors d (r,) and b (out_features,) trained.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F  # noqa: N812
+
+
+class _AddVera(torch.autograd.Function):
+    """``result + b * (B (d * (A x)))``, saving only ``u = A x``, which is r wide.
+
+    Written as matrices, with g the gradient of the output and one row per position, everything the two vectors need is
+    in one matrix of B's own shape, ``H = B * (g^T u)``: then ``grad_b = H d`` and ``grad_d = H^T b``. Plain autograd
+    keeps ``B (d * u)`` instead, which is out_features wide and for every layer alive until the backward pass.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+        u = F.linear(x.to(A.dtype), A)
+        ctx.save_for_backward(u, A, B, d, b)
+        ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
+        return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        u, A, B, d, b = ctx.saved_tensors
+        needs_result, needs_x, _, _, needs_d, needs_b = ctx.needs_input_grad
+        rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
+        grad_x = grad_d = grad_b = None
+        if needs_x:
+            # Scaling B costs out_features * r products; scaling the gradient would cost out_features for every row.
+            grad_u = rows @ (b.unsqueeze(1) * B * d).to(B.dtype)
+            grad_x = (grad_u @ A).reshape(*g.shape[:-1], A.shape[1]).to(ctx.x_dtype)
+        if needs_d or needs_b:
+            H = (rows.T @ u.reshape(-1, u.shape[-1])).to(b.dtype) * B
+            grad_d, grad_b = b @ H, H @ d
+        return g.to(ctx.result_dtype) if needs_result else None, grad_x, None, None, grad_d, grad_b
+
+
+def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """The base layer's output with the adapter's update added.
+
+    The matrix products run in A's and B's dtype, or in autocast's where autocast is on. The vectors stay in their own,
+    as PEFT does it. The backward pass cannot itself be differentiated.
+
+    Args:
+        result: The base layer's output, (..., out_features).
+        x: Its input, after dropout, (..., in_features).
+        A: (r, in_features), a slice of the shared vera_A.
+        B: (out_features, r), a slice of the shared vera_B.
+        d: vera_lambda_d, (r,).
+        b: vera_lambda_b, (out_features,).
+
+    Returns:
+        (..., out_features), in the dtype that `result` and the vectors promote to.
+    """
+    A, B, d, b = _compute_dtypes(A, B, d, b, device=x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        total: Tensor = _AddVera.apply(result, x, A, B, d, b)  # type: ignore[no-untyped-call]
+        return total
+
+
+def add_vera_rows(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """`add_vera` where every row of the batch has vectors of its own: two matrix products for all adapters together.
+
+    Args:
+        result: (rows, ..., out_features).
+        x: (rows, ..., in_features).
+        A: (r, in_features), shared by all rows.
+        B: (out_features, r), shared by all rows.
+        d: (rows, r), one vera_lambda_d for each row.
+        b: (rows, out_features).
+
+    Returns:
+        As `add_vera`.
+    """
+    A, B, d, b = _compute_dtypes(A, B, d, b, device=x.device.type)
+    with torch.autocast(x.device.type, enabled=False):
+        between = (1,) * (x.dim() - 2)
+        d, b = (vectors.view(vectors.shape[0], *between, vectors.shape[1]) for vectors in (d, b))
+        u = F.linear(x.to(A.dtype), A)
+        return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b)
+
+
+def delta_weight(*, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+    """What merging adds to the base weight: ``diag(b) B diag(d) A``, (out_features, in_features), in A's dtype."""
+    return (b.unsqueeze(1) * B) @ (d.unsqueeze(1) * A)
+
+
+def _compute_dtypes(
+    A: Tensor, B: Tensor, d: Tensor, b: Tensor, *, device: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return A.to(dtype), B.to(dtype), d.float(), b.float()
+    dtype = A.dtype  # at least float32: the shared pair is never narrower
+    return A, B, d.to(dtype), b.to(dtype)

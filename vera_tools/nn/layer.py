@@ -1,0 +1,250 @@
+"""A linear layer with VeRA adapters.
+
+For an input x the layer computes, with the paper's names (arXiv 2310.11454, section 3.1)::
+
+    W0 x + bias + lambda_b * (B (lambda_d * (A dropout(x))))
+
+where A (r, in_features) and B (out_features, r) are the upper left corners of the model's shared, frozen, random
+vera_A (r, in_max) and vera_B (out_max, r), and lambda_d (r,) and lambda_b (out_features,) are trained. The attributes
+have the names of PEFT's layer (``peft.tuners.vera.layer.Linear``), so that code for one can look at the other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_tools.config import VeraConfig
+from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.nn.functional import add_vera, delta_weight
+from vera_tools.nn.projection import ProjectionDict
+from vera_tools.nn.rows import Rows
+
+#: The dtypes of weights that can be adapted. float8 and integers are quantised.
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class VeraLinear(nn.Module):
+    """A linear base layer and the VeRA adapters on it.
+
+    Attributes:
+        base_layer: The frozen layer: `torch.nn.Linear`, or a Conv1D of transformers, whose weight is (in, out).
+        name: The module's name in the model, for messages.
+        in_features, out_features: Dimensions of the linear map.
+        fan_in_fan_out: Whether the weight is stored as (in, out).
+        vera_A, vera_B: The model's shared projections, by adapter name.
+        vera_lambda_b, vera_lambda_d: The trained vectors, by adapter name.
+        vera_dropout: Dropout before A, by adapter name.
+        r: Ranks, by adapter name.
+        active_adapters: The adapters whose updates are added.
+        merged_adapters: The adapters whose updates are in the base weight at the moment.
+        disable_adapters: Compute the base layer alone.
+        rows: Set while a batch runs whose rows use different adapters.
+    """
+
+    vera_A: ProjectionDict
+    vera_B: ProjectionDict
+
+    def __init__(
+        self, base_layer: nn.Module, *, vera_A: ProjectionDict, vera_B: ProjectionDict, name: str = ""
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.name = name
+        self.in_features, self.out_features = features(base_layer)
+        self.fan_in_fan_out = is_conv1d(base_layer)
+        # Written past nn.Module.__setattr__, which would register the model's projections as this layer's own.
+        self.__dict__["vera_A"], self.__dict__["vera_B"] = vera_A, vera_B
+        self.vera_lambda_b = nn.ParameterDict()
+        self.vera_lambda_d = nn.ParameterDict()
+        self.vera_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
+        self.disable_adapters = False
+        self.rows: Rows | None = None
+        self._unmerged: Tensor | None = None
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., in_features) to (..., out_features), in the base layer's dtype."""
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return result
+        dtype = result.dtype
+        if self.rows is not None:
+            return self.rows.apply(self, x, result).to(dtype)
+        for name in self.active_adapters:
+            if name in self.r:
+                A, B = self.projections(name, x.device)
+                d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
+                result = add_vera(result, self.vera_dropout[name](x), A=A, B=B, d=d, b=b)
+        return result.to(dtype)
+
+    def projections(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+        """This layer's part of an adapter's pair: (r, in_features) and (out_features, r), views of the shared ones."""
+        A, B = self.vera_A.on(name, device), self.vera_B.on(name, device)
+        return A[:, : self.in_features], B[: self.out_features]
+
+    def adapters_by_pair(self, names: Iterable[str]) -> list[list[str]]:
+        """Those of the names that have an adapter on this layer, in groups that share one pair."""
+        groups: dict[int, list[str]] = {}
+        for name in dict.fromkeys(names):
+            if name in self.r:
+                groups.setdefault(id(self.vera_A[name]), []).append(name)
+        return list(groups.values())
+
+    def add_adapter(self, name: str, config: VeraConfig, *, device: torch.device | None = None) -> None:
+        """Give the layer the vectors of a new adapter, whose pair the model holds already.
+
+        With init_weights, lambda_b is 0 and lambda_d is d_initial, so that the adapter starts without effect; else they
+        are 1 and standard normal, as PEFT has them.
+
+        Args:
+            name: The adapter.
+            config: Its config.
+            device: Where the vectors are made. Default: where the base weight is.
+        """
+        weight = self.weight
+        # Vectors are trained in float32 on a half-precision base, as PEFT's autocast_adapter_dtype does.
+        options: dict[str, Any] = {
+            "dtype": torch.promote_types(weight.dtype, torch.float32),
+            "device": device or weight.device,
+        }
+        self.r[name] = config.r
+        self.vera_dropout[name] = nn.Dropout(config.vera_dropout) if config.vera_dropout > 0 else nn.Identity()
+        self.vera_lambda_b[name] = nn.Parameter(torch.ones(self.out_features, **options))
+        self.vera_lambda_d[name] = nn.Parameter(torch.randn(config.r, **options))
+        if config.init_weights:
+            self.reset_vera_parameters(name, d_initial=config.d_initial)
+
+    def reset_vera_parameters(self, name: str, d_initial: float = 0.1) -> None:
+        """Set an adapter's vectors to their initial values: lambda_b to 0, lambda_d to `d_initial`."""
+        nn.init.constant_(self.vera_lambda_d[name], d_initial)
+        nn.init.zeros_(self.vera_lambda_b[name])
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter's vectors."""
+        if name in self.merged_adapters:
+            self.unmerge()
+        if name in self.r:
+            del self.r[name], self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    @property
+    def merged(self) -> bool:
+        """Whether the base weight contains an adapter at the moment."""
+        return bool(self.merged_adapters)
+
+    @torch.no_grad()
+    def merge(
+        self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None, *, keep_original: bool = True
+    ) -> None:
+        """Add adapters' updates to the base weight.
+
+        Args:
+            safe_merge: Leave the weight as it was where the sum would not be finite.
+            adapter_names: Which adapters. Default: the active ones.
+            keep_original: Keep a copy of the weight, which `unmerge` puts back bit by bit. Arithmetic could not:
+                ``(w + delta) - delta`` is rounded twice.
+
+        Raises:
+            CheckFailedError: `safe_merge`, and the merged weight has values that are not finite.
+        """
+        wanted = self.active_adapters if adapter_names is None else list(adapter_names)
+        if isinstance(adapter_names, str):
+            raise UsageError("adapter_names is a list of names", found=repr(adapter_names))
+        new = [name for name in wanted if name not in self.merged_adapters and name in self.r]
+        if not new:
+            return
+        merged = self.merged_weight(new, safe_merge=safe_merge)
+        if keep_original and self._unmerged is None:
+            self._unmerged = self.weight.detach().clone()
+        self.weight.data.copy_(merged)  # in place, so that a weight that is tied to another module stays tied
+        self.merged_adapters += new
+
+    @torch.no_grad()
+    def merged_weight(self, adapter_names: Sequence[str], *, safe_merge: bool = False) -> Tensor:
+        """The base weight with adapters' updates added one after another, each sum rounded to the weight's dtype.
+
+        Raises:
+            CheckFailedError: `safe_merge`, and the result has values that are not finite.
+        """
+        weight = self.weight.detach()
+        for name in adapter_names:
+            weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(weight).all():
+                raise CheckFailedError(
+                    f"NaNs detected in the merged weights. The adapter {name} seems to be broken",
+                    where=self.name,
+                    hint="nothing was merged",
+                )
+        return weight
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the base weight back, bit by bit as it was before the first `merge`."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", VeraToolsWarning, stacklevel=2)
+            return
+        if self._unmerged is None:
+            raise UsageError("the original weight was not kept", where=self.name)
+        self.weight.data.copy_(self._unmerged)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        """What `merge` adds to the base weight, in its layout, in the projections' dtype."""
+        A, B = self.projections(name, self.vera_lambda_d[name].device)
+        d, b = self.vera_lambda_d[name].to(A.dtype), self.vera_lambda_b[name].to(A.dtype)
+        delta = delta_weight(A=A, B=B, d=d, b=b)
+        return delta.T if self.fan_in_fan_out else delta
+
+    def get_base_layer(self) -> nn.Module:
+        """The base layer."""
+        return self.base_layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, which models read for its dtype or device."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    def extra_repr(self) -> str:
+        """Ranks by adapter name."""
+        return f"r={self.r}, active={self.active_adapters}"
+
+    def _apply(self, fn: Any, recurse: bool = True) -> VeraLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._unmerged is not None:
+            self._unmerged = fn(self._unmerged)
+        return self
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, whose weight is (in, out), found out without importing transformers."""
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether the module is a linear layer, adapted or not, quantised or not."""
+    return isinstance(module, nn.Linear | VeraLinear) or is_conv1d(module)
+
+
+def features(module: nn.Module) -> tuple[int, int]:
+    """in_features and out_features of a linear layer."""
+    if is_conv1d(module):
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        return weight.shape[0], weight.shape[1]
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]

@@ -1,0 +1,82 @@
+"""modules_to_save: a module that is trained and saved whole, one copy for each adapter."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vera_tools.nn.rows import NO_ADAPTER, Rows
+
+
+class SavedModule(nn.Module):
+    """A module of the base, and a trainable copy of it for each adapter that names it in modules_to_save.
+
+    Attributes:
+        original_module: The base's own, frozen.
+        modules_to_save: The copies, by adapter name.
+        name: The module's name in the model, for messages.
+        active_adapters: The copy that is used is that of the last one of these that has one.
+        disable_adapters: Use the original.
+        rows: Set while a batch runs whose rows use different adapters.
+    """
+
+    def __init__(self, module: nn.Module, *, name: str = "") -> None:
+        super().__init__()
+        self.original_module = module
+        self.modules_to_save = nn.ModuleDict()
+        self.name = name
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.rows: Rows | None = None
+
+    def add_adapter(self, name: str) -> None:
+        """Make a copy for an adapter."""
+        self.modules_to_save[name] = copy.deepcopy(self.original_module)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter's copy."""
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
+        self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    @property
+    def active_module(self) -> nn.Module:
+        """What is computed with at the moment."""
+        if not self.disable_adapters:
+            for name in reversed(self.active_adapters):
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module itself."""
+        if self.rows is None or self.disable_adapters:
+            return self.active_module(*args, **kwargs)
+        return self._forward_rows(*args, **kwargs)
+
+    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.rows is not None
+        names = self.rows.for_input(x, where=self.name)
+        names = tuple(name if name in self.modules_to_save else NO_ADAPTER for name in names)
+        outputs: Tensor | None = None
+        for name in dict.fromkeys(names):
+            at = torch.tensor([row for row, own in enumerate(names) if own == name], device=x.device)
+            module = self.original_module if name == NO_ADAPTER else self.modules_to_save[name]
+            output = module(x[at], *args, **kwargs)
+            if outputs is None:
+                outputs = output.new_empty(len(names), *output.shape[1:])
+            outputs = outputs.index_copy(0, at, output)
+        assert outputs is not None
+        return outputs
+
+    def __getattr__(self, name: str) -> Any:
+        # Models look at their own parts (`self.score.weight.dtype`); those find the part that is in use.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "modules_to_save" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.active_module, name)

@@ -1,0 +1,222 @@
+"""Which modules of a live model a config adapts, and the errors that say which do not fit and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vera_tools.config import VeraConfig
+from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
+from vera_tools.nn.saved_module import SavedModule
+from vera_tools.prng import PairShape
+
+#: What is adapted by default, by the base config's model_type: the choices of PEFT 0.21.
+DEFAULT_TARGETS: dict[str, list[str] | str] = {
+    model_type: names.split()
+    for names, model_types in (
+        (
+            "q_proj v_proj",
+            "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt phi",
+        ),
+        ("q_proj v_proj", "qwen2 qwen3 stablelm"),
+        ("query value", "bert electra layoutlm roberta xlm-roberta"),
+        ("query_key_value", "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel"),
+        ("c_attn", "gpt2 gpt_bigcode"),
+        ("q v", "mt5 t5"),
+        ("q v q_proj v_proj", "blip-2"),
+        ("c_proj c_attn", "btlm"),
+        ("qkv_proj", "codegen"),
+        ("in_proj", "deberta"),
+        ("query_proj value_proj", "deberta-v2"),
+        ("Wqkv", "mpt"),
+        ("q_proj k_proj v_proj o_proj", "nemotron_h"),
+        ("key value receptance output", "rwkv"),
+        ("r_proj k_proj v_proj o_proj key value", "rwkv7"),
+    )
+    for model_type in model_types.split()
+}
+DEFAULT_TARGETS["gemma4"] = r".*language_model\..*\.(q_proj|v_proj)"
+
+#: Heads that are trained and saved whole for these tasks, as PEFT's models for them do.
+TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
+
+
+def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
+    """A copy of the config with everything filled in that the model decides.
+
+    Default targets become the model type's, "all-linear" the names of the linear layers, the task's head is added to
+    modules_to_save, fan_in_fan_out follows the layers, and the base's name is taken over.
+
+    Raises:
+        UsageError: no targets are given and the model's type has no default.
+    """
+    config = dataclasses.replace(config, extra=dict(config.extra))
+    base = getattr(model, "config", None)
+    if config.task_type in TASK_HEADS:
+        heads = [head for head in TASK_HEADS[config.task_type] if head not in (config.modules_to_save or [])]
+        config.modules_to_save = (config.modules_to_save or []) + heads
+    if config.target_modules is None:
+        model_type = base.get("model_type") if isinstance(base, dict) else getattr(base, "model_type", None)
+        config.target_modules = DEFAULT_TARGETS.get(model_type or "")
+        if config.target_modules is None:
+            raise UsageError(
+                f"target_modules is not set, and there is no default for the model type {model_type!r}",
+                hint=f"the model has {_linear_names(model)}",
+            )
+    if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
+        config.target_modules = "all-linear"
+        heads_left_out = _heads(model, config)
+        config.target_modules = [
+            name
+            for name, module in named_modules(model)
+            if name and is_linear(module) and module not in heads_left_out and config.targets(name)
+            if not _is_never_called(name, model)
+        ]
+    found = [base_layer(module) for name, module in named_modules(model) if name and config.targets(name)]
+    config.fan_in_fan_out = any(is_conv1d(module) for module in found)
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
+    return config
+
+
+def find(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a completed config adapts, by name, in the model's order.
+
+    Raises:
+        UsageError: nothing matches, or something that matches cannot be adapted; the message names it.
+    """
+    found = {name: module for name, module in named_modules(model) if name and config.targets(name)}
+    if not found:
+        layers = ""
+        if config.layers_to_transform is not None:
+            layers = f" in layers_to_transform={config.layers_to_transform}, layers_pattern={config.layers_pattern}"
+        raise UsageError(
+            f"target_modules {config.target_modules} matched nothing{layers}; the model has {_linear_names(model)}"
+        )
+    for name, module in found.items():
+        check(name, base_layer(module), model)
+    return found
+
+
+def unmatched(config: VeraConfig, model: nn.Module) -> list[str]:
+    """Entries of target_modules and modules_to_save that no module of the model answers to."""
+    names = [name for name, _ in named_modules(model)]
+    entries = [] if isinstance(config.target_modules, str) else list(config.target_modules or [])
+    entries += [
+        entry for entry in config.modules_to_save or [] if entry not in TASK_HEADS.get(config.task_type or "", [])
+    ]
+    return [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
+
+
+def saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config names in modules_to_save, outermost only, by name."""
+    found: dict[str, nn.Module] = {}
+    for name, module in named_modules(model):
+        if any(name == wanted or name.endswith(f".{wanted}") for wanted in config.modules_to_save or []):
+            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+                raise UsageError("modules_to_save cannot be a container", where=name, found=type(module).__name__)
+            if not any(name.startswith(f"{outer}.") for outer in found):
+                found[name] = module
+    return found
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name, without the insides of what an earlier adapter has put there."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is None or not name.startswith(inside):
+            yield name, module
+            inside = f"{name}." if isinstance(module, VeraLinear | SavedModule) else None
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer under the adapters."""
+    return module.base_layer if isinstance(module, VeraLinear) else module
+
+
+def weight_of(module: nn.Module) -> torch.Tensor:
+    """The base weight under a layer, adapted or not."""
+    weight = module.weight
+    assert isinstance(weight, torch.Tensor)
+    return weight
+
+
+def pair_shape(config: VeraConfig, modules: dict[str, nn.Module]) -> PairShape:
+    """The shape of the shared pair: r, and the largest in_features and out_features, each on its own."""
+    sizes = [features(base_layer(module)) for module in modules.values()]
+    return PairShape(config.r, max(size[0] for size in sizes), max(size[1] for size in sizes))
+
+
+def check(name: str, module: nn.Module, model: nn.Module) -> None:
+    """Refuse a module that cannot be adapted.
+
+    Raises:
+        UsageError: it is quantised, not linear, or its forward is never called.
+    """
+    weight = getattr(module, "weight", None)
+    quantised = hasattr(module, "qweight") or hasattr(module, "quant_state") or callable(weight)
+    if isinstance(weight, torch.Tensor):
+        quantised |= weight.dtype not in FLOATS and is_linear(module)
+    if quantised:
+        dtype = weight.dtype if isinstance(weight, torch.Tensor) else "a packed weight"
+        raise UsageError(
+            "a quantised layer cannot be adapted by VeRA",
+            where=name,
+            expected="a weight of float32, float64, bfloat16 or float16",
+            found=f"{type(module).__name__} with {dtype}",
+            hint="load the base without quantisation",
+        )
+    if not is_linear(module):
+        raise UsageError(
+            "only torch.nn.Linear and transformers' Conv1D can be adapted",
+            where=name,
+            found=type(module).__name__,
+            hint="name the linear layers inside it" if any(True for _ in module.children()) else None,
+        )
+    if _is_never_called(name, model):
+        raise UsageError(
+            "torch.nn.MultiheadAttention reads this layer's weight and never calls it, so an adapter would do nothing",
+            where=name,
+        )
+
+
+def check_fits(name: str, module: nn.Module, out_features: int) -> None:
+    """Refuse a checkpoint's vector that does not fit the layer.
+
+    Raises:
+        CheckFailedError: vera_lambda_b has another length than the layer has rows.
+    """
+    if features(base_layer(module))[1] != out_features:
+        raise CheckFailedError(
+            "the layer does not fit vera_lambda_b",
+            where=name,
+            expected=f"out_features {out_features}",
+            found=str(features(base_layer(module))[1]),
+            hint="this is another base than the adapter was trained on",
+        )
+
+
+def _is_never_called(name: str, model: nn.Module) -> bool:
+    return isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _heads(model: nn.Module, config: VeraConfig) -> list[nn.Module]:
+    """The output layer that "all-linear" leaves out: the language model's, or the task's."""
+    get_output = getattr(model, "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    if isinstance(output, nn.Module):
+        return [output]
+    if config.task_type == "SEQ_CLS":
+        return [head for name in TASK_HEADS["SEQ_CLS"] if isinstance(head := getattr(model, name, None), nn.Module)]
+    return []
+
+
+def _linear_names(model: nn.Module) -> str:
+    names = dict.fromkeys(
+        name.rpartition(".")[2] for name, module in named_modules(model) if name and is_linear(module)
+    )
+    return ", ".join(names) or "no linear layer"
