@@ -15,7 +15,7 @@ from vera_tools.base import BaseModel, rounds_through
 from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
 from vera_tools.identification import Identification, Pair, identify_pair, with_digests
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, ProjectionRecord
 from vera_tools.prng import Array, PairShape, digests, generate
 from vera_tools.recipe import Recipe
 
@@ -70,7 +70,8 @@ def resolve(
         strict: Refuse to assume anything.
 
     Raises:
-        CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
+        CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's, or the base
+            does not fit.
         UnprovenError: seed-only with nothing recorded, and `strict`.
         UsageError: seed-only with nothing recorded, and nothing says in_max; or `recipe` contradicts the record.
     """
@@ -90,6 +91,7 @@ def resolve(
                 found=recipe,
                 hint="delete the record if it is wrong",
             )
+        _refuse_stale(record, checkpoint)
         return Resolved(_proven(record, where=checkpoint.label), "recorded")
     if strict and recipe is None:
         raise UnprovenError(
@@ -106,6 +108,32 @@ def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
     if resolved.origin == "stored" or record.recipe is None:
         return checkpoint.weights.read(ROOT + "vera_A"), checkpoint.weights.read(ROOT + "vera_B")
     return generate(record.recipe, record.shape, stored_dtype=record.dtype)
+
+
+def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
+    """A folder that was saved into again keeps its manifest: refuse a record of another key, rank or width."""
+    vectors = [(layer.lambda_b, layer.lambda_d) for layer in checkpoint.layers.values()]
+    widest = max((lambda_b.size for lambda_b, _ in vectors if lambda_b), default=record.shape.out_max)
+    ranks = {lambda_d.size for _, lambda_d in vectors if lambda_d} or {record.shape.r}
+    hint = f"it is an earlier adapter's: delete {MANIFEST_NAME}, and record the checkpoint anew"
+    if widest != record.shape.out_max or ranks != {record.shape.r}:
+        raise CheckFailedError(
+            "the record does not fit the vectors",
+            where=checkpoint.label,
+            expected=f"r {record.shape.r} and out_max {record.shape.out_max}",
+            found=f"r {' and '.join(map(str, sorted(ranks)))} and out_max {widest}",
+            hint=hint,
+        )
+    then = checkpoint.manifest.config.get("projection_prng_key", 0) if checkpoint.manifest else None
+    now = checkpoint.config.projection_prng_key
+    if isinstance(then, int) and (then - now) % 2**32:
+        raise CheckFailedError(
+            "projection_prng_key is not what it was when the manifest was written",
+            where=checkpoint.label,
+            expected=str(then),
+            found=str(now),
+            hint=hint,
+        )
 
 
 def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:

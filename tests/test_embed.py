@@ -1,0 +1,249 @@
+"""Embedding: the original bytes where recorded, the recorded pair, else PEFT's recipe said aloud."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from vera_tools import embed_projections, strip_projections, verify
+from vera_tools.errors import (
+    AssumedRecipeWarning,
+    CheckFailedError,
+    NothingToDoError,
+    UnprovenError,
+    UsageError,
+)
+
+KEPT = [name for name in NAMES if "kept" in name]
+SEED_ONLY = [name for name in NAMES if "seedonly" in name]
+FILES = ("adapter_model.safetensors", "adapter_config.json")
+
+pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
+
+
+def same_files(a: Path, b: Path) -> bool:
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_original_files_come_back_byte_for_byte(name, tmp_path):
+    strip_projections(CHECKPOINTS / name, tmp_path / "stripped")
+    report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
+    assert same_files(tmp_path / "embedded", CHECKPOINTS / name)
+    assert (report.byte_exact, report.config_exact, report.notes) == (True, True, ())
+    assert verify(tmp_path / "embedded").exit_code == 0
+
+
+def test_a_foreign_header_comes_back_byte_for_byte(checkpoint, tmp_path):
+    """Odd order, odd spacing, metadata of its own, CRLF and a byte-order mark in the config."""
+    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    arrays = load(source)
+    header, position = {"__metadata__": {"z": "1", "a": "2", "format": "pt"}}, 0
+    names = sorted(arrays, reverse=True)
+    for name in names:
+        header[name] = {"shape": list(arrays[name].shape), "data_offsets": [position, position + arrays[name].nbytes]}
+        header[name]["dtype"] = "F32"
+        position += arrays[name].nbytes
+    text = json.dumps(header, indent=1).encode() + b" " * 11
+    data = len(text).to_bytes(8, "little") + text + b"".join(arrays[name].tobytes() for name in names)
+    (source / FILES[0]).write_bytes(data)
+    config = (source / FILES[1]).read_text().replace("\n", "\r\n")
+    (source / FILES[1]).write_bytes(b"\xef\xbb\xbf" + config.encode())
+    strip_projections(source, tmp_path / "stripped")
+    assert json.loads((tmp_path / "stripped" / FILES[1]).read_text())["save_projection"] is False
+    embed_projections(tmp_path / "stripped", tmp_path / "embedded")
+    assert same_files(tmp_path / "embedded", source)
+
+
+def test_changed_vectors_are_embedded_and_said(tmp_path):
+    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    strip_projections(source, tmp_path / "stripped")
+    path = tmp_path / "stripped" / FILES[0]
+    arrays = load(path.parent)
+    name = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_b"
+    arrays[name] = arrays[name] + np.float32(1)
+    safetensors.numpy.save_file(arrays, path, {"format": "pt"})  # PEFT drops the metadata on saving again
+    report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
+    assert (report.byte_exact, report.config_exact) == (False, True)
+    assert "does not come back byte for byte" in report.notes[0]
+    embedded, original = load(tmp_path / "embedded"), load(source)
+    assert all(np.array_equal(embedded[key], original[key]) for key in original if key != name)
+    assert np.array_equal(embedded[name], arrays[name])
+
+
+def test_a_changed_config_is_kept_and_said(tmp_path):
+    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    strip_projections(source, tmp_path / "stripped")
+    path = tmp_path / "stripped" / FILES[1]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "owner/renamed"}))
+    report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
+    assert (report.byte_exact, report.config_exact) == (True, False)
+    assert "adapter_config.json changed" in report.notes[0]
+    config = json.loads((tmp_path / "embedded" / FILES[1]).read_text())
+    assert (config["base_model_name_or_path"], config["save_projection"]) == ("owner/renamed", True)
+
+
+@pytest.mark.parametrize("name", SEED_ONLY)
+def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
+    with pytest.warns(AssumedRecipeWarning, match="assuming mt19937-f32-fused"):
+        report = embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name))
+    assert report.projections.assumed
+    assert report.origin == "assumed"
+    assert (report.byte_exact, report.config_exact) == (None, None)
+    assert json.loads((tmp_path / "out" / "vera_manifest.json").read_text())["assumed"] is True
+    via = "bfloat16" if "bf16" in name else None
+    assert report.projections.recipe is not None
+    assert report.projections.recipe.rounded_through == via
+
+
+PEFT_PAIR = """
+import sys, torch, warnings
+warnings.simplefilter("ignore")
+from peft import PeftModel
+from safetensors.numpy import save_file
+from transformers import AutoModelForCausalLM
+base, adapter, out = sys.argv[1:]
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+pair = {k: getattr(model.base_model, k)["default"].float().numpy() for k in ("vera_A", "vera_B")}
+save_file(pair, out)
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "recipe"),
+    [
+        ("peft-0.21.2-llama-f32-seedonly", "", None),
+        ("peft-0.21.2-llama-bf16-seedonly", "", None),
+        ("peft-0.21.2-llama-f32-seedonly-noavx", "default", "mt19937-f32-separate"),
+    ],
+)
+def test_the_embedded_pair_is_what_peft_draws(name, capability, recipe, tmp_path):
+    env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+    drawn = tmp_path / "drawn.safetensors"
+    command = [sys.executable, "-c", PEFT_PAIR, str(base_of(name)), str(CHECKPOINTS / name), str(drawn)]
+    subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AssumedRecipeWarning)
+        embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
+    embedded, expected = load(tmp_path / "out"), safetensors.numpy.load_file(drawn)
+    for key in ("vera_A", "vera_B"):
+        assert np.array_equal(embedded[f"base_model.{key}"], expected[key])
+
+
+def test_in_features_does_for_a_base(tmp_path):
+    name = "peft-0.21.2-llama-f32-seedonly"
+    with pytest.warns(AssumedRecipeWarning):
+        embed_projections(CHECKPOINTS / name, tmp_path / "a", base=base_of(name))
+    width = load(tmp_path / "a")["base_model.vera_A"].shape[1]
+    with pytest.warns(AssumedRecipeWarning, match="name it with --base"):
+        embed_projections(CHECKPOINTS / name, tmp_path / "b", in_features=width)
+    assert (tmp_path / "a" / FILES[0]).read_bytes() == (tmp_path / "b" / FILES[0]).read_bytes()
+
+
+def test_without_a_width_it_refuses(tmp_path):
+    with pytest.raises(UsageError, match="in_max cannot be read off a seed-only checkpoint"):
+        embed_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", tmp_path / "out")
+
+
+def test_strict_refuses_to_assume(tmp_path):
+    name = "peft-0.21.2-llama-f32-seedonly"
+    with pytest.raises(UnprovenError):
+        embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), strict=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_wrong_recorded_digest_is_refused(tmp_path):
+    strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", tmp_path / "stripped")
+    path = tmp_path / "stripped" / "vera_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["projections"]["vera_B"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckFailedError, match="the regenerated vera_B is not the recorded one"):
+        embed_projections(tmp_path / "stripped", tmp_path / "out")
+
+
+@pytest.mark.parametrize("change", ["key", "rank"])
+def test_an_earlier_adapters_record_is_refused(change, tmp_path):
+    """PEFT leaves the manifest where it is when another adapter is saved into the folder."""
+    strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", tmp_path / "stripped")
+    config = json.loads((tmp_path / "stripped" / FILES[1]).read_text())
+    if change == "key":
+        config["projection_prng_key"] += 1
+        (tmp_path / "stripped" / FILES[1]).write_text(json.dumps(config))
+    else:
+        other = CHECKPOINTS / "peft-0.21.2-llama-bf16-seedonly"
+        assert json.loads((other / FILES[1]).read_text())["r"] != config["r"]
+        for name in FILES:
+            shutil.copy(other / name, tmp_path / "stripped" / name)
+    with pytest.raises(CheckFailedError, match="earlier adapter's"):
+        embed_projections(tmp_path / "stripped", tmp_path / "out")
+
+
+def test_a_single_file_is_enough(tmp_path):
+    """Without manifest and config, the safetensors metadata says how the pair is made."""
+    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept-noavx"
+    strip_projections(source, tmp_path / "stripped")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "stripped" / FILES[0], tmp_path / "alone" / "adapter.safetensors")
+    report = embed_projections(tmp_path / "alone" / "adapter.safetensors", tmp_path / "out")
+    assert report.origin == "recorded"
+    embedded, original = load(tmp_path / "out"), load(source)
+    assert all(np.array_equal(embedded[key], original[key]) for key in original)
+
+
+def test_stored_already():
+    with pytest.raises(NothingToDoError, match="stored already"):
+        embed_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", "unused")
+
+
+def test_a_forced_strip_cannot_be_embedded(checkpoint, tmp_path):
+    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    arrays = load(source)
+    arrays["base_model.vera_A"][0, 0] += np.float32(1)
+    safetensors.numpy.save_file(arrays, source / FILES[0], {"format": "pt"})
+    strip_projections(source, tmp_path / "stripped", force=True)
+    with pytest.raises(CheckFailedError, match="they are lost"):
+        embed_projections(tmp_path / "stripped", tmp_path / "out")
+
+
+def test_command(tmp_path):
+    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    strip_projections(source, tmp_path / "stripped")
+    code, document = run_json("embed-projections", tmp_path / "stripped", "-o", tmp_path / "out")
+    assert (code, document["byte_exact"], document["origin"]) == (0, True, "recorded")
+    name = "peft-0.21.2-llama-f32-seedonly-noavx"
+    options = ("--base", base_of(name), "--rounding", "separate")
+    code, document = run_json("embed-projections", CHECKPOINTS / name, "-o", tmp_path / "b", *options)
+    assert (code, document["assumed"], document["recipe"]["name"]) == (0, True, "mt19937-f32-separate")
+    result = run_cli("embed-projections", tmp_path / "stripped", "-o", tmp_path / "c")
+    assert "byte for byte the one that was stripped" in result.stdout
+
+
+def test_conversions_do_not_import_torch(tmp_path):
+    code = (
+        "import sys, vera_tools\n"
+        f"vera_tools.strip_projections({str(CHECKPOINTS / 'peft-0.21.2-llama-f32-kept')!r}, 'a')\n"
+        "vera_tools.embed_projections('a', 'b')\n"
+        "assert 'torch' not in sys.modules, 'torch was imported'\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        check=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
