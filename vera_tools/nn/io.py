@@ -26,7 +26,7 @@ from vera_tools.nn.layer import features
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.prng import Array
-from vera_tools.projections import arrays, resolve
+from vera_tools.projections import Resolved, arrays, resolve
 from vera_tools.recipe import Recipe
 from vera_tools.writing import write_checkpoint
 
@@ -66,20 +66,20 @@ def load(
         modules = targets.find(config, model.model)
         _check_names(checkpoint, model, config, modules)
         _check_shapes(checkpoint, config, modules)
-        record, pair = projections(checkpoint, modules, strict=strict)
+        resolved, pair = projections(checkpoint, modules, strict=strict)
         tensors = {
             name: to_tensor(checkpoint.weights.read(name))
             for name in checkpoint.weights.tensors
             if name.startswith(MODULES)
         }
-    model.attach(adapter_name, config, modules, record, pair, low_cpu_mem_usage=True)
+    model.attach(adapter_name, config, modules, resolved.record, pair, low_cpu_mem_usage=True)
     _put(model, adapter_name, tensors)
 
 
 def projections(
     checkpoint: Checkpoint, modules: Mapping[str, nn.Module], *, strict: bool
-) -> tuple[ProjectionRecord, tuple[Array, Array]]:
-    """The projections that a checkpoint was trained with, given the live layers that it adapts.
+) -> tuple[Resolved, tuple[Array, Array]]:
+    """The projections that a checkpoint was trained with, given the live layers that it adapts, and how they are known.
 
     Raises:
         CheckFailedError: they are too small for the layers, or not the recorded ones.
@@ -116,7 +116,7 @@ def projections(
         if strict:
             raise error
         warnings.warn(str(error), VeraToolsWarning, stacklevel=5)
-    return record, arrays(checkpoint, resolved)
+    return resolved, arrays(checkpoint, resolved)
 
 
 def save(model: VeraModel, folder: str, adapter_name: str, *, is_main_process: bool | None = None) -> None:
@@ -152,11 +152,11 @@ def _named(model: VeraModel, adapter_name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter but the projections, by its name on disk."""
     config = model.peft_config[adapter_name]
     tensors: dict[str, Tensor] = {}
-    for name, layer in model.layers().items():
+    for name, layer in model.vera_layers().items():
         if adapter_name in layer.r:
             tensors[f"{MODULES}{name}.vera_lambda_b"] = layer.vera_lambda_b[adapter_name]
             tensors[f"{MODULES}{name}.vera_lambda_d"] = layer.vera_lambda_d[adapter_name]
-    for name, tensor in model.biases(config.bias).items():
+    for name, tensor in model.trained_biases(config.bias).items():
         tensors[MODULES + name] = tensor
     for name, module in model.saved_modules().items():
         if adapter_name in module.modules_to_save:
@@ -167,7 +167,7 @@ def _named(model: VeraModel, adapter_name: str) -> dict[str, Tensor]:
 
 def _put(model: VeraModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """Give an attached adapter its values, by their names on disk."""
-    for name, layer in model.layers().items():
+    for name, layer in model.vera_layers().items():
         for which in ("vera_lambda_b", "vera_lambda_d"):
             if (values := tensors.pop(f"{MODULES}{name}.{which}", None)) is not None:
                 weight = layer.weight
@@ -183,7 +183,7 @@ def _put(model: VeraModel, adapter_name: str, tensors: dict[str, Tensor]) -> Non
             state = {key: tensors.pop(prefix + key) for key in copy.state_dict()}
             on_meta = any(parameter.device.type == "meta" for parameter in copy.parameters())
             copy.load_state_dict(state, assign=on_meta)
-    biases = model.biases(model.peft_config[adapter_name].bias)
+    biases = model.trained_biases(model.peft_config[adapter_name].bias)
     with torch.no_grad():
         for name, values in tensors.items():
             biases[name.removeprefix(MODULES)].copy_(values)
@@ -245,7 +245,7 @@ def _check_seed_only(model: VeraModel, record: ProjectionRecord, *, where: str) 
             where=where,
             hint="set save_projection to True",
         )
-    dtypes = {dtype_name(layer.weight.dtype) for layer in model.layers().values()}
+    dtypes = {dtype_name(layer.weight.dtype) for layer in model.vera_layers().values()}
     through = rounds_through(dtypes) if len(dtypes & set(HALVES)) < 2 else None
     if record.recipe != Recipe(prng_key=record.recipe.prng_key, rounded_through=through):
         warnings.warn(
@@ -259,7 +259,7 @@ def _check_seed_only(model: VeraModel, record: ProjectionRecord, *, where: str) 
 def _describe_base(model: VeraModel, config: VeraConfig, adapter_name: str) -> BaseRecord:
     weights = {
         f"{name}.weight": TensorRecord(tuple(layer.weight.shape), dtype_name(layer.weight.dtype), None)
-        for name, layer in model.layers().items()
+        for name, layer in model.vera_layers().items()
         if adapter_name in layer.r
     }
     return BaseRecord(config.base_model_name_or_path, config.revision, weights)

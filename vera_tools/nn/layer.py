@@ -129,7 +129,9 @@ class VeraLinear(nn.Module):
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter's vectors."""
         if name in self.merged_adapters:
+            others = [other for other in self.merged_adapters if other != name]
             self.unmerge()
+            self.merge(adapter_names=others)
         if name in self.r:
             del self.r[name], self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]

@@ -1,0 +1,352 @@
+"""The adapters on a model: adding, choosing and deleting them. `VeraModel` is built on this.
+
+Everything is checked before a model is changed, so that a refused adapter leaves it as it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vera_tools.config import VeraConfig
+from vera_tools.errors import UsageError, VeraToolsWarning
+from vera_tools.identification import identify
+from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.nn import targets
+from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
+from vera_tools.nn.rows import NO_ADAPTER
+from vera_tools.nn.saved_module import SavedModule
+from vera_tools.prng import Array, generate
+from vera_tools.recipe import Recipe
+
+
+class Adapters(nn.Module):
+    """A model's adapters and the projections that they share.
+
+    Attributes:
+        model: The wrapped model.
+        peft_config: Config by adapter name.
+        vera_A, vera_B: The shared projections, by adapter name.
+
+    Raises:
+        UsageError: the model carries VeRA adapters already.
+    """
+
+    model: nn.Module
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        if any(isinstance(module, VeraLinear | Adapters) for module in model.modules()):
+            raise UsageError(
+                "the model carries VeRA adapters already", hint="add another with add_adapter, or unload() it first"
+            )
+        self.model = model
+        self.vera_A = ProjectionDict()
+        self.vera_B = ProjectionDict()
+        self.peft_config: dict[str, VeraConfig] = {}
+        self._records: dict[str, ProjectionRecord] = {}
+        self._active: list[str] = []
+        self._disabled = False
+
+    def add_adapter(self, adapter_name: str, config: VeraConfig, *, low_cpu_mem_usage: bool = False) -> None:
+        """Add a new adapter; it is not made active.
+
+        Its projections are drawn from its key exactly as PEFT draws them in float32, on every machine, and are not
+        rounded through the base's dtype. An adapter whose pair equals that of an earlier one shares it; one of another
+        rank or for other shapes gets a pair of its own.
+
+        Raises:
+            UsageError: (a ValueError) the name is taken, the key is not that of the other adapters, or nothing matches.
+        """
+        self.check_new(adapter_name, config)
+        config = targets.complete(config, self.model)
+        modules = targets.find(config, self.model)
+        if missed := targets.unmatched(config, self.model):
+            warnings.warn(
+                f"{', '.join(map(repr, missed))} matched nothing in the model", VeraToolsWarning, stacklevel=2
+            )
+        recipe, shape = Recipe(prng_key=config.projection_prng_key), targets.pair_shape(config, modules)
+        same = [r for r in self._records.values() if (r.recipe, r.shape, r.dtype) == (recipe, shape, "float32")]
+        if same:
+            self.attach(adapter_name, config, modules, same[0], None, low_cpu_mem_usage=low_cpu_mem_usage)
+        else:
+            pair = generate(recipe, shape)
+            record = ProjectionRecord(recipe, False, shape, "float32", _digests(pair))
+            self.attach(adapter_name, config, modules, record, pair, low_cpu_mem_usage=low_cpu_mem_usage)
+
+    def check_new(self, adapter_name: str, config: VeraConfig) -> None:
+        """Refuse an adapter that cannot stand beside those that are there.
+
+        Raises:
+            UsageError: (a ValueError) with PEFT's words where PEFT refuses too.
+        """
+        if adapter_name in self.peft_config:
+            raise UsageError(f"there is an adapter called {adapter_name!r} already", hint="delete it first")
+        taken = adapter_name == NO_ADAPTER or hasattr(nn.ParameterDict, adapter_name)
+        if not adapter_name or "." in adapter_name or taken:
+            raise UsageError("not a name for an adapter", expected="a name without dots", found=repr(adapter_name))
+        for existing in self.peft_config.values():
+            if existing.projection_prng_key != config.projection_prng_key:
+                raise UsageError(
+                    "Vera PRNG initialisation key must be the same for all adapters. Got "
+                    f"{config.projection_prng_key=} but previous config had {existing.projection_prng_key}."
+                )
+            if config.bias != "none" or existing.bias != "none":
+                raise UsageError(
+                    "VeraModel supports only 1 adapter with bias. When using multiple adapters, set bias to 'none' for "
+                    "all adapters."
+                )
+
+    def attach(
+        self,
+        adapter_name: str,
+        config: VeraConfig,
+        modules: dict[str, nn.Module],
+        record: ProjectionRecord,
+        pair: tuple[Array, Array] | None,
+        *,
+        low_cpu_mem_usage: bool = False,
+    ) -> None:
+        """Put an adapter on layers, once everything is checked; nothing in here can fail half-way.
+
+        Args:
+            adapter_name: Its name.
+            config: Its completed config.
+            modules: The layers, from `targets.find`.
+            record: Recipe, shapes and digests of its projections.
+            pair: vera_A and vera_B in the record's dtype; None where an adapter with this very record is there.
+            low_cpu_mem_usage: Make the vectors on the meta device.
+        """
+        saved = targets.saved(config, self.model)
+        self._warn_of_shared_weights(modules)
+        self._hold_pair(adapter_name, config, modules, record, pair)
+        self.peft_config[adapter_name] = config
+        for name, module in modules.items():
+            if not isinstance(module, VeraLinear):
+                layer = VeraLinear(module, vera_A=self.vera_A, vera_B=self.vera_B, name=name)
+                layer.active_adapters, layer.disable_adapters = list(self._active), self._disabled
+                self._replace(name, layer)
+                module = layer
+            module.add_adapter(adapter_name, config, device=torch.device("meta") if low_cpu_mem_usage else None)
+        for name, module in saved.items():
+            if not isinstance(module, SavedModule):
+                wrapper = SavedModule(module, name=name)
+                wrapper.active_adapters, wrapper.disable_adapters = list(self._active), self._disabled
+                self._replace(name, wrapper)
+                module = wrapper
+            module.add_adapter(adapter_name)
+        for parameter in (p for module in self._adapted() for p in _adapter_parameters(module, adapter_name)):
+            parameter.requires_grad_(False)
+
+    def _hold_pair(
+        self,
+        adapter_name: str,
+        config: VeraConfig,
+        modules: dict[str, nn.Module],
+        record: ProjectionRecord,
+        pair: tuple[Array, Array] | None,
+    ) -> None:
+        persistent = config.save_projection
+        for other, known in self._records.items():
+            if (known.sha256, known.dtype) == (record.sha256, record.dtype) and self.record_of(other) is known:
+                self.vera_A.share(adapter_name, other, persistent=persistent)
+                self.vera_B.share(adapter_name, other, persistent=persistent)
+                break
+        else:
+            if pair is None:  # the buffers of the adapter that had this record have been overwritten since
+                assert record.recipe is not None
+                pair = generate(record.recipe, record.shape, stored_dtype=record.dtype)
+            weights = [targets.weight_of(module) for module in modules.values()]
+            like = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
+            for held, values in zip((self.vera_A, self.vera_B), pair, strict=True):
+                held.add(adapter_name, to_tensor(values), persistent=persistent, like=like)
+        self._records[adapter_name] = record
+
+    def record_of(self, adapter_name: str) -> ProjectionRecord:
+        """Recipe, shapes and digests of an adapter's projections, as they are now.
+
+        What was known when they were drawn or loaded is checked against the buffers; values that came in since, by
+        `load_state_dict` for instance, are identified.
+        """
+        known = self._records[adapter_name]
+        if _digests(self.stored_pair(adapter_name, known.dtype)) != known.sha256:
+            pair = tuple(to_array(held[adapter_name]) for held in (self.vera_A, self.vera_B))
+            found = identify(pair[0], pair[1], prng_key=self.peft_config[adapter_name].projection_prng_key)
+            recipe, sha256 = found.recipe if found.exact else None, _digests((pair[0], pair[1]))
+            known = ProjectionRecord(recipe, False, known.shape, pair[0].dtype.name, sha256)
+            self._records[adapter_name] = known
+        return known
+
+    def stored_pair(self, adapter_name: str, dtype: str) -> tuple[Array, Array]:
+        """An adapter's vera_A and vera_B as arrays of a dtype (a name such as "float32")."""
+        wanted: torch.dtype = getattr(torch, dtype)
+        return (
+            to_array(self.vera_A[adapter_name].to(wanted)),
+            to_array(self.vera_B[adapter_name].to(wanted)),
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make one adapter, or several together, active.
+
+        Args:
+            adapter_name: Which.
+            inference_mode: Freeze its parameters; otherwise they become trainable, and all others frozen.
+
+        Raises:
+            UsageError: no such adapter, or two of them bring the same module in modules_to_save.
+        """
+        names = self.check_known([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
+        for where, saved in self.saved_modules().items():
+            if len(own := [name for name in names if name in saved.modules_to_save]) > 1:
+                raise UsageError("only one adapter's saved module can be active", where=where, found=" and ".join(own))
+        if any(layer.merged for layer in self.vera_layers().values()):
+            # PEFT's words and behaviour: what is merged would otherwise go on being computed.
+            message = "Adapter cannot be set when the model is merged. Unmerging the model first."
+            warnings.warn(message, VeraToolsWarning, stacklevel=2)
+            self.unmerge_adapter()
+        self._active = names
+        for module in self._adapted():
+            module.active_adapters = list(names)
+        self._update_trainable(names, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove an adapter. If it was the only active one, the first that is left becomes active."""
+        self.check_known([adapter_name])
+        for module in self._adapted():
+            module.delete_adapter(adapter_name)
+        del self.vera_A[adapter_name], self.vera_B[adapter_name]
+        del self.peft_config[adapter_name], self._records[adapter_name]
+        left = [name for name in self._active if name != adapter_name]
+        if not left and self.peft_config:
+            left = [next(iter(self.peft_config))]
+            warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", VeraToolsWarning, stacklevel=2)
+        self._active = left
+        for module in self._adapted():
+            module.active_adapters = list(left)
+        frozen = all(self.peft_config[name].inference_mode for name in left)
+        self._update_trainable(left, inference_mode=frozen)
+
+    def unmerge_adapter(self) -> None:
+        """Put every base weight back, bit by bit as it was."""
+        for layer in self.vera_layers().values():
+            if layer.merged:
+                layer.unmerge()
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """Names of the active adapters."""
+        return list(self._active)
+
+    @property
+    def active_adapter(self) -> str:
+        """Name of the active adapter, where there is one."""
+        if len(self._active) != 1:
+            raise UsageError("not one active adapter", found=str(self._active))
+        return self._active[0]
+
+    def vera_layers(self) -> dict[str, VeraLinear]:
+        """The adapted layers, by their names in the model."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, VeraLinear)}
+
+    def check_known(self, names: Sequence[str]) -> list[str]:
+        """The names as a list.
+
+        Raises:
+            UsageError: one of them is no adapter's.
+        """
+        if isinstance(names, str):
+            raise UsageError("expected a list of adapter names", found=repr(names))
+        for name in names:
+            if name not in self.peft_config:
+                raise UsageError(f"there is no adapter {name!r}", expected=" or ".join(map(repr, self.peft_config)))
+        return list(names)
+
+    def saved_modules(self) -> dict[str, SavedModule]:
+        """The modules that are saved whole, by their names in the model."""
+        return {name: module for name, module in self.model.named_modules() if isinstance(module, SavedModule)}
+
+    def _adapted(self) -> Iterator[VeraLinear | SavedModule]:
+        yield from self.vera_layers().values()
+        yield from self.saved_modules().values()
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        parent_name, _, child = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        module.train(getattr(parent, child).training)
+        if isinstance(module, VeraLinear) and isinstance(parent, nn.TransformerEncoderLayer):
+            # In evaluation mode the parent reads the weights of its layers and calls a fused kernel, past the adapter.
+            # It calls the layers themselves where one of them has a hook.
+            module.register_forward_pre_hook(_no_op)
+        setattr(parent, child, module)
+
+    def _set_disabled(self, disabled: bool) -> None:
+        self._disabled = disabled
+        for module in self._adapted():
+            module.disable_adapters = disabled
+
+    def _freeze_base(self) -> None:
+        mine = {id(p) for layer in self._adapted() for p in _adapter_parameters(layer)}
+        for parameter in self.model.parameters():
+            if id(parameter) not in mine:
+                parameter.requires_grad_(False)
+
+    def _update_trainable(self, names: Sequence[str], *, inference_mode: bool) -> None:
+        for module in self._adapted():
+            for name in self.peft_config:
+                for parameter in _adapter_parameters(module, name):
+                    parameter.requires_grad_(name in names and not inference_mode)
+        for name, config in self.peft_config.items():
+            for bias in self.trained_biases(config.bias).values():
+                bias.requires_grad_(name in names and not inference_mode)
+
+    def trained_biases(self, which: str) -> dict[str, Tensor]:
+        """The base's biases that an adapter with this `VeraConfig.bias` trains, by their names in the model."""
+        if which == "none":
+            return {}
+        own = {f"{name}.base_layer.bias" for name in self.vera_layers()}
+        inside = tuple(f"{name}." for name in self.saved_modules())
+        return {
+            name: parameter
+            for name, parameter in self.model.named_parameters()
+            if (name in own if which == "vera_only" else name == "bias" or name.endswith(".bias"))
+            and not name.startswith(inside)
+        }
+
+    def _warn_of_shared_weights(self, modules: dict[str, nn.Module]) -> None:
+        names: dict[int, list[str]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(name)
+        for name, module in modules.items():
+            if not isinstance(module, VeraLinear) and len(shared := names.get(id(module.weight), [])) > 1:
+                others = ", ".join(other for other in shared if not other.startswith(f"{name}."))
+                warnings.warn(
+                    f"the weight of {name} is tied to {others}: merging an adapter into it will change both",
+                    VeraToolsWarning,
+                    stacklevel=4,
+                )
+
+
+def _adapter_parameters(module: VeraLinear | SavedModule, name: str | None = None) -> Iterator[nn.Parameter]:
+    if isinstance(module, SavedModule):
+        for own, copy in module.modules_to_save.items():
+            if name in (None, own):
+                yield from copy.parameters()
+    else:
+        for vectors in (module.vera_lambda_b, module.vera_lambda_d):
+            yield from (parameter for own, parameter in vectors.items() if name in (None, own))
+
+
+def _no_op(module: nn.Module, args: tuple[object, ...]) -> None:
+    """A hook that does nothing; a function of the module's own, so that models can be pickled."""
+
+
+def _digests(pair: tuple[Array, Array]) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(values.reshape(-1).view("u1").data).hexdigest()
+        for name, values in zip(PROJECTIONS, pair, strict=True)
+    }
