@@ -51,9 +51,9 @@ def np_dtype(name: str) -> np.dtype[Any]:
     """The little-endian numpy dtype called `name` ("float32", "bfloat16", ...).
 
     Raises:
-        TypeError, AttributeError: numpy and ml_dtypes have no such dtype.
+        TypeError, AttributeError: numpy and ml_dtypes have no such dtype, or files pack it more tightly than they do.
     """
-    if name == "bfloat16" or name.startswith(("float8", "float6", "float4")):
+    if name == "bfloat16" or name.startswith("float8"):
         import ml_dtypes
 
         dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))

@@ -1,0 +1,298 @@
+"""`to_lora`: a VeRA adapter as the LoRA of rank r that it exactly is, for servers that know LoRA only.
+
+VeRA's update of one layer is ``diag(lambda_b) @ vera_B[:out] @ diag(lambda_d) @ vera_A[:, :in]`` (arXiv 2310.11454,
+equation 2). So LoRA with ``B' = lambda_b[:, None] * vera_B[:out]``, ``A' = lambda_d[:, None] * vera_A[:, :in]`` and
+``alpha = r``, which makes LoRA's scaling 1, is the same map; only the rounding of these two products is new.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vera_tools import tensorfile
+from vera_tools._conversion import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint, Layer
+from vera_tools.config import CONFIG_NAME
+from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
+from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
+from vera_tools.projections import arrays, resolve
+from vera_tools.tensorfile import Array, Deferred, TensorFile
+from vera_tools.writing import describe
+
+#: What vLLM's --max-lora-rank may be; adapters of any rank up to it are padded to it.
+VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+_BLOCK = 1 << 18  # elements of a product made at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraReport(ConversionReport):
+    """What was converted to LoRA.
+
+    Attributes:
+        r: The LoRA's rank, and its alpha.
+        dtype: Of lora_A and lora_B.
+        layers: Number of adapted layers.
+        factor: How many times larger the LoRA's weights file is.
+        vllm_max_lora_rank: The --max-lora-rank that vLLM needs, or None where it has none as high.
+        vllm_obstacles: What stops vLLM from taking it.
+        widths_assumed: in_features of the layers were taken from vera_A, for want of a base.
+    """
+
+    name: ClassVar[str] = "convert"
+
+    r: int
+    dtype: str
+    layers: int
+    factor: float
+    vllm_max_lora_rank: int | None
+    vllm_obstacles: tuple[str, ...]
+    widths_assumed: bool
+
+    def body(self) -> dict[str, Any]:
+        """The convert/v1 document's own part."""
+        return {
+            **super().body(),
+            "to": "lora",
+            "lora": {
+                "r": self.r,
+                "alpha": self.r,
+                "dtype": self.dtype,
+                "layers": self.layers,
+                "widths_assumed": self.widths_assumed,
+            },
+            "factor": self.factor,
+            "vllm": {"max_lora_rank": self.vllm_max_lora_rank, "obstacles": list(self.vllm_obstacles)},
+        }
+
+
+def to_lora(
+    checkpoint: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    base: str | os.PathLike[str] | None = None,
+    dtype: str | None = None,
+    in_features: int | None = None,
+    recipe: str | None = None,
+    strict: bool = False,
+    in_place: bool = False,
+    overwrite: bool = False,
+    allow_pickle: bool = False,
+) -> LoraReport:
+    """Write the checkpoint as a LoRA adapter that PEFT, transformers and LoRA servers load.
+
+    Biases and saved modules are carried over. The manifest written beside it says which pair it was made from.
+
+    Args:
+        checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+        output: The folder to write.
+        base: The base model, for each layer's in_features and for a seed-only pair. Only headers are read.
+        dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
+        in_features: Largest in_features of the adapted layers, for a seed-only checkpoint without a base.
+        recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
+        strict: Refuse to assume a recipe or a layer's width.
+        in_place: Replace the checkpoint itself, in one step.
+        overwrite: Replace `output` where it exists.
+        allow_pickle: Read a legacy adapter_model.bin too.
+
+    Raises:
+        FormatError: unreadable, malformed, or not VeRA.
+        CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
+        UnprovenError: something would have to be assumed, and `strict`.
+        UsageError: nothing says in_max, or the output cannot be where it was asked for.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise UsageError("not a dtype for LoRA", expected=" or ".join(FLOATS), found=dtype)
+    with contextlib.ExitStack() as stack:
+        opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        refuse_half_a_pair(opened)
+        model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        resolved = resolve(opened, base=model, in_features=in_features, recipe=recipe, strict=strict)
+        record = resolved.record
+        widths = in_features_by_layer(opened, model)
+        if widths is None:
+            _warn_of_widths(opened, record, strict=strict)
+        tensors = _Tensors(opened, arrays(opened, resolved), widths or {}, dtype)
+        config = lora_config(opened, r=record.shape.r)
+        with target.open() as folder:
+            manifest = _write(folder, opened, config, tensors.all(), record, model)
+            size = (folder / WEIGHTS_NAME).stat().st_size
+        rank = min((rank for rank in VLLM_MAX_RANKS if rank >= record.shape.r), default=None)
+        padded = rank is not None and rank != record.shape.r
+        notes = (f"rank {record.shape.r} is none of vLLM's, which pads it to {rank}",) if padded else ()
+        return LoraReport(
+            **common(opened, target, manifest, size),
+            origin=resolved.origin,
+            r=record.shape.r,
+            dtype=tensors.dtype,
+            layers=len(opened.layers),
+            factor=size / opened.weights.size,
+            vllm_max_lora_rank=rank,
+            vllm_obstacles=tuple(_vllm_obstacles(opened, record.shape.r)),
+            widths_assumed=widths is None,
+            notes=notes,
+        )
+
+
+def lora_config(checkpoint: Checkpoint, *, r: int) -> dict[str, Any]:
+    """adapter_config.json of the LoRA adapter: what every PEFT since 0.4 knows, and nothing else."""
+    config = checkpoint.config
+    targets = config.target_modules
+    return {
+        "alpha_pattern": {},
+        "auto_mapping": config.auto_mapping,
+        "base_model_name_or_path": config.base_model_name_or_path,
+        "bias": "lora_only" if config.bias == "vera_only" else config.bias,
+        "fan_in_fan_out": config.fan_in_fan_out,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": config.layers_pattern,
+        "layers_to_transform": config.layers_to_transform,
+        "lora_alpha": r,
+        "lora_dropout": config.vera_dropout,
+        "modules_to_save": config.modules_to_save,
+        "peft_type": "LORA",
+        "r": r,
+        "rank_pattern": {},
+        "revision": config.revision,
+        # PEFT's defaults by model type are not the same for LoRA and VeRA.
+        "target_modules": sorted(checkpoint.layers) if targets is None else targets,
+        "task_type": config.task_type,
+    }
+
+
+def in_features_by_layer(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, int] | None:
+    """Each adapted module's in_features, from the base or the manifest's record of it; None where neither says.
+
+    Raises:
+        CheckFailedError: the base does not fit.
+    """
+    if base is not None:
+        return {linear.module: linear.in_features for linear in checkpoint.linears(base)}
+    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
+    widths = {}
+    for module, layer in checkpoint.layers.items():
+        # The outermost module's name may differ between adapter and base; the rest of the path does not.
+        names = [n for n in weights if f".{module}.weight".endswith(f".{n}") or n.endswith(f".{module}.weight")]
+        if len(names) != 1 or layer.lambda_b is None or len(weights[names[0]].shape) != 2:
+            return None
+        rows, columns = weights[names[0]].shape
+        widths[module] = columns if rows == layer.lambda_b.size else rows
+    return widths or None
+
+
+class _Tensors:
+    """The LoRA's tensors, each made when it is written."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, pair: tuple[Array, Array], widths: dict[str, int], dtype: str | None
+    ) -> None:
+        self.checkpoint, self.widths = checkpoint, widths
+        self.vera_A, self.vera_B = pair
+        double = "float64" in {self.vera_A.dtype.name, *(info.dtype for info in checkpoint.weights.tensors.values())}
+        self.work = np.dtype(np.float64 if double else np.float32)
+        self.dtype = dtype or self.work.name
+
+    def all(self) -> dict[str, Deferred]:
+        """Every tensor of the LoRA adapter, by PEFT's names."""
+        weights = self.checkpoint.weights
+        tensors = {name: weights.deferred(name) for name in self.checkpoint.other_tensors}
+        for layer in self.checkpoint.layers.values():
+            lambda_b, lambda_d, width = self._vectors(layer)
+            down = self.vera_A[:, :width]
+            up = self.vera_B[: lambda_b.size]
+            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(lambda_d, down)
+            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(lambda_b, up)
+        return tensors
+
+    def _vectors(self, layer: Layer) -> tuple[Array, Array, int]:
+        where = f"{self.checkpoint.weights.label}: {layer.module}"
+        if layer.lambda_b is None or layer.lambda_d is None:
+            missing = "vera_lambda_b" if layer.lambda_b is None else "vera_lambda_d"
+            raise FormatError(f"{missing} is missing", where=where)
+        b, d = (self.checkpoint.weights.read(info.name) for info in (layer.lambda_b, layer.lambda_d))
+        width = self.widths.get(layer.module, int(self.vera_A.shape[1]))
+        if d.shape != self.vera_A.shape[:1] or b.ndim != 1 or b.size > len(self.vera_B) or width > self.vera_A.shape[1]:
+            raise CheckFailedError(
+                "the vectors do not fit the projections",
+                where=where,
+                expected=f"r {len(self.vera_A)}, in_features <= {self.vera_A.shape[1]}, out_features <= "
+                f"{len(self.vera_B)}",
+                found=f"r {list(d.shape)}, in_features {width}, out_features {list(b.shape)}",
+            )
+        return b, d, width
+
+    def _scaled(self, vector: Array, matrix: Array) -> Deferred:
+        """``vector[:, None] * matrix``, some rows at a time."""
+        rows = max(1, _BLOCK // matrix.shape[1])
+        out = np_dtype(self.dtype)
+
+        def pieces() -> Iterator[Array]:
+            for start in range(0, len(matrix), rows):
+                part = slice(start, start + rows)
+                product = vector[part, None].astype(self.work) * matrix[part].astype(self.work, copy=False)
+                yield product.astype(out, copy=False)
+
+        return Deferred(self.dtype, matrix.shape, pieces)
+
+
+def _write(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: dict[str, Any],
+    tensors: dict[str, Deferred],
+    record: ProjectionRecord,
+    base: BaseModel | None,
+) -> Manifest:
+    """Config, weights and manifest. The manifest's tensors are the LoRA's, its projections those it was made from."""
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+    tensorfile.save(folder / WEIGHTS_NAME, tensors, {**foreign_metadata(checkpoint), **record.to_metadata()})
+    with TensorFile.open(folder / WEIGHTS_NAME) as file:
+        records = {n: TensorRecord(info.shape, info.dtype, file.sha256(n)) for n, info in file.tensors.items()}
+        manifest = dataclasses.replace(
+            describe(checkpoint, record, base=base),
+            tensors=records,
+            config=config,
+            metadata=file.metadata,
+            original=None,
+        )
+    (folder / MANIFEST_NAME).write_bytes(manifest.to_json().encode())
+    return manifest
+
+
+def _warn_of_widths(checkpoint: Checkpoint, record: ProjectionRecord, *, strict: bool) -> None:
+    width = record.shape.in_max
+    if strict:
+        raise UnprovenError(
+            "nothing says how wide each adapted layer is", where=checkpoint.label, hint="name the base with --base"
+        )
+    warnings.warn(
+        f"{checkpoint.label}: nothing says how wide each adapted layer is; taking in_features {width} for all, which "
+        "PEFT refuses to load where it is wrong (name the base with --base)",
+        AssumedShapeWarning,
+        stacklevel=3,
+    )
+
+
+def _vllm_obstacles(checkpoint: Checkpoint, r: int) -> Iterator[str]:
+    config = checkpoint.config
+    if r > VLLM_MAX_RANKS[-1]:
+        yield f"its rank {r} is above vLLM's highest, {VLLM_MAX_RANKS[-1]}"
+    biases = [name for name in checkpoint.other_tensors if name.endswith(".bias")]
+    if config.bias != "none":
+        yield f"it has trained biases (bias {config.bias!r}, {len(biases)} tensors), which vLLM refuses"
+    if config.modules_to_save:
+        yield f"it has saved modules ({', '.join(config.modules_to_save)}), which vLLM refuses"

@@ -1,0 +1,85 @@
+"""``vera-tools convert``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools._lora import LoraReport, to_lora
+from vera_tools.cli.conversion import Where, destination_options, show_common
+from vera_tools.cli.shared import (
+    Output,
+    RecipeOptions,
+    base_option,
+    human_bytes,
+    in_features_option,
+    labelled,
+    output_options,
+    recipe_options,
+    strict_option,
+)
+from vera_tools.dtypes import FLOATS
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command("convert")
+@click.argument("checkpoint")
+@click.option("--to", type=click.Choice(["lora"]), required=True, help="What to convert to.")
+@click.option("--dtype", type=click.Choice(FLOATS), help="Dtype of lora_A and lora_B.  [default: float32]")
+@destination_options
+@base_option
+@in_features_option
+@recipe_options
+@strict_option
+@output_options
+def command(
+    output: Output,
+    *,
+    checkpoint: str,
+    to: str,
+    dtype: str | None,
+    where: Where,
+    base: str | None,
+    in_features: int | None,
+    recipe_options: RecipeOptions,
+    strict: bool,
+) -> int:
+    """Write CHECKPOINT as the LoRA of rank r that it exactly is.
+
+    For servers and libraries that load LoRA and not VeRA. --base says how wide each adapted layer is; without it,
+    all are taken to be as wide as vera_A.
+    """
+    return where.run(
+        output,
+        "convert",
+        checkpoint,
+        lambda source, target: to_lora(
+            source,
+            target,
+            base=base,
+            dtype=dtype,
+            in_features=in_features,
+            recipe=recipe_options.name,
+            strict=strict,
+            in_place=where.in_place,
+            overwrite=where.overwrite,
+            allow_pickle=where.allow_pickle,
+        ),
+        _show,
+    )
+
+
+def _show(report: LoraReport, console: Console) -> None:
+    console.print(f"{report.output}: LoRA of rank {report.r}, alpha {report.r}, {report.layers} layers, {report.dtype}")
+    console.print(
+        f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}, "
+        f"{report.factor:.1f} times as large"
+    )
+    show_common(report, console)
+    for obstacle in report.vllm_obstacles:
+        labelled(console, "vLLM", f"cannot take it: {obstacle}; use `vera-tools merge` instead")
+    if not report.vllm_obstacles:
+        labelled(console, "vLLM", f"takes it with --max-lora-rank {report.vllm_max_lora_rank}")
