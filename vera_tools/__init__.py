@@ -12,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 from vera_tools._version import __version__
 
 if TYPE_CHECKING:
+    from vera_tools._drift import drift as drift
     from vera_tools._embed import embed_projections as embed_projections
     from vera_tools._inspect import inspect as inspect
+    from vera_tools._lora import to_lora as to_lora
+    from vera_tools._merge import merge as merge
+    from vera_tools._pull import pull as pull
     from vera_tools._record import record as record
     from vera_tools._regenerate import regenerate as regenerate
     from vera_tools._strip import strip_projections as strip_projections
@@ -27,11 +31,15 @@ _HOMES = {
     "Recipe": "recipe",
     "VeraConfig": "config",
     "embed_projections": "_embed",
+    "drift": "_drift",
     "identify": "identification",
     "inspect": "_inspect",
+    "merge": "_merge",
+    "pull": "_pull",
     "record": "_record",
     "regenerate": "_regenerate",
     "strip_projections": "_strip",
+    "to_lora": "_lora",
     "verify": "_verify",
 }
 

@@ -26,6 +26,10 @@ COMMANDS = {
     "regenerate": ("regenerate", "Draw vera_A and vera_B from the key, without torch."),
     "strip-projections": ("strip", "Take vera_A and vera_B out, once it is proven that they can be made again."),
     "embed-projections": ("embed", "Put vera_A and vera_B into a seed-only checkpoint."),
+    "convert": ("convert", "Write a checkpoint as the LoRA of rank r that it exactly is."),
+    "drift": ("drift", "What each torch, CPU and device here really draws, and what that does to an adapter."),
+    "merge": ("merge", "Bake adapters into a base on disk, one tensor at a time."),
+    "pull": ("pull", "Fetch a checkpoint from the Hub, every digest checked, and verify it."),
 }
 
 EPILOG = (
