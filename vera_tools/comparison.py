@@ -1,0 +1,109 @@
+"""Drift reports from several machines, or from before and after an upgrade, side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vera_tools import atlas, schema
+from vera_tools.config import parse_json
+from vera_tools.errors import FormatError, UsageError
+from vera_tools.streams import Draw, Environment, shortened
+
+#: A saved report: the pairs that were drawn, and the rows.
+Saved = tuple[tuple[Draw, ...], tuple[Environment, ...]]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Reports from several machines, side by side.
+
+    Attributes:
+        files: The saved reports.
+        draws: The pairs that all of them drew.
+        rows: (report, row) of every native environment; the first report is this run.
+        groups: For each default dtype, the rows (by position) that drew the same bits, one group a stream.
+    """
+
+    files: tuple[str, ...]
+    draws: tuple[Draw, ...]
+    rows: tuple[tuple[str, Environment], ...]
+    groups: Mapping[str, tuple[tuple[int, ...], ...]]
+
+    @property
+    def agree(self) -> bool:
+        """No default dtype has more than one stream."""
+        return all(len(groups) <= 1 for groups in self.groups.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        return {
+            "files": list(self.files),
+            "agree": self.agree,
+            "pairs": [draw.to_dict() for draw in self.draws],
+            "rows": [
+                {
+                    "report": report,
+                    "environment": row.title,
+                    "streams": {dtype: stream.label for dtype, stream in row.streams.items()},
+                }
+                for report, row in self.rows
+            ],
+            "groups": {dtype: [list(group) for group in groups] for dtype, groups in self.groups.items()},
+        }
+
+
+def load(file: str | os.PathLike[str]) -> Saved:
+    """Read a saved report.
+
+    Raises:
+        FormatError: not a drift/v1 document.
+    """
+    try:
+        text = Path(file).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"cannot be read: {error}", where=file) from error
+    document = parse_json(text, where=os.fspath(file))
+    schema.validate(document, "drift.v1", where=os.fspath(file))
+    entry = atlas.Entry.from_document(document, name=os.fspath(file))
+    return entry.draws, entry.environments
+
+
+def compare_reports(
+    draws: Sequence[Draw], rows: Sequence[Environment], saved: Sequence[tuple[str, Saved]]
+) -> Comparison:
+    """Put a run's rows beside those of saved reports, on the pairs that all of them drew.
+
+    Args:
+        draws: The pairs that this run drew.
+        rows: Its rows.
+        saved: Each report's file name and content.
+
+    Raises:
+        UsageError: no pair was drawn by all.
+    """
+    everything = [("this run", (tuple(draws), tuple(rows))), *saved]
+    common = tuple(draw for draw in draws if all(draw in drawn for _, (drawn, _) in everything))
+    if not common:
+        raise UsageError("the reports drew no pair in common", where=", ".join(name for name, _ in saved))
+    natives = tuple(
+        (name, shortened(row, [drawn.index(draw) for draw in common]))
+        for name, (drawn, environments) in everything
+        for row in environments
+        if row.native and row.status == "ok"
+    )
+    groups: dict[str, dict[tuple[tuple[tuple[str, str], ...], ...], list[int]]] = {}
+    for number, (_, row) in enumerate(natives):
+        for dtype, stream in row.streams.items():
+            if stream.digests:
+                key = tuple(tuple(sorted(pair.items())) for pair in stream.digests)
+                groups.setdefault(dtype, {}).setdefault(key, []).append(number)
+    return Comparison(
+        tuple(name for name, _ in saved),
+        common,
+        natives,
+        {dtype: tuple(map(tuple, found.values())) for dtype, found in groups.items()},
+    )

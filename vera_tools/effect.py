@@ -1,0 +1,172 @@
+"""What another pair of projections does to an adapter: per layer from the vectors alone, and to a model's logits.
+
+A layer adds ``diag(lambda_b) B diag(lambda_d) A`` to its weight. With another pair A', B' the update changes by
+``diag(lambda_b) ((B' - B) diag(lambda_d) A + B' diag(lambda_d) (A' - A))``; its norm is taken through r x r Gram
+matrices, so that no weight-sized matrix is made, and from the differences, so that nothing cancels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vera_tools import logits
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.prng import Array
+from vera_tools.report import Progress
+
+Pair = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class LayerChange:
+    """How far one layer's weight update moves.
+
+    Attributes:
+        module: The layer.
+        in_features: Columns of vera_A that it uses.
+        out_features: Rows of vera_B that it uses.
+        relative_change: Frobenius norm of the change over that of the update; None where the update is zero, as it is
+            before training (lambda_b starts at 0).
+    """
+
+    module: str
+    in_features: int
+    out_features: int
+    relative_change: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        return {
+            "module": self.module,
+            "in_features": self.in_features,
+            "out_features": self.out_features,
+            "relative_change": self.relative_change,
+        }
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What loading another pair does to an adapter.
+
+    Attributes:
+        differing: Share of all projection elements that differ.
+        layers: Each layer's change, in the checkpoint's order.
+        logits: {"max_abs", "relative", "largest", "argmax_changed", "positions"}, or None.
+        logits_why_not: Why the logits were not compared.
+    """
+
+    differing: float
+    layers: tuple[LayerChange, ...]
+    logits: Mapping[str, Any] | None = None
+    logits_why_not: str | None = None
+
+    @property
+    def worst(self) -> LayerChange | None:
+        """The layer that moves most."""
+        known = [layer for layer in self.layers if layer.relative_change is not None]
+        return max(known, key=lambda layer: layer.relative_change or 0.0, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        return {
+            "differing": self.differing,
+            "worst": self.worst.to_dict() if self.worst else None,
+            "layers": [layer.to_dict() for layer in self.layers],
+            "logits": dict(self.logits) if self.logits else None,
+            "logits_why_not": self.logits_why_not,
+        }
+
+
+def measure(
+    checkpoint: Checkpoint,
+    trained: Pair,
+    loaded: Pair,
+    *,
+    base: BaseModel | None = None,
+    progress: Progress | None = None,
+) -> Effect:
+    """The effect of computing with `loaded` in place of `trained`; the logits are left out (see `logits_change`).
+
+    Args:
+        checkpoint: The adapter.
+        trained: vera_A (r, in_max) and vera_B (out_max, r).
+        loaded: Another such pair.
+        base: Gives each layer's in_features; without it every layer is taken to use all of vera_A.
+        progress: Called once a layer.
+    """
+    wide = [(old.astype(np.float64), new.astype(np.float64)) for old, new in zip(trained, loaded, strict=True)]
+    unequal = sum(int(np.count_nonzero(old != new)) for old, new in wide)
+    (a_old, a_new), (b_old, b_new) = wide
+    widths = {linear.module: linear.in_features for linear in checkpoint.linears(base)} if base else {}
+    layers = [layer for layer in checkpoint.layers.values() if layer.lambda_b and layer.lambda_d]
+    grams: dict[int, tuple[Array, Array]] = {}
+    changes = []
+    for number, layer in enumerate(layers):
+        assert layer.lambda_b is not None
+        assert layer.lambda_d is not None
+        columns, rows = widths.get(layer.module) or a_old.shape[1], layer.lambda_b.size
+        lambda_b = checkpoint.weights.read(layer.lambda_b.name).astype(np.float64)[:, None]
+        lambda_d = checkpoint.weights.read(layer.lambda_d.name).astype(np.float64)
+        if columns not in grams:
+            old, moved = a_old[:, :columns], (a_new - a_old)[:, :columns]
+            grams[columns] = old @ old.T, np.concatenate([old, moved]) @ np.concatenate([old, moved]).T
+        norm = _norm(lambda_b * b_old[:rows] * lambda_d, grams[columns][0])
+        moved_b = np.concatenate([b_new[:rows] - b_old[:rows], b_new[:rows]], axis=1)
+        change = _norm(lambda_b * moved_b * np.concatenate([lambda_d, lambda_d]), grams[columns][1])
+        changes.append(LayerChange(layer.module, columns, rows, change / norm if norm else None))
+        if progress:
+            progress(number + 1, len(layers), layer.module)
+    return Effect(unequal / sum(old.size for old, _ in wide), tuple(changes))
+
+
+def _norm(left: Array, gram: Array) -> float:
+    """Frobenius norm of ``left @ right`` from ``gram = right @ right.T``."""
+    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * gram))))
+
+
+def logits_change(
+    checkpoint: Checkpoint, base: str, trained: Pair, loaded: Pair, *, timeout: float
+) -> tuple[dict[str, Any] | None, str | None]:
+    """The change in the model's logits on a fixed input, computed in float32, or why there is none.
+
+    A process of its own loads the base with transformers, where that is installed; see `vera_tools.logits`.
+
+    Args:
+        checkpoint: The adapter.
+        base: The base model's folder.
+        trained: vera_A and vera_B.
+        loaded: Another such pair.
+        timeout: Seconds.
+    """
+    with tempfile.TemporaryDirectory(prefix="vera-tools-") as folder:
+        arrays: dict[str, Array] = {}
+        for kind, pair in (("trained", trained), ("loaded", loaded)):
+            arrays[f"{kind}.vera_A"], arrays[f"{kind}.vera_B"] = (array.astype(np.float32) for array in pair)
+        for layer in checkpoint.layers.values():
+            for info in (layer.lambda_b, layer.lambda_d):
+                if info is not None:
+                    arrays[info.name.removeprefix(MODULES)] = checkpoint.weights.read(info.name).astype(np.float32)
+        for name in checkpoint.other_tensors:
+            arrays[f"other.{name.removeprefix(MODULES)}"] = checkpoint.weights.read(name).astype(np.float32)
+        np.savez(Path(folder) / "adapter.npz", **arrays)  # type: ignore[arg-type]
+        command = [sys.executable, logits.__file__, str(base), str(Path(folder) / "adapter.npz")]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        except subprocess.TimeoutExpired:
+            return None, f"no answer within {timeout:g} seconds"
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        errors = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        return None, errors[-1][:200] if errors else f"exit code {done.returncode}"
+    return json.loads(lines[-1]), None
