@@ -21,6 +21,10 @@ from vera_tools.tensorfile import TensorFile, TensorInfo
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
+#: What transformers' models call their output layer, and the embedding that it may share its weight with.
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+
 
 @dataclass(frozen=True)
 class Renaming:
@@ -40,7 +44,7 @@ class Linear:
 
     Attributes:
         module: The module's name in the adapter.
-        weight: The full name of its weight in the base.
+        weight: The full name of its weight in the base; the input embedding's for an output layer that is tied to it.
         info: The weight's entry in its file.
         in_features: Columns of the linear map.
         out_features: Rows of the linear map.
@@ -167,7 +171,10 @@ class BaseModel:
             CheckFailedError: the base has no such module, it is quantised or not a matrix, or it does not fit.
         """
         name = renaming(module) + ".weight"
-        if name not in self.tensors:
+        tied_to = self._tied_to(name, out_features) if name not in self.tensors else None
+        if tied_to is not None:
+            name, transposed = tied_to, False
+        elif name not in self.tensors:
             near = sorted(n for n in self.tensors if n.endswith(f".{module.rsplit('.', 1)[-1]}.weight"))
             raise CheckFailedError(
                 "the base has no such module",
@@ -200,6 +207,18 @@ class BaseModel:
                 hint="this is another base than the adapter was trained on",
             )
         return Linear(module, name, info, columns, rows, transposed)
+
+    def _tied_to(self, name: str, out_features: int) -> str | None:
+        """The input embedding that an output layer without a weight of its own shares its weight with."""
+        if name.split(".")[-2] not in OUTPUT_LAYERS or self.config.get("tie_word_embeddings") is False:
+            return None
+        options = [
+            tensor
+            for tensor, (_, info) in self.tensors.items()
+            if tensor.split(".")[-2:-1] and tensor.split(".")[-2] in INPUT_EMBEDDINGS
+            if tensor.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == out_features
+        ]
+        return options[0] if len(options) == 1 else None
 
     def _check_index(self, index: dict[str, Any]) -> None:
         for tensor, name in index["weight_map"].items():

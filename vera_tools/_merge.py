@@ -1,0 +1,287 @@
+"""`merge`: bake adapters into a base on disk, tensor by tensor, without loading the model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from vera_tools import atomic, source
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import Checkpoint
+from vera_tools.errors import UsageError, VeraToolsError
+from vera_tools.merging import execution, record, staging, verification
+from vera_tools.merging.adapters import Adapter
+from vera_tools.merging.changes import refuse_quantised
+from vera_tools.merging.copying import OutputFile, copy_range
+from vera_tools.merging.plan import Plan, Shard, make, portion
+from vera_tools.projections import resolve
+from vera_tools.report import Progress, Report
+
+
+@dataclass(frozen=True)
+class MergeReport(Report):
+    """What was merged.
+
+    Attributes:
+        path: The output folder.
+        base: What the user called the base.
+        finished: The output is there; false after a part of a shared merge.
+        adapters: As in the merge record.
+        shards: Names of the files that this process wrote.
+        resumed: Names of the files that were there already.
+        merged: Names of the weights that a product was added to.
+        replaced: Names of the tensors that an adapter's saved ones replace.
+        added: Names of the tensors that only an adapter has.
+        cast: Number of other tensors that were cast to another dtype.
+        copied: Number of tensors that were copied byte for byte.
+        parameters: Elements of the merged weights.
+        bytes_written: Bytes of weights that this process wrote.
+        bytes_total: Bytes of the result's weights.
+        seconds: From the call to its end.
+        verified: What reading back has proven, or None.
+    """
+
+    name: ClassVar[str] = "merge"
+
+    path: str
+    base: str
+    finished: bool
+    adapters: tuple[dict[str, Any], ...]
+    shards: tuple[str, ...]
+    resumed: tuple[str, ...]
+    merged: tuple[str, ...]
+    replaced: tuple[str, ...]
+    added: tuple[str, ...]
+    cast: int
+    copied: int
+    parameters: int
+    bytes_written: int
+    bytes_total: int
+    seconds: float
+    verified: verification.Verification | None
+
+    def body(self) -> dict[str, Any]:
+        """The merge/v1 document's own part."""
+        proven = self.verified
+        return {
+            "path": self.path,
+            "base": self.base,
+            "finished": self.finished,
+            "adapters": list(self.adapters),
+            "counts": {
+                "merged": len(self.merged),
+                "replaced": len(self.replaced),
+                "added": len(self.added),
+                "cast": self.cast,
+                "copied": self.copied,
+            },
+            "merged": list(self.merged),
+            "replaced": list(self.replaced),
+            "added": list(self.added),
+            "parameters": self.parameters,
+            "shards": list(self.shards),
+            "resumed": list(self.resumed),
+            "bytes": {"written": self.bytes_written, "total": self.bytes_total},
+            "seconds": self.seconds,
+            "verified": None
+            if proven is None
+            else {
+                "copied": proven.copied,
+                "computed": proven.computed,
+                "elements": proven.elements,
+                "off": proven.off,
+                "sha256": proven.sha256,
+            },
+        }
+
+
+def merge(
+    checkpoints: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    *,
+    base: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    recipe: str | None = None,
+    strict: bool = False,
+    allow_nonfinite: bool = False,
+    verify: bool = False,
+    resume: bool = False,
+    shard: tuple[int, int] | None = None,
+    finish: bool = False,
+    overwrite: bool = False,
+    sync: bool = False,
+    jobs: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge adapters into a base: W + sum of weight * (lambda_b * B) @ (lambda_d * A), in float32, rounded once.
+
+    Everything that can be refused is refused before anything is written. The output folder appears whole or not at
+    all; what is under way lies in a hidden folder beside it.
+
+    Args:
+        checkpoints: One adapter or several, each a folder, an adapter_model.safetensors file or ``hf://...``.
+        base: A folder with one or more safetensors files, one file, or ``hf://...``. It is never written to.
+        output: The folder to make.
+        weights: One for each adapter, in their order. Default: 1 for all.
+        dtype: Cast every floating-point tensor to "float32", "float16" or "bfloat16". Default: each keeps its own.
+        max_shard_size: Lay the weights out in new files of at most so many bytes. Default: the base's files.
+        recipe: Name of the recipe of seed-only checkpoints with nothing recorded. Default: PEFT's is assumed.
+        strict: Refuse to assume a recipe.
+        allow_nonfinite: Merge NaN and infinity too.
+        verify: Read the result back and prove it, before it appears.
+        resume: Go on from the files that an interrupted merge has finished, after checking them.
+        shard: (I, N): write only the I-th of N parts of the files, 1 <= I <= N; other processes write the others.
+        finish: Check the files that the N processes wrote, and make the output appear.
+        overwrite: Replace an existing output.
+        sync: Flush the weights to disk before the output appears.
+        jobs: Workers. Default: as many as BLAS has threads.
+        progress: Told of bytes done and to do.
+
+    Raises:
+        CheckFailedError: the base is quantised, lacks a target or does not fit; NaN or infinity; `verify` failed.
+        FormatError: something is unreadable, malformed or not VeRA, or the base was changed meanwhile.
+        UsageError: the output exists, another merge is at work on it, or the arguments contradict each other.
+        UnprovenError: seed-only with nothing recorded, and `strict`.
+        VeraToolsError: the file system refused, or the disk has too little room.
+    """
+    started = time.perf_counter()
+    references = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
+    factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
+    path = Path(output)
+    _check_arguments(references, factors, shard=shard, finish=finish)
+    _refuse_output(path, (base, *references), overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        model = stack.enter_context(BaseModel.open(base))
+        refuse_quantised(model)
+        adapters = []
+        for reference, factor in zip(references, factors, strict=True):
+            opened = stack.enter_context(Checkpoint.open(reference))
+            resolved = resolve(opened, base=model, recipe=recipe, strict=strict)
+            adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
+        plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
+        mine = portion(plan.shards, shard)
+        for adapter in adapters:
+            adapter.load()
+        stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=shard is not None, finish=finish))
+        count = stack.enter_context(execution.workers(jobs))
+        keep = verification.finished(plan, mine, stage, jobs=count)
+        todo = [item for item in mine if item not in keep]
+        if finish and todo:
+            raise UsageError(
+                "not every file is finished",
+                where=path,
+                found=f"{len(todo)} of {len(mine)} missing or damaged, the first {todo[0].name}",
+                hint="run the missing --shard I/N again, then --finish",
+            )
+        whole = shard is None
+        _check_room(plan, todo, stage.folder)
+        expected = sum(item.size for item in todo) + (sum(item.size for item in mine) if verify and whole else 0)
+        meter = execution.Meter(progress, expected)
+        execution.write_shards(plan, todo, stage, jobs=count, allow_nonfinite=allow_nonfinite, meter=meter)
+        proven = verification.verify(plan, stage.output, jobs=count, meter=meter) if verify and whole else None
+        if whole:
+            _write_others(plan, stage)
+            stage.publish(overwrite=overwrite, sync=sync)
+        return MergeReport(
+            path=os.fspath(output),
+            base=model.label,
+            finished=whole,
+            adapters=tuple(adapter.to_dict() for adapter in adapters),
+            shards=tuple(item.name for item in todo),
+            resumed=tuple(item.name for item in keep),
+            merged=tuple(plan.names("merged")),
+            replaced=tuple(plan.names("replaced")),
+            added=tuple(plan.names("added")),
+            cast=len(plan.names("cast")),
+            copied=len(plan.names("copied")),
+            parameters=sum(entry.info.size for entry in plan.entries if entry.kind == "merged"),
+            bytes_written=sum(item.size for item in todo),
+            bytes_total=sum(item.size for item in plan.shards),
+            seconds=time.perf_counter() - started,
+            verified=proven,
+        )
+
+
+def _check_arguments(
+    references: Sequence[object], weights: Sequence[float], *, shard: tuple[int, int] | None, finish: bool
+) -> None:
+    if not references:
+        raise UsageError("there is nothing to merge", expected="at least one checkpoint")
+    if len(weights) != len(references):
+        raise UsageError(
+            "the weights do not fit the checkpoints",
+            expected=f"{len(references)}, one for each",
+            found=str(len(weights)),
+        )
+    if shard is not None and not 1 <= shard[0] <= shard[1]:
+        raise UsageError("no such part", expected="I/N with 1 <= I <= N", found=f"{shard[0]}/{shard[1]}")
+    if shard is not None and finish:
+        raise UsageError("--finish comes by itself, after every --shard I/N has ended")
+
+
+def _refuse_output(path: Path, inputs: Sequence[str | os.PathLike[str]], *, overwrite: bool) -> None:
+    """Refuse an output that exists, or that would replace an input or a folder with an input in it."""
+    resolved = path.resolve()
+    for reference in inputs:
+        if source.is_remote(reference):
+            continue
+        given = Path(reference).resolve()
+        if resolved == given or resolved in given.parents:
+            raise UsageError(
+                "the output would replace an input",
+                where=path,
+                found=os.fspath(reference),
+                hint="choose another output",
+            )
+    atomic.refuse_existing(path, overwrite=overwrite)
+
+
+def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
+    """Refuse where the disk cannot hold what is to be written, whatever the system shares between copies."""
+    here = folder.stat().st_dev
+    sources = [file.source for file in plan.base.files.values()]
+    may_share = any(isinstance(file, source.LocalFile) and os.fstat(file.fileno()).st_dev == here for file in sources)
+    needed = sum(item.computed if may_share else item.size for item in todo)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise VeraToolsError(
+            "the disk has too little room",
+            where=folder.parent,
+            expected=f"{needed} bytes or more",
+            found=f"{free} free",
+            hint="nothing was written",
+        )
+
+
+def _write_others(plan: Plan, stage: staging.Staging) -> None:
+    """Index, config, the base's other files, the merge record and the model card."""
+    base = plan.base
+    for name in plan.copied_files:
+        other = base.folder.open(name)
+        try:
+            with OutputFile(stage.output / name) as target:
+                copy_range(other, 0, other.size, target, 0)
+        finally:
+            other.close()
+    digests: dict[str, str] = {}
+    for shard in plan.shards:
+        journal = stage.journal(shard)
+        digests |= journal.base_sha256 if journal else {}
+    texts = {
+        plan.index_name: plan.index,
+        "config.json": plan.config,
+        record.RECORD_NAME: json.dumps(record.merge_record(plan, digests), indent=2, ensure_ascii=False) + "\n",
+        record.CARD_NAME: record.model_card(plan),
+    }
+    for text_name, text in texts.items():
+        if text_name is not None and text is not None:
+            (stage.output / text_name).write_bytes(text.encode())

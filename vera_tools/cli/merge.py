@@ -1,0 +1,157 @@
+"""``vera-tools merge``."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools._merge import MergeReport, merge
+from vera_tools.cli.shared import (
+    Output,
+    RecipeOptions,
+    human_bytes,
+    labelled,
+    output_options,
+    overwrite_option,
+    recipe_options,
+    strict_option,
+)
+from vera_tools.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@click.command("merge")
+@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option(
+    "--base", required=True, metavar="BASE", help="Base model: a folder, a safetensors file or hf://owner/name."
+)
+@click.option("-o", "--output", "out", required=True, metavar="OUT", help="The folder to make.")
+@click.option(
+    "--weight", "weights", type=float, multiple=True, metavar="W", help="Once for each CHECKPOINT. Default: 1."
+)
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Cast all weights to it.")
+@click.option(
+    "--max-shard-size", metavar="SIZE", help="New files of at most SIZE, e.g. 5GB. Default: the base's files."
+)
+@click.option("--verify", is_flag=True, help="Read the result back and prove it before it appears.")
+@click.option("--resume", is_flag=True, help="Go on from the files that an interrupted merge has finished.")
+@click.option("--shard", metavar="I/N", help="Write only part I of N; other processes write the others.")
+@click.option("--finish", is_flag=True, help="Check what the N processes wrote and make OUT appear.")
+@click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity too.")
+@click.option("--sync", is_flag=True, help="Flush the weights to disk before OUT appears.")
+@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: as many as BLAS has threads.")
+@overwrite_option
+@recipe_options
+@strict_option
+@output_options
+def command(
+    output: Output,
+    *,
+    checkpoints: tuple[str, ...],
+    base: str,
+    out: str,
+    weights: tuple[float, ...],
+    dtype: str | None,
+    max_shard_size: str | None,
+    verify: bool,
+    resume: bool,
+    shard: str | None,
+    finish: bool,
+    allow_nonfinite: bool,
+    sync: bool,
+    jobs: int | None,
+    overwrite: bool,
+    recipe_options: RecipeOptions,
+    strict: bool,
+) -> int:
+    """Bake one adapter or several into the weights of BASE, one tensor at a time, into the new folder OUT.
+
+    Products are summed in float32 and rounded once. Tensors that no adapter touches are copied byte for byte, and so
+    are config, tokenizer and code files. OUT appears whole or not at all; BASE is never written to.
+    """
+    with output.progress("merging", unit="bytes") as progress:
+        report = merge(
+            checkpoints,
+            base=base,
+            output=out,
+            weights=weights or None,
+            dtype=dtype,
+            max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
+            recipe=recipe_options.name,
+            strict=strict,
+            allow_nonfinite=allow_nonfinite,
+            verify=verify,
+            resume=resume,
+            shard=parse_shard(shard) if shard else None,
+            finish=finish,
+            overwrite=overwrite,
+            sync=sync,
+            jobs=jobs,
+            progress=progress,
+        )
+    return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
+
+
+def parse_size(text: str) -> int:
+    """Bytes from "5GB", "500 MB", "2GiB" or a bare number.
+
+    Raises:
+        UsageError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in _UNITS:
+        raise UsageError("not a size", expected="for example 5GB, 500MB or 2GiB", found=text)
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """(I, N) from "I/N".
+
+    Raises:
+        UsageError: not of that form.
+    """
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    if match is None:
+        raise UsageError("not a part", expected="I/N, for example 1/4", found=text)
+    return int(match[1]), int(match[2])
+
+
+def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
+    rate = report.bytes_written / report.seconds if report.seconds else 0
+    state = "merged" if report.finished else "part written; end with --finish"
+    console.print(f"{report.path}: {state}", style="bold")
+    for adapter in report.adapters:
+        recipe = adapter["recipe"]["name"] if adapter["recipe"] else "no known recipe"
+        assumed = " (assumed)" if adapter["assumed"] else ""
+        weight = "" if adapter["weight"] == 1 else f", weight {adapter['weight']:g}"
+        labelled(console, "adapter", f"{adapter['path']}: r {adapter['r']}, {recipe}{assumed}{weight}")
+    labelled(console, "base", report.base)
+    counts = [
+        f"{len(report.merged)} merged ({report.parameters:,} elements)",
+        f"{len(report.replaced)} replaced" if report.replaced else "",
+        f"{len(report.added)} added" if report.added else "",
+        f"{report.cast} cast" if report.cast else "",
+        f"{report.copied} copied byte for byte" if report.copied else "",
+    ]
+    labelled(console, "tensors", ", ".join(filter(None, counts)))
+    for name in report.merged if verbose else ():
+        labelled(console, "", name)
+    if report.resumed:
+        labelled(console, "resumed", f"{len(report.resumed)} files were finished already")
+    written = f"{human_bytes(report.bytes_written)} in {len(report.shards)} files"
+    labelled(console, "written", f"{written}, {report.seconds:.1f} s, {human_bytes(int(rate))}/s")
+    if report.verified is not None:
+        proven = report.verified
+        labelled(
+            console,
+            "verified",
+            f"{proven.copied} tensors by digest, {proven.computed} computed again in float64 ({proven.off:,} of "
+            f"{proven.elements:,} elements are not the correctly rounded result, and none is off by more than a "
+            "float32 sum can be)",
+        )

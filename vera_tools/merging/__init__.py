@@ -1,0 +1,1 @@
+"""Merging adapters into a base on disk: `plan` it, `staging` for what is under way, `execution`, `verification`."""

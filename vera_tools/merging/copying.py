@@ -1,0 +1,89 @@
+"""Bytes from one file to another, by the system itself where it can: a reflink or a copy inside the kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import TracebackType
+
+from vera_tools.source import ByteSource, LocalFile
+
+#: Bytes a single request copies, so that progress is seen and an interrupt is heard.
+PIECE = 64 << 20
+_BUFFER = 4 << 20
+
+# What copy_file_range says where it cannot copy between these two files, though reading and writing can.
+_NOT_POSSIBLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+
+
+class OutputFile:
+    """A file of known size that is written at any place, by several threads."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def write_at(self, data: memoryview, offset: int) -> None:
+        """Write all of `data`.
+
+        Raises:
+            OSError: the disk is full, or fails.
+        """
+        while data:
+            count = os.pwrite(self.descriptor, data, offset)
+            data, offset = data[count:], offset + count
+
+    def sync(self) -> None:
+        """Flush to disk."""
+        os.fsync(self.descriptor)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> OutputFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def copy_range(source: ByteSource, start: int, length: int, target: OutputFile, offset: int) -> None:
+    """Copy `length` bytes from `start` of `source` to `offset` of `target`.
+
+    Raises:
+        FormatError: the source ends too early, or cannot be read.
+        OSError: the target cannot be written.
+    """
+    done = 0
+    if isinstance(source, LocalFile) and hasattr(os, "copy_file_range"):
+        done = _copy_inside_the_kernel(source, start, length, target, offset)
+    buffer = memoryview(bytearray(min(_BUFFER, length - done)))
+    while done < length:
+        piece = buffer[: length - done]
+        source.read_into(piece, start + done)
+        target.write_at(piece, offset + done)
+        done += len(piece)
+
+
+def _copy_inside_the_kernel(source: LocalFile, start: int, length: int, target: OutputFile, offset: int) -> int:
+    """Bytes copied: all of them, or as many as were copied before the system said that it cannot."""
+    done = 0
+    while done < length:
+        try:
+            count = os.copy_file_range(
+                source.fileno(), target.descriptor, min(PIECE, length - done), start + done, offset + done
+            )
+        except OSError as error:
+            if error.errno in _NOT_POSSIBLE:
+                return done
+            raise
+        if count == 0:
+            return done  # the end of a file that was cut off, or a file system that has no such call: reading will tell
+        done += count
+    return done

@@ -1,0 +1,293 @@
+"""Carrying out a plan, file by file: copies, casts and merges run beside each other on a few workers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import os
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from vera_tools.base import BaseModel
+from vera_tools.merging.arithmetic import Delta, accumulator, check_finite, rounded, row_blocks
+from vera_tools.merging.changes import Part
+from vera_tools.merging.copying import PIECE, OutputFile, copy_range
+from vera_tools.merging.plan import Entry, Plan, Shard
+from vera_tools.merging.staging import Journal, Staging
+from vera_tools.prng import Array
+from vera_tools.report import Progress
+from vera_tools.source import LocalFile
+from vera_tools.tensorfile import as_bytes
+
+
+@contextlib.contextmanager
+def workers(jobs: int | None) -> Iterator[int]:
+    """How many workers to run: as many as BLAS has threads, which then computes on one thread in each of them.
+
+    BLAS's own threads wait for each other at every product, and on a machine that others use too they wait long.
+    Workers of one thread each do not, and overlap products with reading and writing. The limits that users set
+    (OPENBLAS_NUM_THREADS, OMP_NUM_THREADS, CPU affinity) are thus kept.
+    """
+    import threadpoolctl
+
+    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
+    threads = max((library["num_threads"] for library in blas.info()), default=os.cpu_count() or 1)
+    with blas.limit(limits=1):
+        yield jobs or threads
+
+
+class Meter:
+    """Counts bytes from several threads and tells `progress`."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total = progress, total
+        self._done = 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int, what: str) -> None:
+        """`count` more bytes are done."""
+        with self._lock:
+            self._done += count
+            if self._progress is not None:
+                self._progress(self._done, self._total, what)
+
+
+@dataclass
+class _Work:
+    """One file under way."""
+
+    shard: Shard
+    part: Path
+    file: OutputFile
+    futures: list[Future[None]] = field(default_factory=list)
+    crc32: dict[str, int] = field(default_factory=dict)
+    base_sha256: dict[str, str] = field(default_factory=dict)
+
+
+def write_shards(
+    plan: Plan,
+    shards: Sequence[Shard],
+    staging: Staging,
+    *,
+    jobs: int,
+    allow_nonfinite: bool,
+    meter: Meter,
+) -> None:
+    """Write `shards`. At most two files are open for writing at a time, and one of them is nearly done.
+
+    Args:
+        plan: The plan.
+        shards: Those of its files that are to be written.
+        staging: Where to.
+        jobs: Number of workers.
+        allow_nonfinite: Take NaN and infinity as they come.
+        meter: Told of every byte.
+
+    Raises:
+        CheckFailedError: NaN or infinity.
+        FormatError: the base cannot be read, or was changed meanwhile.
+        OSError: the output cannot be written.
+    """
+    under_way: list[_Work] = []
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for shard in shards:
+            work = _open(shard, staging)
+            under_way.append(work)
+            for task in _tasks(plan, work, allow_nonfinite=allow_nonfinite, meter=meter):
+                work.futures.append(pool.submit(task))
+            if len(under_way) > 1:
+                _close(under_way.pop(0), plan, staging)
+        while under_way:
+            _close(under_way.pop(0), plan, staging)
+    except BaseException:
+        pool.shutdown(wait=True, cancel_futures=True)
+        for work in under_way:
+            work.file.close()
+            work.part.unlink(missing_ok=True)
+        raise
+    pool.shutdown()
+
+
+def _open(shard: Shard, staging: Staging) -> _Work:
+    part = staging.part(shard)
+    file = OutputFile(part)
+    try:
+        file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
+    except BaseException:
+        file.close()
+        part.unlink(missing_ok=True)
+        raise
+    return _Work(shard, part, file)
+
+
+def _close(work: _Work, plan: Plan, staging: Staging) -> None:
+    try:
+        for future in work.futures:
+            future.result()
+        for name in {entry.origin[0] for entry in work.shard.entries if entry.origin}:
+            origin = plan.base.files[name].source
+            if isinstance(origin, LocalFile):
+                origin.check_unchanged()
+        work.file.close()
+        staging.finish(work.shard, work.part, Journal(work.crc32, work.base_sha256))
+    except BaseException:
+        for future in work.futures:
+            future.cancel()
+        for future in work.futures:
+            if not future.cancelled():
+                future.exception()
+        work.file.close()
+        work.part.unlink(missing_ok=True)
+        raise
+
+
+def _tasks(plan: Plan, work: _Work, *, allow_nonfinite: bool, meter: Meter) -> Iterator[Callable[[], None]]:
+    """What is to be done for one file: the ranges to copy first, as large as they come, then tensor by tensor."""
+
+    def copy(piece: _Range) -> None:
+        copy_range(plan.base.files[piece.name].source, piece.start, piece.length, work.file, piece.offset)
+        meter.add(piece.length, work.shard.name)
+
+    def compute(entry: Entry) -> None:
+        checksum = 0
+        digest = hashlib.sha256() if entry.kind == "merged" else None
+        offset = work.shard.data_start + entry.info.start
+        for block in blocks(plan.base, entry, digest=digest):
+            if not allow_nonfinite:
+                check_finite(
+                    block, where=f"{plan.base.label}: {entry.info.name}", what="the base's weight or the result holds"
+                )
+            data = as_bytes(block)
+            work.file.write_at(data, offset)
+            checksum = zlib.crc32(data, checksum)
+            offset += len(data)
+            meter.add(len(data), work.shard.name)
+        work.crc32[entry.info.name] = checksum
+        if digest is not None and entry.origin is not None:
+            work.base_sha256[entry.origin[1].name] = digest.hexdigest()
+
+    for piece in _pieces(plan.base, work.shard):
+        yield functools.partial(copy, piece)
+    for entry in work.shard.entries:
+        if entry.kind != "copied":
+            yield functools.partial(compute, entry)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """`length` bytes from `start` of the base's file `name`, to be copied to `offset` of the output."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+
+
+def _pieces(base: BaseModel, shard: Shard) -> Iterator[_Range]:
+    """Everything to copy: neighbours joined, and cut into pieces again that several workers can share."""
+    joined: list[_Range] = []
+    for entry in shard.entries:
+        if entry.kind != "copied" or entry.info.nbytes == 0:
+            continue
+        assert entry.origin is not None
+        name, info = entry.origin
+        start, offset = base.files[name].data_start + info.start, shard.data_start + entry.info.start
+        last = joined[-1] if joined else None
+        if last and (name, start, offset) == (last.name, last.start + last.length, last.offset + last.length):
+            joined[-1] = dataclasses.replace(last, length=last.length + info.nbytes)
+        else:
+            joined.append(_Range(name, start, info.nbytes, offset))
+    for whole in joined:
+        for done in range(0, whole.length, PIECE):
+            yield _Range(whole.name, whole.start + done, min(PIECE, whole.length - done), whole.offset + done)
+
+
+def blocks(
+    base: BaseModel, entry: Entry, *, digest: hashlib._Hash | None = None, exact: bool = False
+) -> Iterator[Array]:
+    """The tensor that an entry describes, computed block by block, flattened or in rows.
+
+    Args:
+        base: The open base.
+        entry: An entry that is not "copied".
+        digest: Updated with the base's bytes.
+        exact: Compute in float64 and leave the result in it, for verification.
+    """
+    if entry.kind == "merged":
+        yield from _merged(base, entry, digest, exact=exact)
+    elif entry.kind == "cast":
+        for start, stop in _flat_blocks(entry.info.size):
+            yield _finished(_read(base, entry, start, stop), entry, exact=exact)
+    else:
+        yield from _replaced(base, entry, exact=exact)
+
+
+def _merged(base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exact: bool) -> Iterator[Array]:
+    assert entry.origin is not None
+    stored: str = entry.origin[1].dtype
+    dtype = np.dtype(np.float64) if exact else accumulator(stored)
+    change = delta(entry, dtype=dtype)
+    columns = change.shape[1]
+    scratch: Array | None = None
+    for start, stop in row_blocks(change.shape):
+        weight = _read(base, entry, start * columns, stop * columns)
+        if digest is not None:
+            digest.update(as_bytes(weight))
+        if scratch is None:
+            scratch = np.empty((stop - start, columns), dtype)
+        total = change.rows(start, stop, out=scratch)
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.add(total, weight.reshape(total.shape), out=total, dtype=dtype, casting="same_kind")
+        yield _finished(total, entry, exact=exact)
+
+
+def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64]) -> Delta:
+    """The change of a merged weight."""
+    factors = [
+        part.adapter.factor(part.layer, part.linear)
+        for part in entry.parts
+        if part.layer is not None and part.linear is not None
+    ]
+    return Delta(factors, transposed=entry.transposed, dtype=dtype)
+
+
+def _replaced(base: BaseModel, entry: Entry, *, exact: bool) -> Iterator[Array]:
+    (part,) = entry.parts
+    assert part.replacement is not None
+    for start, stop in _flat_blocks(entry.info.size):
+        values = part.adapter.checkpoint.weights.read_elements(part.replacement, start, stop)
+        if part.adapter.weight != 1:
+            values = _weighted(_read(base, entry, start, stop), values, part)
+        yield _finished(values, entry, exact=exact)
+
+
+def _weighted(old: Array, new: Array, part: Part) -> Array:
+    """Between the base's values and the adapter's: base + weight * (saved - base), in float64."""
+    before = old.astype(np.float64)
+    result: Array = before + part.adapter.weight * (new.astype(np.float64) - before)
+    return result
+
+
+def _finished(values: Array, entry: Entry, *, exact: bool) -> Array:
+    return values.astype(np.float64, copy=False) if exact else rounded(values, entry.info.dtype)
+
+
+def _read(base: BaseModel, entry: Entry, start: int, stop: int) -> Array:
+    assert entry.origin is not None
+    name, info = entry.origin
+    return base.files[name].read_elements(info, start, stop)
+
+
+def _flat_blocks(size: int, step: int = 1 << 20) -> Iterator[tuple[int, int]]:
+    for start in range(0, size, step):
+        yield start, min(start + step, size)

@@ -1,0 +1,330 @@
+"""The plan of a merge: every tensor of the result, where it lies, what it is made of. No weights are read for it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from vera_tools import source
+from vera_tools._version import __version__
+from vera_tools.base import INDEX_SUFFIX, INPUT_EMBEDDINGS, OUTPUT_LAYERS, BaseModel
+from vera_tools.dtypes import BITS, CODES, FLOATS
+from vera_tools.errors import UsageError
+from vera_tools.merging.adapters import Adapter
+from vera_tools.merging.changes import Change, Part, collect
+from vera_tools.tensorfile import TensorFile, TensorInfo, encode_header, layout
+
+Kind = Literal["copied", "cast", "merged", "replaced", "added"]
+
+#: Dtypes that --dtype casts to.
+TARGETS = ("float32", "float16", "bfloat16")
+
+# Endings of files that hold weights, or say where weights are; they are not copied beside the merged ones.
+_WEIGHTS = (
+    ".safetensors",
+    ".index.json",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".gguf",
+    ".onnx",
+    ".npz",
+    ".ot",
+    ".mlmodel",
+    ".tmp",
+)
+_NOT_COPIED = ("README.md", "vera_merge.json", ".gitattributes", "adapter_config.json", "vera_manifest.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the result.
+
+    Attributes:
+        info: Its entry in the output file.
+        kind: What is done: the bytes are "copied", the values "cast" to --dtype, a product is "merged" in, an adapter's
+            saved tensor takes its place ("replaced") or is new ("added").
+        origin: File name and entry of the base's tensor, or None where it is added.
+        parts: The adapters' parts.
+        transposed: A merged weight is stored as (in_features, out_features).
+    """
+
+    info: TensorInfo
+    kind: Kind
+    origin: tuple[str, TensorInfo] | None
+    parts: tuple[Part, ...] = ()
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the result: its name, its header, and its tensors in the order of their bytes."""
+
+    name: str
+    header: bytes
+    entries: tuple[Entry, ...]
+
+    @property
+    def data_start(self) -> int:
+        """Where the tensors begin."""
+        return 8 + len(self.header)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole file."""
+        return self.data_start + (self.entries[-1].info.stop if self.entries else 0)
+
+    @property
+    def computed(self) -> int:
+        """Bytes that are not copied as they stand."""
+        return sum(entry.info.nbytes for entry in self.entries if entry.kind != "copied")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that a merge writes.
+
+    Attributes:
+        base: The open base.
+        adapters: In the order in which they were named.
+        shards: The files of the result.
+        index_name: Name of the index file, or None where the base has none and one file holds everything.
+        index: The index as text.
+        copied_files: Names of the base's other files that are copied as they stand.
+        config: The text of config.json where it changes, else None.
+        dtype: What floating-point tensors are cast to, or None.
+        max_shard_size: Bytes, or None where the base's files are kept.
+        digest: Identifies base, adapters, options and tool; a merge in several steps must have the same in each.
+    """
+
+    base: BaseModel
+    adapters: tuple[Adapter, ...]
+    shards: tuple[Shard, ...]
+    index_name: str | None
+    index: str | None
+    copied_files: tuple[str, ...]
+    config: str | None
+    dtype: str | None
+    max_shard_size: int | None
+    digest: str
+
+    @property
+    def entries(self) -> Iterable[Entry]:
+        """All tensors of the result."""
+        return (entry for shard in self.shards for entry in shard.entries)
+
+    def names(self, kind: Kind) -> list[str]:
+        """Names of the tensors of one kind, sorted."""
+        return sorted(entry.info.name for entry in self.entries if entry.kind == kind)
+
+
+def make(
+    base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None = None, max_shard_size: int | None = None
+) -> Plan:
+    """Plan the merge of `adapters` into `base`.
+
+    Args:
+        base: The open base.
+        adapters: The open adapters.
+        dtype: Cast every floating-point tensor to it.
+        max_shard_size: Lay the tensors out in new files of at most so many bytes.
+
+    Raises:
+        CheckFailedError, FormatError, UsageError: see `changes.collect`.
+        UsageError: an unknown dtype, or a size below 1.
+    """
+    if dtype is not None and dtype not in TARGETS:
+        raise UsageError("weights cannot be cast to this", expected=" or ".join(TARGETS), found=dtype)
+    if max_shard_size is not None and max_shard_size < 1:
+        raise UsageError("a shard needs room", expected="at least 1 byte", found=str(max_shard_size))
+    changes = collect(base, adapters)
+    files = _entries(base, changes, dtype)
+    if max_shard_size is None:
+        shards = [_keep_layout(base.files[name], name, entries) for name, entries in files.items()]
+    else:
+        shards = _lay_out(files, base, max_shard_size)
+    index_name, index = _index(base, shards, resharded=max_shard_size is not None)
+    return Plan(
+        base,
+        tuple(adapters),
+        tuple(shards),
+        index_name,
+        index,
+        _copied_files(base),
+        _config(base, changes, dtype),
+        dtype,
+        max_shard_size,
+        _digest(base, adapters, dtype=dtype, max_shard_size=max_shard_size),
+    )
+
+
+def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shard, ...]:
+    """The files that the I-th of N processes writes; all of them where `part` is None.
+
+    The costliest files are dealt out first, each to the process with the least to do so far.
+    """
+    if part is None:
+        return tuple(shards)
+    index, count = part
+    loads = [0] * count
+    mine: list[Shard] = []
+    # A computed byte costs about as much as ten that are copied.
+    for shard in sorted(shards, key=lambda shard: (-(shard.size + 9 * shard.computed), shard.name)):
+        target = loads.index(min(loads))
+        loads[target] += shard.size + 9 * shard.computed
+        if target == index - 1:
+            mine.append(shard)
+    return tuple(sorted(mine, key=lambda shard: shard.name))
+
+
+def _entries(base: BaseModel, changes: Mapping[str, Change], dtype: str | None) -> dict[str, list[Entry]]:
+    """The result's tensors by the base's files, new ones at the end of the last; offsets are not final yet."""
+    files: dict[str, list[Entry]] = {}
+    for file_name, file in base.files.items():
+        files[file_name] = [
+            _entry(info, (file_name, info), changes.get(name), dtype) for name, info in file.tensors.items()
+        ]
+    last = files[list(files)[-1]]
+    for name, change in changes.items():
+        if name in base.tensors:
+            continue
+        if change.tied_to is not None:
+            origin = base.tensors[change.tied_to]
+            stored: TensorInfo = origin[1]
+            last.append(_entry(_renamed(stored, name), origin, change, dtype))
+        else:
+            replacement = change.parts[0].replacement
+            assert replacement is not None
+            last.append(_entry(_renamed(replacement, name), None, change, dtype))
+    return files
+
+
+def _entry(info: TensorInfo, origin: tuple[str, TensorInfo] | None, change: Change | None, dtype: str | None) -> Entry:
+    target = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
+    info = TensorInfo(info.name, target, info.shape, 0, info.size * BITS[CODES[target]] // 8)
+    if change is not None:
+        return Entry(info, change.kind, origin, change.parts, change.transposed)
+    assert origin is not None
+    return Entry(info, "copied" if origin[1].dtype == target else "cast", origin)
+
+
+def _renamed(info: TensorInfo, name: str) -> TensorInfo:
+    return TensorInfo(name, info.dtype, info.shape, info.start, info.stop)
+
+
+def _placed(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Shard:
+    infos = layout(
+        {entry.info.name: (entry.info.dtype, entry.info.shape) for entry in entries},
+        order=[entry.info.name for entry in entries],
+    )
+    placed = tuple(
+        Entry(infos[entry.info.name], entry.kind, entry.origin, entry.parts, entry.transposed) for entry in entries
+    )
+    return Shard(name, encode_header(infos, metadata), placed)
+
+
+def _keep_layout(file: TensorFile, name: str, entries: Sequence[Entry]) -> Shard:
+    shard = _placed(name, entries, file.metadata)
+    if {entry.info.name: entry.info for entry in shard.entries} == file.tensors:
+        return Shard(name, file.header, shard.entries)  # the very bytes, however they were spaced and ordered
+    return shard
+
+
+def _lay_out(files: Mapping[str, Sequence[Entry]], base: BaseModel, limit: int) -> list[Shard]:
+    groups: list[list[Entry]] = [[]]
+    room = limit
+    for entry in (entry for entries in files.values() for entry in entries):
+        if groups[-1] and entry.info.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(entry)
+        room -= entry.info.nbytes
+    metadata = next(iter(base.files.values())).metadata
+    names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
+    if len(groups) == 1:
+        names = ["model.safetensors"]
+    return [_placed(name, group, metadata) for name, group in zip(names, groups, strict=True)]
+
+
+def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tuple[str | None, str | None]:
+    names = [name for name in base.folder.names() if name.endswith(INDEX_SUFFIX)] if base.index else []
+    name = "model" + INDEX_SUFFIX if resharded or not names else names[0]
+    if (resharded or base.index is None) and (len(shards) == 1 or not resharded):
+        return None, None  # files without an index stay so; a single new file needs none
+    weight_map = {entry.info.name: shard.name for shard in shards for entry in shard.entries}
+    total = sum(entry.info.nbytes for shard in shards for entry in shard.entries)
+    old = base.index or {}
+    metadata = {**old.get("metadata", {}), "total_size": total}
+    if old.get("weight_map") == weight_map and total == sum(info.nbytes for _, info in base.tensors.values()):
+        return name, source.read_text(base.folder, name, limit=256 << 20)
+    if "total_parameters" in metadata:
+        metadata["total_parameters"] = sum(entry.info.size for shard in shards for entry in shard.entries)
+    document = {**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
+    return name, json.dumps(document, indent=2, sort_keys=True) + "\n"
+
+
+def _copied_files(base: BaseModel) -> tuple[str, ...]:
+    names = base.folder.names()
+    if "config.json" not in names:
+        return ()  # a lone file among others, which need not belong to it
+    return tuple(name for name in names if not name.endswith(_WEIGHTS) and name not in _NOT_COPIED)
+
+
+def _config(base: BaseModel, changes: Mapping[str, Change], dtype: str | None) -> str | None:
+    """config.json with the new dtype, and without tying what is no longer the same; None where it stays as it is."""
+    config = dict(base.config)
+    if dtype is not None:
+        _set_dtype(config, dtype)
+    ends = [name.split(".")[-2] for name in changes if name.endswith(".weight") and "." in name]
+    untied = any(end in OUTPUT_LAYERS for end in ends) != any(end in INPUT_EMBEDDINGS for end in ends)
+    starts_from_embedding = any(change.tied_to for change in changes.values())
+    if starts_from_embedding or (untied and config.get("tie_word_embeddings") is True and _stores_output(base)):
+        config["tie_word_embeddings"] = False
+    if not base.config or config == base.config:
+        return None
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _stores_output(base: BaseModel) -> bool:
+    return any(name.endswith(".weight") and name.split(".")[-2] in OUTPUT_LAYERS for name in base.tensors)
+
+
+def _set_dtype(config: dict[str, Any], dtype: str) -> None:
+    """In transformers it is called "dtype", and was called "torch_dtype"; parts of a model have their own."""
+    if "dtype" not in config and "torch_dtype" not in config:
+        config["torch_dtype"] = dtype
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            config[key] = dtype
+        elif isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            config[key] = dict(value)
+            _set_dtype(config[key], dtype)
+
+
+def _digest(base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None, max_shard_size: int | None) -> str:
+    files = {
+        name: [
+            file.size,
+            file.source.modified if isinstance(file.source, source.LocalFile) else None,
+            hashlib.sha256(file.header).hexdigest(),
+        ]
+        for name, file in base.files.items()
+    }
+    document = {
+        "version": __version__,
+        "base": files,
+        "config": base.config,
+        "adapters": [
+            [adapter.sha256, adapter.weight, adapter.resolved.record.sha256, adapter.checkpoint.raw_config]
+            for adapter in adapters
+        ],
+        "dtype": dtype,
+        "max_shard_size": max_shard_size,
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

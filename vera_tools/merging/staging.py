@@ -1,0 +1,200 @@
+"""The folder in which a merge grows: hidden beside the output, resumable, and shared by the processes of one merge.
+
+::
+
+    .OUT.merge/
+      lock             held while a process works here: shared by `--shard` processes, alone otherwise
+      plan             digest of the plan; a process with another plan is refused
+      shared           present where `--shard` processes fill it
+      parts/NAME       a file that is being written
+      journal/NAME     JSON: what a finished file's tensors are known by
+      output/NAME      finished files; becomes OUT as a whole
+
+A file counts as finished once it is in ``output``, and it is renamed there after its journal was written. A process
+that is killed leaves the folder behind; the system drops its lock.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from vera_tools import atomic
+from vera_tools.errors import UsageError
+from vera_tools.merging.plan import Plan, Shard
+
+# What flock says where a file system has no locks; then nothing can be promised, and nothing is refused.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What is known of a finished file.
+
+    Attributes:
+        crc32: Checksum of every tensor that was computed, by name.
+        base_sha256: Digest of the base's weight that a tensor was merged into, by the base's name.
+    """
+
+    crc32: dict[str, int]
+    base_sha256: dict[str, str]
+
+
+class Staging:
+    """One merge's folder, locked."""
+
+    def __init__(self, folder: Path, output: Path) -> None:
+        self.folder, self.path = folder, output
+
+    @property
+    def output(self) -> Path:
+        """The folder that becomes the output."""
+        return self.folder / "output"
+
+    def part(self, shard: Shard) -> Path:
+        """Where a file is written; each process has its own, so that none disturbs another's."""
+        return self.folder / "parts" / f"{shard.name}.{os.uname().nodename}.{os.getpid()}"
+
+    def done(self, shard: Shard) -> Path:
+        """Where it lies when it is finished."""
+        return self.output / shard.name
+
+    def finish(self, shard: Shard, part: Path, journal: Journal) -> None:
+        """Declare a written file finished."""
+        atomic.write_bytes(self.folder / "journal" / shard.name, json.dumps(asdict(journal)).encode())
+        part.replace(self.done(shard))
+
+    def journal(self, shard: Shard) -> Journal | None:
+        """What is known of a finished file, or None where it is not finished, or the journal is damaged."""
+        if not self.done(shard).is_file():
+            return None
+        try:
+            return Journal(**json.loads((self.folder / "journal" / shard.name).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def publish(self, *, overwrite: bool, sync: bool) -> None:
+        """Make the output appear, and remove the rest.
+
+        Raises:
+            UsageError: something of that name has appeared meanwhile.
+        """
+        atomic.refuse_existing(self.path, overwrite=overwrite)
+        atomic.publish(self.output, self.path, sync=sync)
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove everything."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def place(output: Path) -> Path:
+    """The staging folder that belongs to an output."""
+    return output.parent / f".{output.name}.merge"
+
+
+@contextlib.contextmanager
+def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool = False) -> Iterator[Staging]:
+    """Create or take up the staging folder of `output` and hold its lock.
+
+    Args:
+        output: The output folder, which does not exist yet.
+        plan: What is to be written.
+        resume: Take up what an earlier process left; otherwise that is removed.
+        shared: Other processes work on the same merge.
+        finish: This process finishes what others have filled.
+
+    Raises:
+        UsageError: another process is at work on this output, what is there belongs to another merge, or there is
+            nothing to finish.
+        VeraToolsError: the file system refused.
+    """
+    output = output.absolute()
+    folder = place(output)
+    with atomic.errors(output):
+        if finish and not folder.is_dir():
+            raise UsageError(
+                "there is nothing to finish", where=output, hint="run the merge with --shard 1/N to N/N first"
+            )
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder, output, shared=shared):
+            staging = Staging(folder, output)
+            _take_up(folder, output, plan, resume=resume or finish, shared=shared)
+            if not shared:  # what is in parts then belongs to processes that are no more
+                shutil.rmtree(folder / "parts", ignore_errors=True)
+            for name in ("parts", "journal", "output"):
+                (folder / name).mkdir(exist_ok=True)
+            try:
+                yield staging
+            except Exception:
+                if not (resume or shared or finish):
+                    staging.discard()
+                raise
+
+
+def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
+    marker, plan_file = folder / "shared", folder / "plan"
+    known = plan_file.read_text() if plan_file.exists() else None
+    if not (resume or shared):
+        if marker.exists():
+            raise UsageError(
+                "processes with --shard have begun to fill this output",
+                where=output,
+                hint=f"end them with --finish, or delete {folder}",
+            )
+        for entry in folder.iterdir():
+            if entry.name != "lock":
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        known = None
+    if known is not None and known != plan.digest:
+        raise UsageError(
+            "what was begun here belongs to another merge: base, adapters, weights or options are not the same",
+            where=output,
+            hint=f"repeat it as it was begun, or delete {folder}",
+        )
+    if known is None:
+        atomic.write_bytes(plan_file, plan.digest.encode())
+    if shared:
+        marker.touch()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, output: Path, *, shared: bool) -> Iterator[None]:
+    while True:
+        folder.mkdir(exist_ok=True)
+        try:
+            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just finished and removed the folder
+            continue
+        try:
+            try:
+                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise UsageError(
+                        "another merge is at work on this output",
+                        where=output,
+                        hint="wait for it, or choose another output",
+                    ) from None
+                if error.errno not in _NO_LOCKS:
+                    raise
+            if not _is_current(descriptor, folder / "lock"):
+                continue  # locked a file that was removed meanwhile
+            yield
+            return
+        finally:
+            os.close(descriptor)
+
+
+def _is_current(descriptor: int, path: Path) -> bool:
+    try:
+        return os.fstat(descriptor).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
