@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,50 @@ def run_json(*args: object, **options: Any) -> tuple[int, dict[str, Any]]:
     report = document["schema"].split("/")[1]
     schema.validate(document, f"{report}.v1", where=f"--json of {args[0]}")
     return result.returncode, document
+
+
+@pytest.fixture(scope="session")
+def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
+    """Ask a torch whose kernels round separately: a request for `torch_draws.digests` gives the two digests."""
+    command = [sys.executable, str(Path(__file__).parent / "torch_draws.py")]
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def ask(request: dict[str, Any]) -> dict[str, str]:
+            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.flush()
+            answer: dict[str, str] = json.loads(process.stdout.readline())
+            return answer
+
+        yield ask
+        process.stdin.close()
+
+
+def run_terminal(*args: object, columns: int = 80, env: dict[str, str] | None = None) -> tuple[int, str]:
+    """Run the command line on a real (pseudo-)terminal: exit code and everything it showed, stderr included."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **(env or {})}
+    command = [sys.executable, "-m", "vera_tools", *map(str, args)]
+    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment) as process:
+        os.close(follower)
+        shown = bytearray()
+        while True:
+            try:
+                data = os.read(leader, 65536)
+            except OSError:  # Linux says EIO once the last writer has gone
+                break
+            if not data:
+                break
+            shown += data
+    os.close(leader)
+    return process.returncode, shown.decode().replace("\r\n", "\n")
