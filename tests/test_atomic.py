@@ -1,0 +1,215 @@
+"""A file or folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from vera_tools import atomic
+from vera_tools.errors import UsageError, VeraToolsError
+
+
+def listing(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_a_file_appears_with_what_was_written(tmp_path):
+    atomic.write_bytes(tmp_path / "a", b"one")
+    atomic.write_bytes(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two"
+    assert listing(tmp_path) == ["a"]
+
+
+def test_a_new_file_has_the_usual_permissions_and_an_old_one_keeps_its_own(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    atomic.write_bytes(tmp_path / "new", b"")
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+    (tmp_path / "new").chmod(0o640)
+    atomic.write_bytes(tmp_path / "new", b"x")
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("error", [RuntimeError("stop"), KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left")])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    (tmp_path / "a").write_bytes(b"old")
+
+    def write():
+        with atomic.file(tmp_path / "a") as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+
+    expected = VeraToolsError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected):
+        write()
+    assert (tmp_path / "a").read_bytes() == b"old"
+    assert listing(tmp_path) == ["a"]
+
+
+def test_what_the_file_system_refuses_is_one_clear_error(tmp_path):
+    with pytest.raises(VeraToolsError, match=r"could not be written: No such file.*nothing was left half-written"):
+        atomic.write_bytes(tmp_path / "missing" / "a", b"")
+
+
+def fill(path, **options):
+    with atomic.folder(path, **options) as temporary:
+        assert not any(temporary.iterdir())
+        assert temporary.parent == path.parent
+        (temporary / "a").write_bytes(b"new")
+        (temporary / "b").mkdir()
+        (temporary / "b" / "c").write_bytes(b"new")
+
+
+def test_a_folder_appears_whole(tmp_path):
+    fill(tmp_path / "x" / "y" / "out")
+    assert listing(tmp_path / "x" / "y") == ["out", "out/a", "out/b", "out/b/c"]
+    (tmp_path / "plain").mkdir()
+    assert (tmp_path / "x" / "y" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
+def test_what_exists_is_not_touched(tmp_path, kind):
+    out = tmp_path / "out"
+    if kind == "folder":
+        out.mkdir()
+    elif kind == "file":
+        out.write_bytes(b"old")
+    else:
+        out.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"out: already exists; .*--overwrite"):
+        fill(out)
+    assert listing(tmp_path) == ["out"]
+    assert out.is_symlink() == (kind == "dangling link")
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
+def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(b"old")
+    fill(out, overwrite=True)
+    assert listing(tmp_path) == ["out", "out/a", "out/b", "out/b/c"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_an_error_leaves_no_folder_or_the_old_one(tmp_path, overwrite):
+    out = tmp_path / "out"
+    if overwrite:
+        out.mkdir()
+        (out / "old").write_bytes(b"old")
+
+    def write():
+        with atomic.folder(out, overwrite=overwrite) as temporary:
+            (temporary / "a").write_bytes(b"half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
+    assert listing(tmp_path) == (["out", "out/old"] if overwrite else [])
+
+
+def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").write_bytes(b"old")
+    rename = type(out).rename
+
+    def refuse(self, target):
+        if self.name.endswith(".tmp"):
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(type(out), "rename", refuse)
+    with pytest.raises(VeraToolsError, match="Input/output error"):
+        fill(out, overwrite=True)
+    assert listing(tmp_path) == ["out", "out/old"]
+
+
+def test_a_killed_process_leaves_the_old_state_and_one_hidden_folder(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_bytes(b"old")
+    program = f"""
+        import os, pathlib
+        from vera_tools import atomic
+        with atomic.folder(pathlib.Path({str(tmp_path / "out")!r}), overwrite=True) as temporary:
+            (temporary / "a").write_bytes(b"half")
+            os._exit(9)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=False).returncode == 9
+    assert (tmp_path / "out" / "old").read_bytes() == b"old"
+    left = [path.name for path in tmp_path.iterdir() if path.name != "out"]
+    assert len(left) == 1
+    assert left[0].startswith(".out.")
+    assert left[0].endswith(".tmp")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanging folders in one step is Linux's")
+class TestReplacement:
+    @pytest.fixture
+    def old(self, tmp_path):
+        folder = tmp_path / "ckpt"
+        (folder / "runs").mkdir(parents=True)
+        (folder / "runs" / "log").write_bytes(b"log")
+        (folder / "weights").write_bytes(b"old")
+        (folder / "README.md").write_bytes(b"card")
+        (folder / "weights.bin").write_bytes(b"pickle")
+        (folder / "link").symlink_to("README.md")
+        (folder / "weights").chmod(0o604)
+        (folder / "runs").chmod(0o750)
+        folder.chmod(0o710)
+        return folder
+
+    def replace(self, path, **options):
+        with atomic.replacement(path, **options) as temporary:
+            (temporary / "weights").write_bytes(b"new")
+
+    def test_new_files_replace_old_ones_and_the_rest_is_carried_over(self, old):
+        card = (old / "README.md").stat().st_ino
+        self.replace(old, drop=["weights.bin"])
+        assert listing(old.parent) == [
+            "ckpt",
+            "ckpt/README.md",
+            "ckpt/link",
+            "ckpt/runs",
+            "ckpt/runs/log",
+            "ckpt/weights",
+        ]
+        assert (old / "weights").read_bytes() == b"new"
+        assert (old / "README.md").stat().st_ino == card
+        assert os.readlink(old / "link") == "README.md"
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (old, old / "weights", old / "runs")]
+        assert modes == [0o710, 0o604, 0o750]
+
+    def test_a_link_to_the_folder_stays_a_link(self, old, tmp_path):
+        (tmp_path / "alias").symlink_to(old)
+        self.replace(tmp_path / "alias")
+        assert (tmp_path / "alias").is_symlink()
+        assert (old / "weights").read_bytes() == b"new"
+
+    def test_an_error_changes_nothing(self, old):
+        before = listing(old.parent)
+
+        def write():
+            with atomic.replacement(old) as temporary:
+                (temporary / "weights").write_bytes(b"half")
+                raise RuntimeError
+
+        with pytest.raises(RuntimeError):
+            write()
+        assert listing(old.parent) == before
+        assert (old / "weights").read_bytes() == b"old"
+
+    def test_a_system_without_the_exchange_is_told_so(self, old, monkeypatch):
+        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+        with pytest.raises(UsageError, match=r"cannot replace a folder in one step; .* -o instead"):
+            self.replace(old)
+        assert (old / "weights").read_bytes() == b"old"
+        assert [path.name for path in old.parent.iterdir()] == ["ckpt"]
