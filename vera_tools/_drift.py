@@ -40,6 +40,8 @@ from vera_tools.streams import Draw, Environment, identify_stream
 STANDARD = (Draw(42, 64, 4096, 4096), Draw(-1, 4, 7, 5))
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 TIMEOUT = 300.0
+#: Rows and columns of a projection that are kept for a picture.
+CORNER = 12, 48
 
 
 @dataclass(frozen=True)
@@ -77,16 +79,18 @@ class Target:
 
 @dataclass(frozen=True)
 class Sample:
-    """Where and how much one row's vera_A differs, for a picture.
+    """Where and how much one row's projections differ, for a picture.
 
     Attributes:
-        ulps: Differing elements counted by the power of two of their distance: [1, 2), [2, 4), [4, 8), ...
+        ulps: Differing float32 elements of both counted by the power of two of their distance: [1, 2), [2, 4), ...
         size: Elements in all.
-        corner: (at most 48, at most 96) signed differences, in units of float32's spacing at the bound.
+        tensor: The one whose corner this is: vera_A, or vera_B where vera_A is the same throughout.
+        corner: Signed differences of its first rows and columns, in units of float32's spacing at the bound.
     """
 
     ulps: tuple[int, ...]
     size: int
+    tensor: str
     corner: Array
 
 
@@ -349,7 +353,7 @@ class _Judge:
         if self._adapter is not None:
             effect = measure(self._adapter, wanted, loaded, base=self._model)
             effect = replace(effect, **self._logits(loaded))
-        return matches, effect, _sample(loaded[0], wanted[0])
+        return matches, effect, _sample(loaded, wanted)
 
     def _logits(self, loaded: tuple[Array, Array]) -> dict[str, Any]:
         assert self._adapter is not None
@@ -409,17 +413,21 @@ def _gets(projections: Mapping[str, Match] | None, target: Target) -> str:
     return f"{kind} projections: {share:.1f} % of elements differ, by up to {largest:.1e} (relative norm {norm:.1e})"
 
 
-def _sample(loaded: Array, wanted: Array) -> Sample:
-    narrow = [array.astype(np.float32) for array in (loaded, wanted)]
-    bits = [array.view(np.int32).astype(np.int64) for array in narrow]
-    # Sign and magnitude to a line on which neighbouring floats are neighbours.
-    line = [np.where(b < 0, -(b & 0x7FFFFFFF), b) for b in bits]
-    distance = np.abs(line[0] - line[1])
-    distance = distance[distance > 0]
-    counts = np.bincount(np.floor(np.log2(distance)).astype(int)) if distance.size else np.zeros(0, int)
-    spacing = np.spacing(np.abs(narrow[1]).max())
-    corner = (narrow[0][:48, :96].astype(np.float64) - narrow[1][:48, :96]) / spacing
-    return Sample(tuple(int(count) for count in counts), wanted.size, corner)
+def _sample(loaded: tuple[Array, Array], wanted: tuple[Array, Array]) -> Sample:
+    new, old = ([array.astype(np.float32) for array in pair] for pair in (loaded, wanted))
+    distance = np.concatenate([np.abs(_line(a) - _line(b)).reshape(-1) for a, b in zip(new, old, strict=True)])
+    counts = np.bincount(np.log2(distance[distance > 0]).astype(int))
+    which = 0 if np.any(new[0] != old[0]) else 1
+    spacing = np.spacing(np.abs(old[which]).max())
+    rows, columns = CORNER
+    corner = (new[which][:rows, :columns].astype(np.float64) - old[which][:rows, :columns]) / spacing
+    return Sample(tuple(int(count) for count in counts), distance.size, PROJECTIONS[which], corner)
+
+
+def _line(values: Array) -> Array:
+    """Floats as integers in the floats' own order, so that neighbours differ by 1."""
+    bits = values.view(np.int32).astype(np.int64)
+    return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 def _check(name: str, values: Sequence[str], choices: Sequence[str]) -> None:
