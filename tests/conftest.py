@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,6 +100,11 @@ def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
 
         yield ask
         process.stdin.close()
+
+
+def plain(text: str) -> str:
+    """Terminal text without its styles."""
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
 
 
 def run_terminal(*args: object, columns: int = 80, env: dict[str, str] | None = None) -> tuple[int, str]:

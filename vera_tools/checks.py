@@ -66,7 +66,10 @@ def structure(checkpoint: Checkpoint) -> Iterator[Check]:
     yield _key(checkpoint)
     yield _save_projection(checkpoint)
     yield _layers(checkpoint)
-    yield _shapes(checkpoint)
+    shapes = _shapes(checkpoint)
+    yield shapes
+    if shapes.status == "pass":
+        yield _out_max(checkpoint)
     yield _dtypes(checkpoint)
     yield _unexpected(checkpoint)
 
@@ -196,21 +199,30 @@ def _shapes(checkpoint: Checkpoint) -> Check:
             wrong.append(f"{layer.lambda_d.name} {list(layer.lambda_d.shape)}, expected [{r}]")
         if layer.lambda_b and (len(layer.lambda_b.shape) != 1 or not layer.lambda_b.size):
             wrong.append(f"{layer.lambda_b.name} {list(layer.lambda_b.shape)}, expected [out_features]")
-    widest = max((layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b), default=0)
     pair = checkpoint.projections
-    if "vera_A" in pair and (
-        len(pair["vera_A"].shape) != 2 or pair["vera_A"].shape[0] != r or 0 in pair["vera_A"].shape
-    ):
-        wrong.append(f"vera_A {list(pair['vera_A'].shape)}, expected [{r}, in_max]")
-    if "vera_B" in pair and pair["vera_B"].shape != (widest, r):
-        wrong.append(f"vera_B {list(pair['vera_B'].shape)}, expected [{widest}, {r}] (the longest vera_lambda_b, r)")
-    if not pair and checkpoint.recorded:
-        shape = checkpoint.recorded.shape
-        if (shape.r, shape.out_max) != (r, widest):
-            wrong.append(f"recorded r {shape.r} and out_max {shape.out_max}, the vectors have {r} and {widest}")
+    for name, axis in (("vera_A", 0), ("vera_B", 1)):
+        if name in pair and (len(pair[name].shape) != 2 or pair[name].shape[axis] != r or 0 in pair[name].shape):
+            expected = f"[{r}, in_max]" if name == "vera_A" else f"[out_max, {r}]"
+            wrong.append(f"{name} {list(pair[name].shape)}, expected {expected}")
+    if not pair and checkpoint.recorded and checkpoint.recorded.shape.r != r:
+        wrong.append(f"recorded r {checkpoint.recorded.shape.r}, expected {r}")
     if wrong:
         return Check("tensors.shapes", "fail", _some(wrong))
     return Check("tensors.shapes", "pass", f"every shape fits r = {r} and the others")
+
+
+def _out_max(checkpoint: Checkpoint) -> Check:
+    widest = max((layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b), default=0)
+    if "vera_B" in checkpoint.projections:
+        out_max = checkpoint.projections["vera_B"].shape[0]
+    elif checkpoint.recorded:
+        out_max = checkpoint.recorded.shape.out_max
+    else:
+        return Check("tensors.out_max", "pass", f"out_max is {widest}, by the longest vera_lambda_b")
+    if out_max != widest:
+        message = f"vera_B has {out_max} rows, the longest vera_lambda_b {widest} elements: is a layer missing?"
+        return Check("tensors.out_max", "fail", message)
+    return Check("tensors.out_max", "pass", f"vera_B has {out_max} rows, as the longest vera_lambda_b has elements")
 
 
 def _dtypes(checkpoint: Checkpoint) -> Check:
@@ -327,12 +339,11 @@ def _metadata(manifest: Manifest, checkpoint: Checkpoint) -> Check:
     if changed:
         return Check("manifest.metadata", "fail", f"the file's metadata changed: {_some(changed)}")
     gone, new = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
-    if gone or new:
-        parts = [f"lost {_some(gone)}"] if gone else []
-        parts += [f"gained {_some(new)}"] if new else []
-        return Check(
-            "manifest.metadata", "warn", f"the file's metadata {' and '.join(parts)}: another program saved it"
-        )
+    if gone and new:
+        return Check("manifest.metadata", "fail", f"the file's metadata has {_some(new)} in place of {_some(gone)}")
+    if gone or new:  # PEFT saving into the same folder drops what it does not know
+        what = f"lost {_some(gone)}" if gone else f"gained {_some(new)}"
+        return Check("manifest.metadata", "warn", f"the file's metadata {what}: another program saved it")
     return Check("manifest.metadata", "pass", "the file's metadata is the recorded one")
 
 

@@ -1,0 +1,126 @@
+"""What all commands have in common: help, --json also for errors, exit codes, one error boundary, quiet and colour."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import click
+import pytest
+
+from tests.conftest import CHECKPOINTS, ROOT, run_cli, run_json
+from vera_tools import schema
+from vera_tools._version import __version__
+from vera_tools.cli import COMMANDS, cli
+
+KEPT = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+
+
+def commands():
+    context = click.Context(cli)
+    return {name: cli.get_command(context, name) for name in COMMANDS}
+
+
+def test_version_and_help():
+    assert run_cli("--version").stdout.split()[-1] == __version__
+    assert run_cli("-h").stdout == run_cli("--help").stdout
+    assert all(name in run_cli("-h").stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_and_option_has_help(name):
+    command = commands()[name]
+    assert command.name == name
+    assert command.help
+    options = [p for p in command.params if isinstance(p, click.Option)]
+    assert not [option.name for option in options if not option.help]
+    assert {"as_json", "quiet", "verbose"} <= {option.name for option in options}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_is_documented_and_has_a_schema(name):
+    documents = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    assert any(f"vera-tools {name}" in path.read_text() for path in documents)
+    assert schema.load(f"{name}.v1")["properties"]["schema"] == {"const": f"vera-tools/{name}/v1"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_unknown_option_is_usage(name):
+    code, document = run_json(name, "--no-such-option")
+    assert code == 2
+    assert document["error"]["type"] == "UsageError"
+    assert f"{name} --help" in document["error"]["hint"]
+
+
+def test_errors_are_one_line_on_stderr_and_one_document_on_stdout(tmp_path):
+    result = run_cli("inspect", tmp_path / "nothing")
+    assert result.returncode == 4
+    assert result.stdout == ""
+    assert re.fullmatch(r"error: .*nothing: no such file or folder\n", result.stderr)
+    result = run_cli("inspect", tmp_path / "nothing", "--json")
+    assert json.loads(result.stdout)["error"]["exit_code"] == 4
+
+
+def test_traceback_only_on_request(tmp_path):
+    result = run_cli("inspect", tmp_path / "nothing", env={"VERA_TOOLS_DEBUG": "1"})
+    assert "Traceback" in result.stderr
+
+
+def test_internal_errors_are_one_line_too(monkeypatch, capsys):
+    from vera_tools.cli import inspect as module
+    from vera_tools.cli import main
+
+    def broken(*args, **kwargs):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(module, "inspect", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(["inspect", str(KEPT)])
+    assert stop.value.code == 1
+    assert "internal error: ZeroDivisionError: a bug" in capsys.readouterr().err
+
+
+def test_quiet_says_nothing():
+    result = run_cli("verify", KEPT, "-q")
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_colour_only_where_asked_for():
+    assert "\x1b[" not in run_cli("verify", KEPT).stdout
+    coloured = run_cli("verify", KEPT, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).stdout
+    assert "\x1b[" in coloured
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert [line.rstrip() for line in plain.splitlines()] == run_cli("verify", KEPT).stdout.splitlines()
+
+
+def test_broken_pipe_is_silent():
+    command = [sys.executable, "-m", "vera_tools", "verify", *[str(KEPT)] * 3, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+
+
+def test_start_is_light():
+    """Help, version and errors need none of the heavy libraries."""
+    script = """
+import sys
+from vera_tools.cli import main
+try:
+    main(["--help"])
+except SystemExit:
+    pass
+heavy = sorted({"torch", "rich", "jsonschema", "huggingface_hub"} & set(sys.modules))
+print(heavy, file=sys.stderr)
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stderr.strip() == "[]"
+
+
+def test_module_and_script_are_the_same():
+    script = os.path.join(os.path.dirname(sys.executable), "vera-tools")
+    assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == (
+        run_cli("--version").stdout
+    )

@@ -1,0 +1,79 @@
+"""`inspect`: counts against the tensors themselves, the paper's formula, and real LoRA."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import vera_tools
+from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
+from vera_tools import tensorfile
+from vera_tools.config import VeraConfig
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_counts_are_those_of_the_file(name):
+    code, document = run_json("inspect", CHECKPOINTS / name, "--base", base_of(name))
+    assert code == 0
+    path = CHECKPOINTS / name / "adapter_model.safetensors"
+    with tensorfile.TensorFile.open(path) as file:
+        sizes = {tensor: info.size for tensor, info in file.tensors.items()}
+    pair = sum(size for tensor, size in sizes.items() if tensor in ("base_model.vera_A", "base_model.vera_B"))
+    assert document["parameters"]["trainable"] == sum(sizes.values()) - pair
+    if document["projections_stored"]:
+        assert document["parameters"]["projections"] == pair
+    assert document["bytes"]["file"] == path.stat().st_size
+    assert len(document["tensors"]) == len(sizes)
+    assert document["in_max"] == max(layer["in_features"] for layer in document["layers"])
+
+
+@pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
+def test_lora_count_is_what_peft_makes(name):
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM
+
+    config = VeraConfig.from_pretrained(CHECKPOINTS / name)
+    base = AutoModelForCausalLM.from_pretrained(base_of(name))
+    lora = peft.get_peft_model(
+        base,
+        peft.LoraConfig(r=config.r, target_modules=config.target_modules, fan_in_fan_out=config.fan_in_fan_out),
+    )
+    trainable, _ = lora.get_nb_trainable_parameters()
+    assert vera_tools.inspect(CHECKPOINTS / name, base=base_of(name)).lora_parameters == trainable
+
+
+def test_formula_of_the_paper_for_equal_shapes(tmp_path):
+    """Table 1: L_tuned * (d_model + r)."""
+    layers, d_model, r = 6, 40, 12
+    tensors = {}
+    for n in range(layers):
+        prefix = f"base_model.model.layers.{n}.q_proj.vera_lambda_"
+        tensors[prefix + "b"] = np.ones(d_model, np.float32)
+        tensors[prefix + "d"] = np.ones(r, np.float32)
+    tensorfile.save(tmp_path / "adapter_model.safetensors", tensors, {})
+    VeraConfig(r=r, target_modules=["q_proj"], save_projection=False).save_pretrained(tmp_path)
+    report = vera_tools.inspect(tmp_path)
+    assert report.vector_parameters == layers * (d_model + r)
+    assert report.shape is None
+    assert report.lora_parameters is None
+    assert report.sizes["with_projections"] is None
+
+
+def test_manifest_tells_in_features_without_the_base(checkpoint):
+    name = "peft-0.21.2-llama-f32-kept"
+    folder = checkpoint(name)
+    assert vera_tools.inspect(folder).lora_parameters is None
+    vera_tools.record(folder, base=base_of(name))
+    assert vera_tools.inspect(folder).lora_parameters == vera_tools.inspect(folder, base=base_of(name)).lora_parameters
+
+
+def test_unknown_keys_and_text(checkpoint):
+    folder = checkpoint("peft-0.21.2-llama-f32-seedonly")
+    path = folder / "adapter_config.json"
+    path.write_text(path.read_text().replace("{", '{"arrow_config": null, ', 1))
+    result = run_cli("inspect", folder)
+    assert result.returncode == 0
+    assert "seed-only" in result.stdout
+    assert "arrow_config" in result.stdout
+    _, shown = run_terminal("inspect", folder)
+    assert all(len(line) <= 80 for line in plain(shown).splitlines()[2:])

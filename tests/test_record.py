@@ -1,0 +1,118 @@
+"""`record`: the manifest of a checkpoint that exists already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+
+import vera_tools
+from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools.manifest import MANIFEST_NAME, Manifest
+
+KEPT = "peft-0.21.2-llama-f32-kept"
+SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
+def test_touches_nothing_else_and_twice_is_the_same(name, checkpoint):
+    folder = checkpoint(name)
+    before = files(folder)
+    first = vera_tools.record(folder, base=base_of(name))
+    after = files(folder)
+    assert after.keys() - before.keys() == {MANIFEST_NAME}
+    assert {key: after[key] for key in before} == before
+    second = vera_tools.record(folder, base=base_of(name))
+    assert files(folder) == after
+    assert (first.renewed, second.renewed, second.changed) == (False, True, False)
+
+
+def test_digests_and_base_are_the_files_own(checkpoint):
+    folder = checkpoint(KEPT)
+    code, document = run_json("record", folder, "--base", base_of(KEPT))
+    assert code == 0
+    assert document["origin"] == "stored"
+    manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
+    safetensors = pytest.importorskip("safetensors.numpy")
+    stored = safetensors.load_file(folder / "adapter_model.safetensors")
+    assert manifest.tensors.keys() == stored.keys()
+    for name, array in stored.items():
+        assert manifest.tensors[name].sha256 == hashlib.sha256(array.tobytes()).hexdigest()
+        assert manifest.tensors[name].shape == array.shape
+    base = safetensors.load_file(base_of(KEPT) / "model.safetensors")
+    assert len(manifest.base.weights) == 4
+    for name, record in manifest.base.weights.items():
+        assert record.sha256 == hashlib.sha256(base[name].tobytes()).hexdigest()
+
+
+def test_recipe_options_are_taken_at_their_word_but_marked(checkpoint):
+    name = "peft-0.21.2-llama-f32-seedonly-noavx"
+    folder = checkpoint(name)
+    code, document = run_json("record", folder, "--base", base_of(name), "--rounding", "separate")
+    assert code == 0
+    assert document["recipe"]["name"] == "mt19937-f32-separate"
+    assert document["assumed"] is True
+    code, document = run_json("record", folder, "--base", base_of(name), "--rounding", "fused")
+    assert code == 2
+    assert "recorded already" in document["error"]["what"]
+
+
+def test_renewing_keeps_what_was_known_of_the_base(checkpoint):
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder, base=base_of(KEPT))
+    weights = json.loads((folder / MANIFEST_NAME).read_text())["base"]["weights"]
+    vera_tools.record(folder)
+    assert json.loads((folder / MANIFEST_NAME).read_text())["base"]["weights"] == weights
+
+
+def test_unknown_projections_are_recorded_without_a_recipe(checkpoint):
+    folder = checkpoint(KEPT)
+    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
+    data[-3] ^= 1
+    (folder / "adapter_model.safetensors").write_bytes(data)
+    report = vera_tools.record(folder)
+    assert report.manifest.projections.recipe is None
+    assert "no known recipe" in run_cli("record", folder).stdout
+    entry = vera_tools.verify(folder).checkpoints[0]
+    assert entry.verdict == "drift"
+    assert entry.ok
+
+
+def test_wrong_base_is_refused_and_nothing_written(checkpoint):
+    folder = checkpoint(SEED_ONLY)
+    with pytest.raises(CheckFailedError, match="no such module"):
+        vera_tools.record(folder, base=base_of("peft-0.21.2-bert-seqcls-kept"))
+    assert not (folder / MANIFEST_NAME).exists()
+
+
+def test_seed_only_needs_in_max(checkpoint):
+    with pytest.raises(UsageError, match="in_max"):
+        vera_tools.record(checkpoint(SEED_ONLY))
+
+
+def test_peft_goes_on_loading(checkpoint):
+    peft = pytest.importorskip("peft")
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder, base=base_of(KEPT))
+    base = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+    model = peft.PeftModel.from_pretrained(base, folder)
+    expected = json.loads((CHECKPOINTS / KEPT / "expected_logits.json").read_text())
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor(expected["ids"])).logits
+    assert torch.allclose(logits.reshape(-1), torch.tensor(expected["logits"]).reshape(-1), atol=1e-5)
+
+
+def test_hub_reference_is_refused():
+    code, document = run_json("record", "hf://owner/name")
+    assert code == 2
+    assert "pull it first" in document["error"]["hint"]

@@ -1,0 +1,137 @@
+"""`regenerate` against real torch, and against what real PEFT stored."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import vera_tools
+from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from vera_tools import tensorfile
+from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError
+
+KEPT = "peft-0.21.2-llama-f32-kept"
+SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
+
+PEFT_DRAW = """
+import hashlib, sys, torch
+from peft.tuners.vera.model import _kaiming_init
+key, r, i, o = map(int, sys.argv[1:])
+generator = torch.Generator(device="cpu").manual_seed(key)
+for shape in ((r, i), (o, r)):
+    print(hashlib.sha256(_kaiming_init(shape, generator=generator).numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(("capability", "rounding"), [(None, "fused"), ("default", "separate")])
+@pytest.mark.parametrize(("key", "shape"), [(42, (16, 100, 60)), (-3, (7, 33, 129))])
+def test_digests_are_what_peft_draws(capability, rounding, key, shape):
+    env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+    command = [sys.executable, "-W", "ignore", "-c", PEFT_DRAW, *map(str, (key, *shape))]
+    drawn = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+    r, in_features, out_features = shape
+    code, document = run_json(
+        *("regenerate", "--key", key, "--rank", r, "--in-features", in_features, "--out-features", out_features),
+        *("--rounding", rounding),
+    )
+    assert code == 0
+    assert [document["vera_A"]["sha256"], document["vera_B"]["sha256"]] == drawn
+    assert document["vera_A"]["shape"] == [r, in_features]
+    assert document["recipe"]["rounding"] == rounding
+    assert document["assumed"] is False
+
+
+def test_stored_checkpoint_gives_back_its_own_bits(tmp_path):
+    out = tmp_path / "pair.safetensors"
+    code, document = run_json("regenerate", "--checkpoint", CHECKPOINTS / KEPT, "-o", out)
+    assert code == 0
+    assert document["origin"] == "stored"
+    with (
+        tensorfile.TensorFile.open(out) as ours,
+        tensorfile.TensorFile.open(CHECKPOINTS / KEPT / "adapter_model.safetensors") as stored,
+    ):
+        for name in ("base_model.vera_A", "base_model.vera_B"):
+            assert np.array_equal(ours.read(name), stored.read(name))
+            assert hashlib.sha256(ours.read(name).tobytes()).hexdigest() == document[name[11:]]["sha256"]
+    assert run_cli("regenerate", "--checkpoint", CHECKPOINTS / KEPT, "-o", out).returncode == 2
+    assert run_cli("regenerate", "--checkpoint", CHECKPOINTS / KEPT, "-o", out, "--overwrite").returncode == 0
+
+
+def test_assumption_is_said_once_and_can_be_refused():
+    name = "peft-0.21.2-llama-bf16-seedonly"
+    arguments = ("regenerate", "--checkpoint", CHECKPOINTS / name, "--base", base_of(name))
+    result = run_cli(*arguments, "--json")
+    assert result.returncode == 0
+    assert result.stderr.count("assuming mt19937-f32-fused-via-bf16") == 1
+    code, document = run_json(*arguments)
+    assert (code, document["assumed"], document["recipe"]["rounded_through"]) == (0, True, "bfloat16")
+    code, document = run_json(*arguments, "--strict")
+    assert (code, document["error"]["type"]) == (3, "UnprovenError")
+
+
+def test_strict_in_the_library():
+    with pytest.raises(UnprovenError, match="nothing records"):
+        vera_tools.regenerate(CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), strict=True)
+
+
+def test_seed_only_needs_in_max():
+    with pytest.raises(UsageError, match="in_max"):
+        vera_tools.regenerate(CHECKPOINTS / SEED_ONLY)
+    with pytest.warns(AssumedRecipeWarning, match="half-precision base"):
+        by_hand = vera_tools.regenerate(CHECKPOINTS / SEED_ONLY, in_features=96)
+    with pytest.warns(AssumedRecipeWarning):
+        by_base = vera_tools.regenerate(CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY))
+    assert by_hand.record == by_base.record
+
+
+def test_unrelated_stored_pair_is_not_passed_off(checkpoint):
+    folder = checkpoint(KEPT)
+    path = folder / "adapter_model.safetensors"
+    with tensorfile.TensorFile.open(path) as file:
+        arrays = {name: file.read(name) for name in file.tensors}
+    arrays["base_model.vera_A"][:] = 1
+    arrays["base_model.vera_B"][:] = 1
+    tensorfile.save(path, arrays, {})
+    with pytest.warns(AssumedRecipeWarning, match="no known recipe makes the stored projections"):
+        report = vera_tools.regenerate(folder)
+    assert report.record.assumed
+    assert report.origin == "assumed"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (),
+        ("--key", 1, "--rank", 2, "--in-features", 3),
+        ("--checkpoint", CHECKPOINTS / KEPT, "--key", 1),
+        ("--key", 2**64, "--rank", 2, "--in-features", 3, "--out-features", 4),
+        ("--key", 1, "--rank", 2, "--in-features", 3, "--out-features", 4, "--half-sampling", "scalar"),
+    ],
+)
+def test_wrong_usage(arguments):
+    code, document = run_json("regenerate", *arguments)
+    assert code == 2
+    assert document["error"]["exit_code"] == 2
+
+
+@pytest.mark.parametrize("drawn", ["float32", "float64", "bfloat16", "float16"])
+def test_stored_dtype(drawn):
+    report = vera_tools.regenerate(
+        key=9, r=4, in_features=8, out_features=8, recipe=_name(drawn), stored_dtype="bfloat16"
+    )
+    assert report.record.dtype == "bfloat16"
+    assert report.to_dict()["vera_B"]["dtype"] == "bfloat16"
+
+
+def _name(drawn: str) -> str:
+    return {
+        "float32": "mt19937-f32-fused",
+        "float64": "mt19937-f64-separate",
+        "bfloat16": "mt19937-bf16-scalar-fused",
+        "float16": "mt19937-f16-opmath-fused",
+    }[drawn]
