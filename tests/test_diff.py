@@ -1,0 +1,207 @@
+"""diff: what is equal, what is not and by how much, and whether it changes what the adapter does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from vera_tools import diff, embed_projections, strip_projections
+from vera_tools.errors import AssumedRecipeWarning
+
+KEPT = [name for name in NAMES if "kept" in name]
+LLAMA = "peft-0.21.2-llama-f32-kept"
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
+
+pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
+
+
+def change(folder: Path, edit) -> None:
+    """Apply `edit` to a checkpoint's tensors."""
+    path = folder / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    edit(tensors)
+    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_equals_itself(name):
+    report = diff(CHECKPOINTS / name, CHECKPOINTS / name, base=base_of(name))
+    assert report.equal
+    assert report.equal_in_effect
+    assert report.exit_code == 0
+    assert report.relative_norm == 0.0
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_the_stripped_form_is_equal_in_effect(name, tmp_path):
+    strip_projections(CHECKPOINTS / name, tmp_path / "stripped")
+    report = diff(CHECKPOINTS / name, tmp_path / "stripped")
+    assert not report.equal
+    assert report.equal_in_effect
+    assert report.exit_code == 1
+    assert report.tensors_only == (("base_model.vera_A", "base_model.vera_B"), ())
+    assert report.config == (("save_projection", True, False),)
+    embed_projections(tmp_path / "stripped", tmp_path / "embedded")
+    assert diff(CHECKPOINTS / name, tmp_path / "embedded").equal
+
+
+def test_one_bit_of_one_vector(checkpoint):
+    source = checkpoint(LLAMA)
+
+    def edit(tensors):
+        vector = tensors[Q0 + "vera_lambda_b"]
+        vector[7] = np.nextafter(vector[7], np.float32(np.inf))
+
+    change(source, edit)
+    report = diff(CHECKPOINTS / LLAMA, source)
+    (tensor,) = report.tensors
+    assert (tensor.name, tensor.differing, tensor.max_ulp) == (Q0 + "vera_lambda_b", 1 / 64, 1)
+    assert tensor.max_abs is not None
+    assert 0 < tensor.max_abs < 1e-6
+    assert tensor.cosine == pytest.approx(1.0)
+    assert not report.equal_in_effect
+    moved = [layer for layer in report.layers or () if layer.norms.difference]
+    assert [layer.module for layer in moved] == ["model.layers.0.self_attn.q_proj"]
+    assert 0 < moved[0].relative_norm < 1e-7
+
+
+def test_figures_against_numpy(checkpoint):
+    source = checkpoint(LLAMA)
+    rng = np.random.default_rng(5)
+    name = "base_model.vera_B"
+    change(source, lambda tensors: tensors.update({name: rng.normal(size=(64, 16)).astype(np.float32)}))
+    report = diff(CHECKPOINTS / LLAMA, source)
+    (tensor,) = report.tensors
+    a, b = (
+        safetensors.numpy.load_file(folder / "adapter_model.safetensors")[name].astype(np.float64).ravel()
+        for folder in (CHECKPOINTS / LLAMA, source)
+    )
+    assert tensor.max_abs == np.abs(a - b).max()
+    assert tensor.differing == np.mean(a != b)
+    assert tensor.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_effect_against_the_weights_themselves():
+    """Two runs on different machines: every tensor differs a little, and the update by what its factors say."""
+    other = LLAMA + "-noavx"
+    report = diff(CHECKPOINTS / LLAMA, CHECKPOINTS / other, base=base_of(LLAMA))
+    a, b = (
+        {
+            key: value.astype(np.float64)
+            for key, value in safetensors.numpy.load_file(CHECKPOINTS / name / "adapter_model.safetensors").items()
+        }
+        for name in (LLAMA, other)
+    )
+
+    def update(x):
+        up = x[Q0 + "vera_lambda_b"][:, None] * x["base_model.vera_B"]
+        return up @ (x[Q0 + "vera_lambda_d"][:, None] * x["base_model.vera_A"])
+
+    (layer,) = (x for x in report.layers or () if x.module == "model.layers.0.self_attn.q_proj")
+    expected = np.linalg.norm(update(a) - update(b)) / np.linalg.norm(update(a))
+    assert layer.relative_norm == pytest.approx(expected, rel=1e-6)
+
+
+def test_another_dtype_with_the_same_values(checkpoint):
+    source = checkpoint("peft-0.20.0-llama-bf16-kept")
+
+    def edit(tensors):
+        for name in ("base_model.vera_A", "base_model.vera_B"):
+            tensors[name] = tensors[name].astype(np.float64)
+
+    change(source, edit)
+    report = diff(CHECKPOINTS / source.name, source)
+    assert not report.equal
+    assert report.equal_in_effect
+    assert [(t.dtypes, t.differing, t.max_ulp) for t in report.tensors] == [(("float32", "float64"), 0.0, None)] * 2
+
+
+def test_other_shapes_names_and_values_that_are_not_finite(checkpoint):
+    source = checkpoint(LLAMA)
+
+    def edit(tensors):
+        tensors["base_model.model.extra"] = tensors.pop(Q0 + "vera_lambda_d")
+        tensors["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_d"][0] = np.nan
+        tensors["base_model.vera_A"] = tensors["base_model.vera_A"][:, :40].copy()
+
+    change(source, edit)
+    report = diff(CHECKPOINTS / LLAMA, source)
+    assert report.tensors_only == ((Q0 + "vera_lambda_d",), ("base_model.model.extra",))
+    figures = {tensor.name: tensor for tensor in report.tensors}
+    assert figures["base_model.vera_A"].shapes == ((16, 64), (16, 40))
+    nan = figures["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_d"]
+    assert (nan.max_abs, nan.max_ulp, nan.cosine, nan.differing) == (None, None, None, 1 / 16)
+    assert report.equal_in_effect is False
+    json.dumps(report.to_dict(), allow_nan=False)
+
+
+def test_a_saved_head_that_differs_is_an_effect(checkpoint):
+    source = checkpoint("peft-0.21.2-bert-seqcls-kept")
+    change(source, lambda tensors: tensors["base_model.model.classifier.bias"].__iadd__(np.float32(1)))
+    report = diff(CHECKPOINTS / source.name, source)
+    assert report.relative_norm == 0.0
+    assert report.equal_in_effect is False
+
+
+def test_the_order_of_target_modules_means_nothing(checkpoint):
+    source = checkpoint(LLAMA)
+    config = json.loads((source / "adapter_config.json").read_text())
+    config["target_modules"].reverse()
+    (source / "adapter_config.json").write_text(json.dumps(config))
+    assert diff(CHECKPOINTS / LLAMA, source).equal
+    config["vera_dropout"] = 0.25
+    del config["inference_mode"]
+    (source / "adapter_config.json").write_text(json.dumps({**config, "new_in_peft": 1}))
+    report = diff(CHECKPOINTS / LLAMA, source)
+    assert report.config == (("inference_mode", True, False), ("vera_dropout", 0.0, 0.25))
+    assert report.config_only == ((), ("new_in_peft",))
+    assert report.exit_code == 1
+    assert report.equal_in_effect
+
+
+def test_what_lies_beside_decides_nothing(checkpoint, tmp_path):
+    source = checkpoint(LLAMA)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    (source / "README.md").write_text("one")
+    (other / "README.md").write_text("another")
+    (other / "vera_manifest.json").write_text("{")
+    report = diff(source, other)
+    assert report.exit_code == 0
+    assert (report.beside["README.md"], report.beside["vera_manifest.json"]) == ("different", "only in b")
+
+
+def test_seed_only_against_its_kept_twin_takes_its_width(checkpoint, tmp_path):
+    """What PEFT itself writes with save_projection=False: nothing is recorded, so the recipe is assumed aloud."""
+    source = checkpoint(LLAMA)
+    change(source, lambda tensors: [tensors.pop(f"base_model.{name}") for name in ("vera_A", "vera_B")])
+    with pytest.warns(AssumedRecipeWarning):
+        report = diff(CHECKPOINTS / LLAMA, source)
+    assert report.equal_in_effect
+
+
+def test_an_unknown_pair_leaves_the_effect_unknown():
+    name = "peft-0.21.2-llama-f32-seedonly"
+    report = diff(CHECKPOINTS / name, CHECKPOINTS / LLAMA)
+    assert report.layers is None
+    assert report.equal_in_effect is None
+    assert "in_max cannot be read off" in str(report.why_not)
+
+
+def test_command(checkpoint, tmp_path):
+    strip_projections(CHECKPOINTS / LLAMA, tmp_path / "stripped")
+    code, document = run_json("diff", CHECKPOINTS / LLAMA, tmp_path / "stripped")
+    assert (code, document["equal"], document["equal_in_effect"]) == (1, False, True)
+    result = run_cli("diff", CHECKPOINTS / LLAMA, tmp_path / "stripped")
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "not equal, but equal in effect" in result.stdout
+    assert run_cli("diff", CHECKPOINTS / LLAMA, CHECKPOINTS / LLAMA).returncode == 0
+    code, document = run_json("diff", CHECKPOINTS / LLAMA, CHECKPOINTS / (LLAMA + "-noavx"))
+    assert code == 1
+    assert 1e-8 < document["effect"]["relative_norm"] < 1e-5

@@ -1,0 +1,398 @@
+"""`diff`: two checkpoints, key by key and tensor by tensor, and how far apart the updates are that they make."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, Checkpoint, Layer
+from vera_tools.config import VeraConfig
+from vera_tools.errors import CheckFailedError, UnprovenError, UsageError
+from vera_tools.identification import max_ulp
+from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS
+from vera_tools.projections import arrays, resolve
+from vera_tools.report import Progress, Report
+from vera_tools.tensorfile import Array, TensorFile
+from vera_tools.updates import Norms, Pair, UpdateComparison, Vectors
+
+CARD_NAME = "README.md"
+#: Lists in the config that PEFT treats, and writes, as sets.
+_UNORDERED = ("target_modules", "modules_to_save")
+_CHUNK = 1 << 18  # elements compared at a time
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor that both have and that is not the same. Figures are None where they have no meaning.
+
+    Attributes:
+        name: Its full name.
+        shapes: In A and in B.
+        dtypes: In A and in B.
+        differing: Share of elements that differ: in their bits, or, between two dtypes, in their values.
+        max_abs: Largest absolute difference.
+        max_ulp: Largest difference in units in the last place; None between two dtypes.
+        cosine: Cosine of the angle between the two.
+    """
+
+    name: str
+    shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    dtypes: tuple[str, str]
+    differing: float | None = None
+    max_abs: float | None = None
+    max_ulp: int | None = None
+    cosine: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        return {
+            "name": self.name,
+            "shapes": [list(shape) for shape in self.shapes],
+            "dtypes": list(self.dtypes),
+            "differing": self.differing,
+            "max_abs": self.max_abs,
+            "max_ulp": self.max_ulp,
+            "cosine": self.cosine,
+        }
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far apart the two updates of one layer's weight are.
+
+    Attributes:
+        module: The layer.
+        norms: Frobenius norms of A's update, of B's, and of their difference.
+    """
+
+    module: str
+    norms: Norms
+
+    @property
+    def relative_norm(self) -> float | None:
+        """Norm of the difference over the norm of A's update; None where that is zero and the difference is not."""
+        return _ratio(self.norms.difference, self.norms.a)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the report."""
+        return {
+            "module": self.module,
+            "norm_a": self.norms.a,
+            "norm_b": self.norms.b,
+            "norm_difference": self.norms.difference,
+            "relative_norm": self.relative_norm,
+        }
+
+
+@dataclass(frozen=True)
+class DiffReport(Report):
+    """What differs between checkpoints A and B. The exit code is 0 only where config and tensors are equal.
+
+    Attributes:
+        a: The first.
+        b: The second.
+        config: (key, value in A, value in B) where both have the key with different values.
+        config_only: Keys that only A has, and that only B has.
+        equal_tensors: Number of tensors that are the same bit for bit.
+        tensors: Those that are not.
+        tensors_only: Names that only A has, and that only B has.
+        layers: Each adapted layer's updates, or None where they cannot be compared.
+        why_not: Why they cannot.
+        others_equal: Biases and saved modules are the same in both.
+        beside: For the metadata, manifest and card, which decide nothing: "equal", "different", "only in a",
+            "only in b" or "absent".
+    """
+
+    name: ClassVar[str] = "diff"
+
+    a: str
+    b: str
+    config: tuple[tuple[str, Any, Any], ...]
+    config_only: tuple[tuple[str, ...], tuple[str, ...]]
+    equal_tensors: int
+    tensors: tuple[TensorDifference, ...]
+    tensors_only: tuple[tuple[str, ...], tuple[str, ...]]
+    layers: tuple[LayerDifference, ...] | None
+    why_not: str | None
+    others_equal: bool
+    beside: dict[str, str]
+
+    @property
+    def equal(self) -> bool:
+        """Config and tensors are the same."""
+        return not (self.config or any(self.config_only) or self.tensors or any(self.tensors_only))
+
+    @property
+    def equal_in_effect(self) -> bool | None:
+        """They do exactly the same to a base; None where that cannot be known."""
+        if self.equal:
+            return True
+        if not self.others_equal:
+            return False
+        return None if self.layers is None else all(layer.norms.difference == 0 for layer in self.layers)
+
+    @property
+    def relative_norm(self) -> float | None:
+        """Norm of all layers' differences together over that of all of A's updates."""
+        if self.layers is None:
+            return None
+        difference = math.hypot(*(layer.norms.difference for layer in self.layers))
+        return _ratio(difference, math.hypot(*(layer.norms.a for layer in self.layers)))
+
+    @property
+    def exit_code(self) -> int:
+        """0 where config and tensors are equal, else 1."""
+        return 0 if self.equal else 1
+
+    def body(self) -> dict[str, Any]:
+        """The diff/v1 document's own part."""
+        return {
+            "a": self.a,
+            "b": self.b,
+            "equal": self.equal,
+            "equal_in_effect": self.equal_in_effect,
+            "config": {
+                "changed": [{"key": key, "a": a, "b": b} for key, a, b in self.config],
+                "only_in_a": list(self.config_only[0]),
+                "only_in_b": list(self.config_only[1]),
+            },
+            "tensors": {
+                "equal": self.equal_tensors,
+                "different": [tensor.to_dict() for tensor in self.tensors],
+                "only_in_a": list(self.tensors_only[0]),
+                "only_in_b": list(self.tensors_only[1]),
+            },
+            "effect": None
+            if self.layers is None
+            else {"relative_norm": self.relative_norm, "layers": [layer.to_dict() for layer in self.layers]},
+            "effect_why_not": self.why_not,
+            "beside": dict(self.beside),
+        }
+
+
+def diff(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    *,
+    base: str | os.PathLike[str] | None = None,
+    in_features: int | None = None,
+    strict: bool = False,
+    allow_pickle: bool = False,
+    progress: Progress | None = None,
+) -> DiffReport:
+    """Compare two checkpoints: config, tensors, and the updates that they make to a base's weights.
+
+    Args:
+        a: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+        b: Another.
+        base: Their base model: gives each layer's in_features, and in_max of a seed-only checkpoint.
+        in_features: in_max of a seed-only checkpoint. Default: the other one's, where it adapts the same modules.
+        strict: Assume no recipe for a seed-only checkpoint with nothing recorded.
+        allow_pickle: Read a legacy adapter_model.bin too.
+        progress: Called once a layer.
+
+    Raises:
+        FormatError: one of them is unreadable, malformed, or not VeRA.
+        CheckFailedError: the base does not fit.
+    """
+    with contextlib.ExitStack() as stack:
+        one, two = (stack.enter_context(Checkpoint.open(x, allow_pickle=allow_pickle)) for x in (a, b))
+        model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        changed, only_a, only_b = _diff_configs(one.config, two.config)
+        first, second = one.weights.tensors, two.weights.tensors
+        both = [name for name in first if name in second]
+        found = {name: _diff_tensor(one.weights, two.weights, name) for name in both}
+        tensors = {name: difference for name, difference in found.items() if difference is not None}
+        vectors_only = tuple(tuple(sorted(x.keys() - y.keys())) for x, y in ((first, second), (second, first)))
+        others = {*one.other_tensors, *two.other_tensors}
+        layers: tuple[LayerDifference, ...] | None = None
+        why_not = None
+        try:
+            layers = tuple(_effects(one, two, model, in_features=in_features, strict=strict, progress=progress))
+        except (CheckFailedError, UnprovenError, UsageError, ValueError) as error:
+            why_not = str(error)
+        return DiffReport(
+            os.fspath(a),
+            os.fspath(b),
+            changed,
+            (only_a, only_b),
+            equal_tensors=len(both) - len(tensors),
+            tensors=tuple(tensors.values()),
+            tensors_only=(vectors_only[0], vectors_only[1]),
+            layers=layers,
+            why_not=why_not,
+            others_equal=not others & {*tensors, *vectors_only[0], *vectors_only[1]},
+            beside=_diff_beside(one, two),
+        )
+
+
+def _diff_configs(
+    a: VeraConfig, b: VeraConfig
+) -> tuple[tuple[tuple[str, Any, Any], ...], tuple[str, ...], tuple[str, ...]]:
+    """Values that differ, with PEFT's defaults filled in, and keys that only one has."""
+    first, second = a.to_dict(), b.to_dict()
+
+    def comparable(key: str, value: Any) -> Any:
+        return set(value) if key in _UNORDERED and isinstance(value, list) else value
+
+    changed = tuple(
+        (key, first[key], second[key])
+        for key in sorted(first.keys() & second.keys())
+        if comparable(key, first[key]) != comparable(key, second[key])
+    )
+    return changed, tuple(sorted(first.keys() - second.keys())), tuple(sorted(second.keys() - first.keys()))
+
+
+def _diff_tensor(a: TensorFile, b: TensorFile, name: str) -> TensorDifference | None:
+    """None where the two are the same bit for bit."""
+    first, second = a.tensors[name], b.tensors[name]
+    shapes, dtypes = (first.shape, second.shape), (first.dtype, second.dtype)
+    same_kind = shapes[0] == shapes[1] and dtypes[0] == dtypes[1]
+    if same_kind and all(x == y for x, y in zip(a.chunks(first), b.chunks(second), strict=True)):
+        return None
+    if shapes[0] != shapes[1] or not all(dtype.startswith(("float", "bfloat", "int", "uint")) for dtype in dtypes):
+        return TensorDifference(name, shapes, dtypes)
+    figures = _Figures()
+    for start in range(0, first.size, _CHUNK):
+        stop = min(start + _CHUNK, first.size)
+        figures.add(a.read_elements(first, start, stop), b.read_elements(second, start, stop))
+    return figures.difference(name, shapes, dtypes)
+
+
+class _Figures:
+    """Running figures of the difference between two tensors of one shape."""
+
+    def __init__(self) -> None:
+        self.size = self.differing = 0
+        self.max_abs, self.max_ulp = 0.0, 0
+        self.dot = self.norm_a = self.norm_b = 0.0
+
+    def add(self, a: Array, b: Array) -> None:
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        if a.dtype == b.dtype:
+            bits = np.dtype(f"u{a.dtype.itemsize}")
+            self.differing += int(np.count_nonzero(a.view(bits) != b.view(bits)))
+            self.max_ulp = max(self.max_ulp, max_ulp(a, b))
+        else:
+            self.differing += int(np.count_nonzero(x != y))
+        self.size += a.size
+        with np.errstate(invalid="ignore", over="ignore"):
+            self.max_abs = max(self.max_abs, float(np.abs(x - y).max(initial=0.0)), key=_nan_last)
+            self.dot += float(np.dot(x, y))
+            self.norm_a += float(np.dot(x, x))
+            self.norm_b += float(np.dot(y, y))
+
+    def difference(
+        self, name: str, shapes: tuple[tuple[int, ...], tuple[int, ...]], dtypes: tuple[str, str]
+    ) -> TensorDifference:
+        lengths = math.sqrt(self.norm_a) * math.sqrt(self.norm_b)
+        floats = dtypes[0] == dtypes[1] and "float" in dtypes[0]
+        return TensorDifference(
+            name,
+            shapes,
+            dtypes,
+            differing=self.differing / self.size if self.size else 0.0,
+            max_abs=self.max_abs if math.isfinite(self.max_abs) else None,
+            max_ulp=self.max_ulp if floats and math.isfinite(self.max_abs) else None,
+            cosine=max(-1.0, min(1.0, self.dot / lengths)) if lengths and math.isfinite(self.dot) else None,
+        )
+
+
+def _nan_last(value: float) -> float:
+    return math.inf if math.isnan(value) else value
+
+
+def _effects(
+    a: Checkpoint,
+    b: Checkpoint,
+    base: BaseModel | None,
+    *,
+    in_features: int | None,
+    strict: bool,
+    progress: Progress | None,
+) -> Iterator[LayerDifference]:
+    """Each layer's updates side by side."""
+    known = in_features
+    if known is None and a.layers.keys() == b.layers.keys():  # then both have the same in_max
+        known = next((shape.in_max for x in (a, b) if (shape := x.pair_shape())), None)
+    pair_a = _pair(a, base, known, strict=strict)
+    pair_b = pair_a if _same_pair(a, b) else _pair(b, base, known, strict=strict)
+    comparison = UpdateComparison(pair_a, pair_b)
+    widths = {}
+    if base is not None:
+        widths = {linear.module: linear.in_features for linear in (*a.linears(base), *b.linears(base))}
+    modules = list(dict.fromkeys([*a.layers, *b.layers]))
+    for done, module in enumerate(modules):
+        width = widths.get(module, min(pair_a[0].shape[1], pair_b[0].shape[1]))
+        yield LayerDifference(module, comparison.layer(width, _vectors(a, module), _vectors(b, module)))
+        if progress:
+            progress(done + 1, len(modules), module)
+
+
+def _pair(checkpoint: Checkpoint, base: BaseModel | None, in_features: int | None, *, strict: bool) -> Pair:
+    if len(checkpoint.projections) == 2:
+        checkpoint.pair_shape()  # refuses two that do not fit each other
+        return checkpoint.weights.read(ROOT + "vera_A"), checkpoint.weights.read(ROOT + "vera_B")
+    width = None if base is not None else in_features
+    return arrays(checkpoint, resolve(checkpoint, base=base, in_features=width, strict=strict))
+
+
+def _same_pair(a: Checkpoint, b: Checkpoint) -> bool:
+    """Whether the two have the same bits for a pair, as far as digests say."""
+    return (first := _digests(a)) is not None and first == _digests(b)
+
+
+def _digests(checkpoint: Checkpoint) -> dict[str, str] | None:
+    if len(checkpoint.projections) == 2:
+        return {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
+    return checkpoint.recorded.sha256 if checkpoint.recorded else None
+
+
+def _vectors(checkpoint: Checkpoint, module: str) -> Vectors | None:
+    layer = checkpoint.layers.get(module, Layer(module, None, None))
+    if layer.lambda_b is None or layer.lambda_d is None:
+        return None
+    return checkpoint.weights.read(layer.lambda_b.name), checkpoint.weights.read(layer.lambda_d.name)
+
+
+def _diff_beside(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    metadata = [{k: v for k, v in x.weights.metadata.items() if k != METADATA_KEY} for x in (a, b)]
+    records = [x.weights.metadata.get(METADATA_KEY) for x in (a, b)]
+    return {
+        "metadata": _state(metadata[0] or None, metadata[1] or None),
+        "record": _state(*records),
+        MANIFEST_NAME: _state(*(_file_digest(x, MANIFEST_NAME) for x in (a, b))),
+        CARD_NAME: _state(*(_file_digest(x, CARD_NAME) for x in (a, b))),
+    }
+
+
+def _file_digest(checkpoint: Checkpoint, name: str) -> str | None:
+    if name not in checkpoint.folder.names():
+        return None
+    file = checkpoint.folder.open(name)
+    try:
+        data = bytearray(file.size)
+        file.read_into(memoryview(data), 0)
+    finally:
+        file.close()
+    return hashlib.sha256(data).hexdigest()
+
+
+def _state(a: object, b: object) -> str:
+    if a is None or b is None:
+        return "absent" if a is b else "only in b" if a is None else "only in a"
+    return "equal" if a == b else "different"
+
+
+def _ratio(value: float, reference: float) -> float | None:
+    if reference:
+        return value / reference
+    return 0.0 if value == 0 else None
