@@ -20,9 +20,10 @@ import numpy as np
 from vera_tools.base import BaseModel
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.merging.arithmetic import rounded
-from vera_tools.merging.execution import Meter, blocks, delta
+from vera_tools.merging.execution import Meter
 from vera_tools.merging.plan import Entry, Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
+from vera_tools.merging.values import blocks, delta
 from vera_tools.prng import Array
 from vera_tools.tensorfile import TensorFile, as_bytes
 

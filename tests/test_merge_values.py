@@ -1,0 +1,217 @@
+"""What a merge computes: bits against float64 arithmetic, logits against transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+import vera_tools
+from tests.conftest import CHECKPOINTS, NAMES, base_of
+from tests.merging import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
+from vera_tools.errors import CheckFailedError
+from vera_tools.merging import arithmetic
+
+pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
+
+
+def bits(array):
+    return array.view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def load_merged(path, name):
+    """The class that the base's own config names, loaded from disk by transformers."""
+    import transformers
+
+    architecture = json.loads((base_of(name) / "config.json").read_text())["architectures"][0]
+    return getattr(transformers, architecture).from_pretrained(path).eval()
+
+
+def logits_of(model, ids):
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(ids)).logits.float().flatten().numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_transformers_computes_the_adapters_expected_logits(name, tmp_path):
+    vera_tools.merge(CHECKPOINTS / name, base=base_of(name), output=tmp_path / "out")
+    expected = json.loads((CHECKPOINTS / name / "expected_logits.json").read_text())
+    model = load_merged(tmp_path / "out", name)
+    found = logits_of(model, expected["ids"])
+    base = logits_of(load_merged(base_of(name), name), expected["ids"])
+    effect = np.abs(base - np.array(expected["logits"])).max()
+    tolerance = 4e-3 if "bf16" in name else 1e-5
+    assert np.abs(found - np.array(expected["logits"])).max() <= tolerance
+    assert effect > 0.5 * tolerance, "the adapter must make a difference, or the comparison says nothing"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "kept" in name])
+def test_every_half_precision_element_is_correctly_rounded(name, tmp_path):
+    report = vera_tools.merge(CHECKPOINTS / name, base=base_of(name), output=tmp_path / "out")
+    before, after = weights(base_of(name)), weights(tmp_path / "out")
+    assert set(before) == set(after)
+    touched = set(report.merged) | set(report.replaced)
+    for tensor, old in before.items():
+        if tensor not in touched:
+            assert np.array_equal(bits(old), bits(after[tensor])), tensor
+    for tensor in report.merged:
+        change = exact_delta(CHECKPOINTS / name, tensor.removesuffix(".weight"))
+        old = before[tensor]
+        change = change.T if "gpt2" in name else change
+        exact = old.astype(np.float64) + change[: old.shape[0], : old.shape[1]]
+        if old.dtype == np.float32:
+            assert np.abs(after[tensor] - exact).max() <= 1e-6 * np.abs(exact).max()
+        else:
+            assert np.array_equal(after[tensor], rounded_once(exact, old.dtype.name)), tensor
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_several_adapters_are_summed_and_rounded_once(dtype, transposed, tmp_path):
+    shapes = {"model.layers.0.a": (96, 160), "model.layers.0.b": (160, 160), "model.layers.1.a": (96, 160)}
+    base = make_base(tmp_path / "base", shapes, dtype=dtype, transposed=transposed)
+    given = {"fan_in_fan_out": transposed}
+    adapters = [make_adapter(tmp_path / f"a{n}", shapes, r=8 + n, key=n, seed=n, config=given) for n in range(3)]
+    factors = [1.0, -0.5, 0.3]
+    report = vera_tools.merge(adapters, base=base, output=tmp_path / "out", weights=factors)
+    before, after = weights(base), weights(tmp_path / "out")
+    assert sorted(report.merged) == sorted(f"{name}.weight" for name in shapes)
+    for name, (outs, ins) in shapes.items():
+        change = sum(f * exact_delta(a, name)[:outs, :ins] for f, a in zip(factors, adapters, strict=True))
+        exact = before[f"{name}.weight"].astype(np.float64) + (change.T if transposed else change)
+        found = after[f"{name}.weight"]
+        assert found.dtype == before[f"{name}.weight"].dtype
+        if dtype in ("bfloat16", "float16"):
+            assert np.array_equal(found, rounded_once(exact, dtype))
+        else:
+            unit = 2.0**-24 if dtype == "float32" else 2.0**-53
+            assert np.abs(found - exact).max() <= 64 * unit * np.abs(exact).max()
+
+
+def test_float32_alone_would_round_some_elements_wrongly():
+    """The elements that are settled in float64 exist, are all found, and are few."""
+    rng = np.random.default_rng(3)
+    rank, size = 256, 512
+    vera_A = rng.uniform(-0.05, 0.05, (rank, size)).astype(np.float32)
+    vera_B = rng.uniform(-0.1, 0.1, (size, rank)).astype(np.float32)
+    factor = arithmetic.Factor(rng.standard_normal(size), vera_B, rng.standard_normal(rank), vera_A)
+    weight = (rng.standard_normal((size, size)) * 0.02).astype(arithmetic.np_dtype("bfloat16"))
+    single = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32))
+    double = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float64))
+    total = single.rows(0, size, out=np.empty((size, size), np.float32)) + weight.astype(np.float32)
+    exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
+    result = arithmetic.rounded(total, "bfloat16")
+    wrong = result != rounded_once(exact, "bfloat16")
+    rows, columns = arithmetic.doubtful(total, result, spread=single.spread(0, size))
+    found = np.zeros_like(wrong)
+    found[rows, columns] = True
+    assert wrong.any()
+    assert not (wrong & ~found).any()
+    assert found.mean() < 0.02
+    assert np.allclose(single.exactly(weight, rows, columns, start=0), exact[rows, columns], rtol=0, atol=1e-15)
+
+
+def test_the_order_of_adapters_does_not_change_a_bit(tmp_path):
+    base = make_base(tmp_path / "base", dtype="float32")
+    one, two = make_adapter(tmp_path / "one", seed=1), make_adapter(tmp_path / "two", r=16, seed=2)
+    vera_tools.merge([one, two], base=base, output=tmp_path / "a", weights=[0.7, 1.3])
+    vera_tools.merge([two, one], base=base, output=tmp_path / "b", weights=[1.3, 0.7])
+    assert (tmp_path / "a/model.safetensors").read_bytes() == (tmp_path / "b/model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_number_of_workers_and_blas_threads_does_not_change_a_bit(jobs, tmp_path):
+    shapes = {"model.layers.0.up": (700, 300), "model.layers.0.down": (300, 700)}
+    base, adapter = make_base(tmp_path / "base", shapes), make_adapter(tmp_path / "a", shapes, r=64)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "usual")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "other", jobs=jobs)
+    a, b = (tmp_path / name / "model.safetensors" for name in ("usual", "other"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+def test_blocks_of_rows_are_seamless(tmp_path, monkeypatch):
+    base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "a")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "whole")
+    monkeypatch.setattr(arithmetic, "BLOCK", 7 * 32)
+    monkeypatch.setattr(arithmetic, "_STRIP", 3 * 32)
+    monkeypatch.setattr(arithmetic, "PLACES", 2)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "pieces", verify=True)
+    a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float64"])
+def test_cast_rounds_the_float_sum_once(dtype, stored, tmp_path):
+    base, adapter = make_base(tmp_path / "base", dtype=stored), make_adapter(tmp_path / "a", scale=0.3)
+    report = vera_tools.merge(adapter, base=base, output=tmp_path / "out", dtype=dtype, verify=True)
+    before, after = weights(base), weights(tmp_path / "out")
+    for name in LAYERS:
+        exact = before[f"{name}.weight"].astype(np.float64) + exact_delta(adapter, name)
+        found = after[f"{name}.weight"]
+        assert found.dtype.name == dtype
+        if dtype != "float32":
+            assert np.array_equal(found, rounded_once(exact, dtype))
+    assert after["model.steps"].dtype == np.int64
+    assert np.array_equal(
+        after["model.norm.weight"], rounded_once(before["model.norm.weight"].astype(np.float64), dtype)
+    )
+    assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == dtype
+    assert report.copied == (1 if dtype != stored else 2)
+
+
+def test_a_float64_is_not_rounded_twice_on_its_way_to_a_half_type():
+    # Just above the middle between 1 and 1 + 2**-7; through float32 it would become the middle, and then go to 1.
+    value = np.array(
+        [1 + 2.0**-8 + 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), 1 + 2.0**-8, np.inf, -np.inf, 1e300, 0.0, -0.0]
+    )
+    found = arithmetic.rounded(value, "bfloat16").astype(np.float64)
+    expected = [1 + 2.0**-7, -(1 + 2.0**-7), 1, np.inf, -np.inf, np.inf, 0.0, -0.0]
+    assert np.array_equal(found, expected)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+    assert np.isnan(arithmetic.rounded(np.array([np.nan]), "bfloat16").astype(np.float64)).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, -np.nan])
+def test_values_that_are_not_finite_are_refused_by_tensor(dtype, bad, tmp_path):
+    base, adapter = make_base(tmp_path / "base", dtype=dtype), make_adapter(tmp_path / "a")
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.1.self_attn.v_proj.weight"][3, 4] = bad
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckFailedError, match=r"layers\.1\.self_attn\.v_proj.*NaN or infinity.*1 that are not"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", allow_nonfinite=True, verify=True)
+    merged = weights(tmp_path / "out")["model.layers.1.self_attn.v_proj.weight"].astype(np.float64)
+    assert np.argwhere(~np.isfinite(merged)).tolist() == [[3, 4]]
+
+
+def test_overflow_of_a_cast_is_refused(tmp_path):
+    base = make_base(tmp_path / "base", dtype="float32", extra={"model.big.weight": np.full((2, 2), 1e6, np.float32)})
+    with pytest.raises(CheckFailedError, match=r"model\.big\.weight"):
+        vera_tools.merge(make_adapter(tmp_path / "a"), base=base, output=tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("vector", ["vera_lambda_b", "vera_lambda_d"])
+def test_an_adapter_with_nan_is_refused_before_anything_is_written(vector, tmp_path):
+    name = f"base_model.model.model.layers.0.self_attn.q_proj.{vector}"
+    size = 48 if vector.endswith("b") else 8
+    adapter = make_adapter(tmp_path / "a", extra={name: np.full(size, np.nan, np.float32)})
+    with pytest.raises(CheckFailedError, match=vector):
+        vera_tools.merge(adapter, base=make_base(tmp_path / "base"), output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "base"]
+
+
+def test_seed_only_and_stored_projections_give_the_same_weights(tmp_path):
+    base = make_base(tmp_path / "base", dtype="float32")
+    for name, stored in (("kept", True), ("seed", False)):
+        make_adapter(tmp_path / name, save_projection=stored)
+        vera_tools.merge(tmp_path / name, base=base, output=tmp_path / f"{name}-out")
+    a, b = (tmp_path / f"{name}-out/model.safetensors" for name in ("kept", "seed"))
+    assert a.read_bytes() == b.read_bytes()
