@@ -6,8 +6,10 @@ Which modules a config adapts is decided here too (`VeraConfig.targets`), for th
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -74,13 +76,22 @@ class VeraConfig:
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save"):
             value = getattr(self, name)
-            if isinstance(value, Collection) and not isinstance(value, str):
-                setattr(self, name, sorted(value) if isinstance(value, set | frozenset) else list(value))
+            if isinstance(value, set | frozenset):
+                setattr(self, name, sorted(value))
+            elif isinstance(value, tuple):
+                setattr(self, name, list(value))
         for problem in schema.problems(self.to_dict(), "adapter_config.v1"):
             raise UsageError(problem.what, where=problem.where, expected=problem.expected, found=problem.found)
         if self.layers_pattern and self.layers_to_transform is None:
             # PEFT's own words, which code written for PEFT may look for.
             raise UsageError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        for name, expression in self._expressions():
+            try:
+                re.compile(expression)
+            except re.error as error:
+                raise UsageError(
+                    "is not a regular expression", where=name, expected=f"one ({error})", found=repr(expression)
+                ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The config as PEFT would write it: every field, then the unknown keys."""
@@ -168,20 +179,29 @@ class VeraConfig:
             return True
         return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
 
+    def _expressions(self) -> Iterator[tuple[str, str]]:
+        """The values that PEFT takes for regular expressions, with their fields' names."""
+        if isinstance(self.target_modules, str):
+            yield "target_modules", self.target_modules
+        yield from (("modules_to_save", name) for name in self.modules_to_save or ())
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
+        yield from (("layers_pattern", pattern) for pattern in patterns)
+
     def _in_layers(self, module: str) -> bool:
         indices = self.layers_to_transform
         if indices is None or indices == []:
             return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
-        expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns if pattern] or [r".*?\.[^.]*\.(\d+)\."]
-        for expression in expressions:
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or ()]
+        for expression in expressions if self.layers_pattern else [r".*?\.[^.]*\.(?P<index>\d+)\."]:
             if match := re.match(expression, module):
-                return int(match[1]) in ([indices] if isinstance(indices, int) else indices)
+                index = match["index"].lstrip("0") or "0"  # as text: a name may hold more digits than an int takes
+                return index in map(str, [indices] if isinstance(indices, int) else indices)
         return False
 
 
 def parse_json(text: str, *, where: str) -> Any:
-    """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, NaN and Infinity.
+    """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, numbers and text that cannot be.
 
     Raises:
         FormatError: not JSON.
@@ -190,23 +210,28 @@ def parse_json(text: str, *, where: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
+            ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise FormatError(f"the key {twice!r} stands there twice", where=where)
         return result
 
     def refuse(constant: str) -> None:
         raise FormatError(f"{constant} is not JSON", where=where)
 
+    def finite(number: str) -> float:
+        if math.isinf(value := float(number)):
+            raise FormatError("a number is too large", where=where, expected="at most 1.8e308", found=number[:40])
+        return value
+
     try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        if "\\ud" in text.lower():  # an escaped surrogate; half a pair is no character and could not be written again
+            json.dumps(document, ensure_ascii=False).encode()
+        return document
     except json.JSONDecodeError as error:
         raise FormatError(
             f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"
         ) from error
     except (RecursionError, ValueError) as error:
-        if isinstance(error, FormatError):
-            raise
         raise FormatError(f"not JSON: {error}", where=where) from error
 
 
