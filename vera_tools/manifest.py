@@ -8,6 +8,7 @@ in the safetensors metadata of files that vera-tools writes (`ProjectionRecord`)
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ MANIFEST_NAME = "vera_manifest.json"
 METADATA_KEY = "vera_tools"
 TOOL = {"name": "vera-tools", "version": __version__}
 PROJECTIONS = ("vera_A", "vera_B")
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,26 @@ class TensorRecord:
         return {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> TensorRecord:
-        """The inverse of `to_dict`, for data that a schema has passed."""
-        return cls(tuple(data["shape"]), data["dtype"], data["sha256"])
+    def from_dict(cls, data: Any, *, where: str) -> TensorRecord:
+        """The inverse of `to_dict`.
+
+        Raises:
+            FormatError: not a record by schemas/tensor.v1.schema.json.
+        """
+        # By hand, because a manifest has one for every tensor and jsonschema takes 0.1 ms for each; where this is in
+        # doubt, the schema says what is wrong.
+        try:
+            shape, dtype, sha256 = data["shape"], data["dtype"], data["sha256"]
+            good = (
+                len(data) == 3 and isinstance(dtype, str) and (sha256 is None or _SHA256.fullmatch(sha256) is not None)
+            )
+            good = good and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+        except (KeyError, TypeError):
+            good = False
+        if not good:
+            schema.validate(data, "tensor.v1", where=where)
+            raise FormatError("not a tensor's record", where=where)
+        return cls(tuple(shape), dtype, sha256)
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,10 @@ class ProjectionRecord:
             FormatError: parts of it contradict each other.
         """
         shape = PairShape(data["r"], data["in_max"], data["out_max"])
-        pair = {name: TensorRecord.from_dict(data["projections"][name]) for name in PROJECTIONS}
+        pair = {
+            name: TensorRecord.from_dict(data["projections"][name], where=f"{where}: projections.{name}")
+            for name in PROJECTIONS
+        }
         for name, record in pair.items():
             if record.shape != shape.of(name):
                 raise FormatError(
@@ -205,20 +227,32 @@ class Manifest:
             FormatError: not a manifest; the message names the path in the document.
         """
         data = parse_json(text, where=where)
-        schema.validate(data, "manifest.v1", where=where)
+        schema.validate(_without_records(data), "manifest.v1", where=where)
         base = data["base"]
         return cls(
             projections=ProjectionRecord.from_dict(data, where=where),
-            tensors={name: TensorRecord.from_dict(record) for name, record in data["tensors"].items()},
+            tensors=_records(data["tensors"], where=f"{where}: tensors"),
             config=data["config"],
             metadata=data["metadata"],
-            base=BaseRecord(
-                base["name"],
-                base["revision"],
-                {name: TensorRecord.from_dict(record) for name, record in base["weights"].items()},
-            ),
+            base=BaseRecord(base["name"], base["revision"], _records(base["weights"], where=f"{where}: base.weights")),
             torch=data["torch"],
             platform=data["platform"],
             tool=data["tool"],
             original=Original(**data["original"]) if data["original"] else None,
         )
+
+
+def _records(data: dict[str, Any], *, where: str) -> dict[str, TensorRecord]:
+    return {name: TensorRecord.from_dict(record, where=f"{where}.{name}") for name, record in data.items()}
+
+
+def _without_records(data: Any) -> Any:
+    """The document with its two long tables emptied: `TensorRecord.from_dict` checks their entries."""
+    if not isinstance(data, dict):
+        return data
+    short = dict(data)
+    if isinstance(short.get("tensors"), dict):
+        short["tensors"] = {}
+    if isinstance(short.get("base"), dict) and isinstance(short["base"].get("weights"), dict):
+        short["base"] = {**short["base"], "weights": {}}
+    return short

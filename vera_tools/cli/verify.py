@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,8 @@ def command(
 
     A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder].
     """
-    with output.progress("verifying") as progress:
+    many = recursive or len(checkpoints) > 1
+    with output.progress("verifying") if many else contextlib.nullcontext() as progress:
         report = verify(
             *checkpoints,
             recursive=recursive,
@@ -155,6 +157,9 @@ def _show_loads(loads: Sequence[Load], console: Console, *, verbose: bool) -> No
             else:
                 rows += [(f"{name}, {rounding} rounding", row) for rounding, row in cells.items()]
     _print_loads(rows, console)
+    if any(name.endswith(" rounding") for name, _ in rows):
+        for rounding, builds in {load.rounding: load.cites for load in loads if load.cites}.items():
+            labelled(console, rounding, builds)
     for why in _reasons(loads) if verbose else ():
         labelled(console, "why", why)
     if not verbose and any(load.exact is False for load in loads):
