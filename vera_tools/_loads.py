@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
+from vera_tools import atlas
 from vera_tools.dtypes import HALVES
 from vera_tools.recipe import Recipe
 
@@ -35,6 +36,7 @@ class Load:
         base_dtype: Dtype of the adapted base weights; "integer" for quantised ones.
         exact: Whether the projections are exactly the trained ones; None where nobody can know.
         why: The reason, one clause.
+        cites: The real torch builds that were seen to draw with this rounding, where the loader draws the pair again.
     """
 
     loader: str
@@ -43,6 +45,7 @@ class Load:
     base_dtype: str
     exact: bool | None
     why: str
+    cites: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as it stands in reports."""
@@ -53,6 +56,7 @@ class Load:
             "base_dtype": self.base_dtype,
             "exact": self.exact,
             "why": self.why,
+            "cites": self.cites,
         }
 
 
@@ -88,10 +92,12 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
     """All rows, in the order of BASE_DTYPES within ROUNDINGS within options within loaders."""
     rows = []
     for loader, options in [(OLD_PEFT, {}), *((PEFT, options) for options in OPTIONS), (VERA_TOOLS, {})]:
+        redraws = loader == OLD_PEFT or (loader == PEFT and not (trained.stored and trained.save_projection))
         for rounding in ROUNDINGS:
             for base_dtype in BASE_DTYPES:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
-                rows.append(Load(loader, options, rounding, base_dtype, exact, why))
+                cites = atlas.citation(rounding) if redraws else None
+                rows.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
     return tuple(rows)
 
 

@@ -82,7 +82,7 @@ def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] |
 def citation(rounding: str) -> str:
     """The builds in the atlas whose float32 draws round in this way ("fused" or "separate"), in words.
 
-    For example "torch 1.13 to 2.15 on x86-64 with AVX2 (17 builds), torch 2.0 to 2.15 on aarch64 (16 builds)".
+    For example "torch 1.13 to 2.15 (18 releases) on x86-64 with AVX2 and on aarch64".
     """
     groups: dict[str, list[str]] = {}
     for entry in entries():
@@ -90,7 +90,10 @@ def citation(rounding: str) -> str:
             stream = row.streams.get("float32")
             if stream and stream.recipe and stream.recipe.rounding == rounding:
                 groups.setdefault(_kernels(row), []).append(release(row))
-    return ", ".join(f"{_span(releases)} on {kernels}" for kernels, releases in sorted(groups.items(), reverse=True))
+    spans: dict[str, list[str]] = {}
+    for kernels, releases in sorted(groups.items(), reverse=True):
+        spans.setdefault(_span(releases), []).append(kernels)
+    return ", ".join(f"{span} on {' and on '.join(kernels)}" for span, kernels in spans.items())
 
 
 def _span(releases: Iterable[str]) -> str:
