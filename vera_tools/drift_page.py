@@ -171,8 +171,8 @@ def _differences(report: DriftReport) -> str:
         return "<section><h2>Where the values differ</h2><p>Nowhere: no environment drew other values.</p></section>"
     parts = [
         "<section><h2>Where and how much the values differ</h2>",
-        "<p>Both projections against the wanted ones. An ulp is the distance to the next representable number; near zero "
-        "one rounding is many ulps, though it is tiny.</p>",
+        "<p>Both projections against the wanted ones. An ulp is the distance to the next representable number; near "
+        "zero one rounding is many ulps, though it is tiny.</p>",
         _figure(lambda figure: _draw_ulps(figure, samples), (10.4, 3.2), "Histogram of the differences in ulps"),
     ]
     for names, sample in samples:
