@@ -113,6 +113,6 @@ def rounded_once(values: np.ndarray, dtype: str) -> np.ndarray:
     """float64 to `dtype`, to nearest even, by integers alone for bfloat16: another way than the code under test."""
     if dtype != "bfloat16":
         return values.astype(np_dtype(dtype))
-    mantissa, exponent = np.frexp(values)  # value = mantissa * 2**exponent, 0.5 <= |mantissa| < 1
+    _, exponent = np.frexp(values)  # 2**(exponent - 1) <= |value| < 2**exponent
     shift = np.maximum(exponent - 8, -133)  # 8 significant bits, fewer below 2**-126
     return np.ldexp(np.rint(np.ldexp(values, -shift)), shift).astype(np.float32).astype(np_dtype(dtype))

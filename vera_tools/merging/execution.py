@@ -136,7 +136,7 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
         work.file.close()
-        staging.finish(work.shard, work.part, Journal(work.crc32, work.base_sha256))
+        staging.finish(work.shard, work.part, Journal(plan.digest, work.crc32, work.base_sha256))
     except BaseException:
         for future in work.futures:
             future.cancel()

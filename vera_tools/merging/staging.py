@@ -39,10 +39,12 @@ class Journal:
     """What is known of a finished file.
 
     Attributes:
+        plan: Digest of the plan that it was written by.
         crc32: Checksum of every tensor that was computed, by name.
         base_sha256: Digest of the base's weight that a tensor was merged into, by the base's name.
     """
 
+    plan: str
     crc32: dict[str, int]
     base_sha256: dict[str, str]
 

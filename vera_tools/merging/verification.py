@@ -89,7 +89,7 @@ def finished(plan: Plan, shards: Sequence[Shard], staging: Staging, *, jobs: int
 def _is_finished(plan: Plan, shard: Shard, staging: Staging) -> bool:
     journal = staging.journal(shard)
     computed = {entry.info.name for entry in shard.entries if entry.kind != "copied"}
-    if journal is None or set(journal.crc32) != computed:
+    if journal is None or journal.plan != plan.digest or set(journal.crc32) != computed:
         return False
     try:
         file = TensorFile.open(staging.done(shard))

@@ -1,0 +1,410 @@
+"""Merges that are killed, shared by several processes, starved of disk, or given files that change under them."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import vera_tools
+from tests.conftest import ROOT, run_cli, run_json
+from tests.merging import make_adapter, make_base, weights
+from vera_tools import _merge
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
+from vera_tools.merging import copying, execution, staging
+
+SHAPES = {f"model.layers.{n}.{p}": (512, 384) for n in range(8) for p in ("up", "gate")}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A base of 8 files, an adapter, and the result that every merge of the two must have."""
+    folder = tmp_path_factory.mktemp("made")
+    extra = {f"model.rest.{n}": np.random.default_rng(n).standard_normal(50_000).astype(np.float32) for n in range(8)}
+    base = make_base(folder / "base", SHAPES, files=8, extra=extra)
+    adapter = make_adapter(folder / "adapter", SHAPES, r=64)
+    vera_tools.merge(adapter, base=base, output=folder / "expected")
+    return base, adapter, snapshot(folder / "expected"), snapshot(base)
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def command(made, out, *options):
+    base, adapter, *_ = made
+    return [sys.executable, "-m", "vera_tools", "merge", str(adapter), "--base", str(base), "-o", str(out), *options]
+
+
+def hidden(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# Slows a merge down in a process of its own, so that it is interrupted in the middle however fast the machine is.
+SLOWLY = """
+import sys, time
+from vera_tools.merging import execution
+original = execution.zlib.crc32
+def crc32(*args):
+    time.sleep(0.01)
+    return original(*args)
+class Slow:
+    crc32 = staticmethod(crc32)
+execution.zlib = Slow
+from vera_tools.cli import main
+main(sys.argv[1:])
+"""
+
+
+def start_slowly(made, out, *options):
+    arguments = command(made, out, *options)[3:]
+    return subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+def wait_until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came to that")
+
+
+class TestKill:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_sigkill_at_a_random_moment_leaves_nothing_half_written_and_resumes(self, seed, made, tmp_path):
+        out = tmp_path / "out"
+        process = start_slowly(made, out)
+        wait_until(lambda: (staging.place(out) / "output").is_dir() or process.poll() is not None)
+        time.sleep(random.Random(seed).uniform(0, 0.25))
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        assert not out.exists()
+        assert hidden(tmp_path) == [".out.merge"]
+        finished = {path.name for path in (staging.place(out) / "output").iterdir()}
+        report = vera_tools.merge(made[1], base=made[0], output=out, resume=True, verify=True)
+        assert set(report.resumed) == finished & {path for path in made[2] if path.endswith(".safetensors")}
+        assert snapshot(out) == made[2]
+        assert hidden(tmp_path) == []
+        assert snapshot(made[0]) == made[3]
+
+    def test_resume_takes_over_what_is_finished(self, made, tmp_path):
+        out = tmp_path / "out"
+        process = start_slowly(made, out)
+        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 2)
+        process.kill()
+        process.communicate()
+        report = vera_tools.merge(made[1], base=made[0], output=out, resume=True)
+        assert len(report.resumed) >= 2
+        assert len(report.resumed) + len(report.shards) == 8
+        assert snapshot(out) == made[2]
+
+    def test_without_resume_it_starts_afresh(self, made, tmp_path):
+        out = tmp_path / "out"
+        process = start_slowly(made, out)
+        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 1)
+        process.kill()
+        process.communicate()
+        report = vera_tools.merge(made[1], base=made[0], output=out)
+        assert report.resumed == ()
+        assert snapshot(out) == made[2]
+
+    def test_ctrl_c_keeps_what_is_finished(self, made, tmp_path):
+        out = tmp_path / "out"
+        process = start_slowly(made, out)
+        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+        assert not out.exists()
+        assert vera_tools.merge(made[1], base=made[0], output=out, resume=True).resumed
+        assert snapshot(out) == made[2]
+
+    @pytest.mark.parametrize("damage", ["copied", "computed", "cut", "journal"])
+    def test_resume_checks_what_is_there(self, damage, made, tmp_path):
+        out = tmp_path / "out"
+        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        folder = staging.place(out)
+        victim = min((folder / "output").iterdir())
+        with vera_tools.tensorfile.TensorFile.open(victim) as file:
+            name = "model.rest" if damage == "copied" else ".weight"
+            info = next(info for tensor, info in file.tensors.items() if name in tensor and "norm" not in tensor)
+            place = file.data_start + info.start + 1000
+        if damage == "journal":
+            (folder / "journal" / victim.name).write_text("{}")
+        elif damage == "cut":
+            os.truncate(victim, victim.stat().st_size - 1)
+        else:
+            data = bytearray(victim.read_bytes())
+            data[place] ^= 1
+            victim.write_bytes(data)
+        report = vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        assert report.shards == (victim.name,)
+        assert victim.name not in report.resumed
+
+    def test_another_merge_is_not_resumed(self, made, tmp_path):
+        out = tmp_path / "out"
+        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        with pytest.raises(UsageError, match="belongs to another merge"):
+            vera_tools.merge(made[1], base=made[0], output=out, weights=[2], shard=(2, 2))
+        with pytest.raises(UsageError, match="have begun to fill"):
+            vera_tools.merge(made[1], base=made[0], output=out)
+
+
+class TestSharing:
+    def test_processes_share_the_files_and_one_finishes(self, made, tmp_path):
+        out = tmp_path / "out"
+        parts = [subprocess.Popen(command(made, out, "--shard", f"{n}/3", "-q")) for n in (1, 2, 3)]
+        assert [part.wait() for part in parts] == [0, 0, 0]
+        assert not out.exists()
+        code, document = run_json(*command(made, out, "--finish", "--verify")[3:])
+        assert code == 0
+        assert document["finished"] is True
+        assert len(document["resumed"]) == 8
+        assert snapshot(out) == made[2]
+        assert hidden(tmp_path) == []
+
+    def test_every_file_belongs_to_exactly_one_part(self, made, tmp_path):
+        reports = [vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 3)) for n in (1, 2, 3)]
+        names = [name for report in reports for name in report.shards]
+        assert sorted(names) == sorted(path for path in made[2] if path.endswith(".safetensors"))
+        assert all(len(report.shards) in (2, 3) for report in reports)
+        assert not any(report.finished for report in reports)
+
+    def test_more_parts_than_files(self, made, tmp_path):
+        for n in range(1, 11):
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 10))
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
+        assert snapshot(tmp_path / "out") == made[2]
+
+    def test_finish_refuses_what_is_incomplete(self, made, tmp_path):
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(1, 3))
+        with pytest.raises(UsageError, match="not every file is finished"):
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
+        assert hidden(tmp_path) == [".out.merge"]
+        for n in (2, 3):
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 3))
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
+        assert snapshot(tmp_path / "out") == made[2]
+
+    def test_two_merges_into_one_output(self, made, tmp_path):
+        out = tmp_path / "out"
+        first = start_slowly(made, out)
+        wait_until(lambda: (staging.place(out) / "output").is_dir())
+        first.send_signal(signal.SIGSTOP)
+        try:
+            for options in ((), ("--resume",), ("--finish",), ("--shard", "1/2")):
+                second = run_cli(*command(made, out, *options)[3:])
+                assert second.returncode == 2
+                assert "another merge is at work on this output" in second.stderr
+        finally:
+            first.send_signal(signal.SIGCONT)
+            first.communicate()
+        assert first.returncode == 0
+        assert snapshot(out) == made[2]
+
+    def test_many_at_once_leave_one_result(self, made, tmp_path):
+        processes = [subprocess.Popen(command(made, tmp_path / "out"), stderr=subprocess.PIPE) for _ in range(4)]
+        codes = [process.wait() for process in processes if process.communicate()]
+        assert codes.count(0) == 1
+        assert set(codes) <= {0, 2}
+        assert snapshot(tmp_path / "out") == made[2]
+        assert hidden(tmp_path) == []
+
+
+class TestDisk:
+    def test_a_full_disk(self, made, tmp_path, small_disk):
+        with small_disk(1_500_000) as folder:
+            result = run_cli(*command(made, folder / "out")[3:])
+            assert result.returncode == 1
+            assert "the disk has too little room" in result.stderr
+            assert list(folder.iterdir()) == []
+
+    def test_a_disk_that_fills_up_meanwhile(self, made, tmp_path):
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+        result = subprocess.run(
+            command(made, tmp_path / "out"), capture_output=True, text=True, preexec_fn=limit, check=False
+        )
+        assert result.returncode == 1
+        assert "could not be written" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize("call", ["pwrite", "copy_file_range", "replace"])
+    def test_any_call_that_fails(self, call, made, tmp_path, monkeypatch):
+        calls = iter(range(100))
+
+        def fail(*args, **options):
+            if next(calls) < 1:
+                return original(*args, **options)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        original = getattr(os, call)
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(VeraToolsError, match="No space left"):
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out")
+        monkeypatch.undo()
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_system_without_copy_file_range(self, made, tmp_path, monkeypatch):
+        def refuse(*args):
+            raise OSError(errno.EXDEV, "cross-device")
+
+        monkeypatch.setattr(os, "copy_file_range", refuse)
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out")
+        assert snapshot(tmp_path / "out") == made[2]
+        monkeypatch.setattr(os, "copy_file_range", lambda *args: 0)
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "zero")
+        assert snapshot(tmp_path / "zero") == made[2]
+        monkeypatch.delattr(os, "copy_file_range")
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "none")
+        assert snapshot(tmp_path / "none") == made[2]
+
+    def test_copies_in_pieces(self, made, tmp_path, monkeypatch):
+        monkeypatch.setattr(copying, "PIECE", 1000)
+        monkeypatch.setattr(execution, "PIECE", 3001)
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", jobs=4)
+        assert snapshot(tmp_path / "out") == made[2]
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of a given size, or a skip where this user may not mount one."""
+
+    @contextlib.contextmanager
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir()
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
+            pytest.skip("no right to mount a file system")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+    return mount
+
+
+class TestChangingBase:
+    @pytest.fixture
+    def own(self, tmp_path):
+        base = make_base(tmp_path / "base", SHAPES, files=4)
+        return base, make_adapter(tmp_path / "adapter", SHAPES, r=64)
+
+    def merge_while(self, own, tmp_path, monkeypatch, happen):
+        """Merge, and let something happen to the base once the plan is made."""
+        base, adapter = own
+        original = _merge.make
+
+        def make(*args, **options):
+            plan = original(*args, **options)
+            happen(sorted(base.glob("*.safetensors"))[-1])
+            return plan
+
+        monkeypatch.setattr(_merge, "make", make)
+        return vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+
+    def test_a_shard_that_is_truncated(self, own, tmp_path, monkeypatch):
+        with pytest.raises(FormatError, match=r"ends too early|changed while it was read"):
+            self.merge_while(own, tmp_path, monkeypatch, lambda path: os.truncate(path, path.stat().st_size // 2))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+    def test_a_shard_that_is_written_to(self, own, tmp_path, monkeypatch):
+        def write(path):
+            with path.open("r+b") as stream:
+                stream.seek(-100, os.SEEK_END)
+                stream.write(b"\0")
+
+        with pytest.raises(FormatError, match="changed while it was read"):
+            self.merge_while(own, tmp_path, monkeypatch, write)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+    def test_a_shard_that_vanishes_while_it_is_open_is_still_read(self, own, tmp_path, monkeypatch):
+        expected = vera_tools.merge(own[1], base=own[0], output=tmp_path / "before")
+        assert expected.finished
+        self.merge_while(own, tmp_path, monkeypatch, lambda path: path.unlink())
+        assert {n: t.tobytes() for n, t in weights(tmp_path / "out").items()} == {
+            n: t.tobytes() for n, t in weights(tmp_path / "before").items()
+        }
+
+    def test_a_shard_that_is_not_there(self, own, tmp_path):
+        max(own[0].glob("*.safetensors")).unlink()
+        with pytest.raises(FormatError, match=r"model-00004-of-00004.*No such file"):
+            vera_tools.merge(own[1], base=own[0], output=tmp_path / "out")
+
+    def test_a_shard_that_is_cut_off_is_refused_before_anything_is_written(self, own, tmp_path):
+        path = max(own[0].glob("*.safetensors"))
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(FormatError, match="do not fill the file"):
+            vera_tools.merge(own[1], base=own[0], output=tmp_path / "out")
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+class TestVerify:
+    @pytest.mark.parametrize("victim", ["model.rest.3", "model.layers.2.up.weight"])
+    def test_one_wrong_bit_is_found_and_nothing_appears(self, victim, made, tmp_path, monkeypatch):
+        original = _merge.verification.verify
+
+        def corrupt(plan, folder, **options):
+            shard = next(s for s in plan.shards if any(e.info.name == victim for e in s.entries))
+            entry = next(e for e in shard.entries if e.info.name == victim)
+            path = folder / shard.name
+            data = bytearray(path.read_bytes())
+            data[shard.data_start + entry.info.start + 1200] ^= 2
+            path.write_bytes(data)
+            return original(plan, folder, **options)
+
+        monkeypatch.setattr(_merge.verification, "verify", corrupt)
+        with pytest.raises(CheckFailedError, match=victim.replace(".", r"\.")):
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", verify=True)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_progress_ends_at_the_total(self, made, tmp_path):
+        seen = []
+        vera_tools.merge(
+            made[1], base=made[0], output=tmp_path / "out", verify=True, progress=lambda *a: seen.append(a)
+        )
+        done, total, _ = seen[-1]
+        assert 0.97 * total < done <= total
+        assert [row[0] for row in seen] == sorted(row[0] for row in seen)
+
+    def test_sync(self, made, tmp_path, monkeypatch):
+        synced = []
+        monkeypatch.setattr(
+            os, "fsync", lambda fd, o=os.fsync: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), o(fd))
+        )
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out")
+        assert not any(path.endswith(".safetensors") and "output" in path for path in synced)
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "durable", sync=True)
+        assert sum(path.endswith(".safetensors") and "output" in path for path in synced) == 8
+
+
+def test_the_record_is_the_same_after_a_resume(made, tmp_path):
+    for n in (1, 2):
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 2))
+    vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
+    assert json.loads((tmp_path / "out/vera_merge.json").read_bytes()) == json.loads(made[2]["vera_merge.json"])
+
+
+def test_memory_is_returned_and_threads_end(made, tmp_path):
+    before = threading.active_count()
+    vera_tools.merge(made[1], base=made[0], output=tmp_path / "out")
+    assert threading.active_count() == before
+    import threadpoolctl
+
+    info = threadpoolctl.ThreadpoolController().select(user_api="blas").info()
+    assert all(library["num_threads"] == len(os.sched_getaffinity(0)) for library in info)
