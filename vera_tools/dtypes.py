@@ -53,6 +53,8 @@ def np_dtype(name: str) -> np.dtype[Any]:
     Raises:
         TypeError, AttributeError: numpy and ml_dtypes have no such dtype, or files pack it more tightly than they do.
     """
+    if name.startswith(("float6_", "float4_")):
+        raise TypeError(f"{name} takes less than a byte in files, and a whole one in numpy")
     if name == "bfloat16" or name.startswith("float8"):
         import ml_dtypes
 
