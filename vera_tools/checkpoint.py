@@ -259,11 +259,15 @@ def find(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
 
     Raises:
-        FormatError: no such folder.
+        FormatError: no such folder, or one below it that cannot be listed.
     """
+
+    def refuse(error: OSError) -> None:
+        raise FormatError(f"cannot be searched: {error.strerror}", where=error.filename) from error
+
     if not root.is_dir():
         raise FormatError("no such folder", where=root)
-    for folder, subfolders, files in os.walk(root):
+    for folder, subfolders, files in os.walk(root, onerror=refuse):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if CONFIG_NAME in files:
             yield Path(folder)
@@ -288,4 +292,9 @@ def _open_weights(
             hint="pass --allow-pickle to read it through torch's weights_only loader, or save it again with a PEFT "
             "that writes safetensors",
         )
-    raise FormatError("the weights are missing", where=folder.label, expected=WEIGHTS_NAME)
+    raise FormatError(
+        "the weights are missing" if CONFIG_NAME in names else "not a checkpoint",
+        where=folder.label,
+        expected=WEIGHTS_NAME if CONFIG_NAME in names else f"{CONFIG_NAME} and {WEIGHTS_NAME}",
+        hint=None if CONFIG_NAME in names else "`vera-tools verify -R` finds the checkpoints below a folder",
+    )
