@@ -170,14 +170,14 @@ def same_bits(recipe: Recipe, others: Collection[Recipe], shape: PairShape, stor
     return wanted - {recipe}
 
 
-def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> set[Recipe]:
+def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> list[Recipe]:
     wanted = set(recipes)
     for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype, wanted=wanted):
         stored = _bits(pair.read(block.tensor, block.start, block.stop))
         wanted -= {recipe for recipe, values in block.values.items() if not np.array_equal(_bits(values), stored)}
         if not wanted:
             break
-    return wanted
+    return [recipe for recipe in recipes if recipe in wanted]  # a set's order is another one in every process
 
 
 def _other_families(key: int) -> list[tuple[Recipe, ...]]:
