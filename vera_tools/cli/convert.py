@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from vera_tools._foreign import FORMATS, ForeignReport, from_foreign
 from vera_tools._lora import LoraReport, to_lora
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import (
@@ -20,6 +21,7 @@ from vera_tools.cli.shared import (
     strict_option,
 )
 from vera_tools.dtypes import FLOATS
+from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -27,7 +29,9 @@ if TYPE_CHECKING:
 
 @click.command("convert")
 @click.argument("checkpoint")
-@click.option("--to", type=click.Choice(["lora"]), required=True, help="What to convert to.")
+@click.option("--to", type=click.Choice(["lora"]), help="What to convert to.")
+@click.option("--from", "form", type=click.Choice(["auto", *FORMATS]), help="Another program's form to bring in.")
+@click.option("--prng-key", type=int, metavar="N", help="With --from anima: the key.  [default: as recorded, or 0]")
 @click.option("--dtype", type=click.Choice(FLOATS), help="Dtype of lora_A and lora_B.  [default: float32]")
 @destination_options
 @base_option
@@ -39,7 +43,9 @@ def command(
     output: Output,
     *,
     checkpoint: str,
-    to: str,
+    to: str | None,
+    form: str | None,
+    prng_key: int | None,
     dtype: str | None,
     where: Where,
     base: str | None,
@@ -47,11 +53,38 @@ def command(
     recipe_options: RecipeOptions,
     strict: bool,
 ) -> int:
-    """Write CHECKPOINT as the LoRA of rank r that it exactly is.
+    """Write CHECKPOINT as the LoRA of rank r that it exactly is, or bring in another program's VeRA.
 
-    For servers and libraries that load LoRA and not VeRA. --base says how wide each adapted layer is; without it,
-    all are taken to be as wide as vera_A.
+    --to lora is for servers and libraries that load LoRA and not VeRA. --base says how wide each adapted layer is;
+    without it, all are taken to be as wide as vera_A.
+
+    --from takes what PEFT wrote before 0.11 (peft-draft) and the training state of the Anima trainer (anima, with
+    --base for the modules' names), whose mapping to PEFT's form is exact, and refuses the rest by name.
     """
+    if (to is None) == (form is None):
+        raise UsageError("say either --to lora or --from FORMAT")
+    if form is not None:
+        if dtype is not None:
+            raise UsageError("--dtype goes with --to lora: what is brought in keeps its own")
+        return where.run(
+            output,
+            "convert",
+            checkpoint,
+            lambda source, target: from_foreign(
+                source,
+                target,
+                format=None if form == "auto" else form,
+                base=base,
+                prng_key=prng_key,
+                in_features=in_features,
+                recipe=recipe_options.name,
+                strict=strict,
+                in_place=where.in_place,
+                overwrite=where.overwrite,
+                allow_pickle=where.allow_pickle,
+            ),
+            _show_foreign,
+        )
     return where.run(
         output,
         "convert",
@@ -70,6 +103,12 @@ def command(
         ),
         _show,
     )
+
+
+def _show_foreign(report: ForeignReport, console: Console) -> None:
+    console.print(f"{report.output}: brought in from {report.format}, {report.renamed} tensors renamed")
+    console.print(f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}")
+    show_common(report, console)
 
 
 def _show(report: LoraReport, console: Console) -> None:
