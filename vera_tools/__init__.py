@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from vera_tools._version import __version__
 
 if TYPE_CHECKING:
+    from vera_tools._diff import diff as diff
     from vera_tools._drift import drift as drift
     from vera_tools._embed import embed_projections as embed_projections
+    from vera_tools._foreign import from_foreign as from_foreign
     from vera_tools._inspect import inspect as inspect
     from vera_tools._lora import to_lora as to_lora
     from vera_tools._merge import merge as merge
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "Recipe": "recipe",
     "VeraConfig": "config",
+    "diff": "_diff",
     "embed_projections": "_embed",
     "drift": "_drift",
+    "from_foreign": "_foreign",
     "identify": "identification",
     "inspect": "_inspect",
     "merge": "_merge",
