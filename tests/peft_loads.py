@@ -1,0 +1,54 @@
+"""Which projections PEFT computes with after it has loaded an adapter: seen by loading it.
+
+As a script it prints the answer for the folders named on its command line, for processes with other kernels
+(``ATEN_CPU_CAPABILITY=default``) or another PEFT (``PYTHONPATH``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+BASE_DTYPES = ("float32", "bfloat16", "float16")
+OPTIONS: tuple[dict[str, bool], ...] = ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
+
+
+def loaded(adapter: str, base: str, *, options: tuple[dict[str, bool], ...] = OPTIONS) -> list[dict[str, Any]]:
+    """Load `adapter` onto a base of each dtype with each set of options: the pair's digests, over float64 values."""
+    import transformers
+    from peft import PeftModel
+
+    config = transformers.AutoConfig.from_pretrained(base)
+    kinds = {"llama": "AutoModelForCausalLM", "gpt2": "AutoModelForCausalLM"}
+    auto = getattr(transformers, kinds.get(config.model_type, "AutoModelForSequenceClassification"))
+    rows = []
+    for base_dtype in BASE_DTYPES:
+        for chosen in options:
+            import torch
+
+            model = auto.from_config(config).to(getattr(torch, base_dtype))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT warns about adapters without projections
+                peft_model = PeftModel.from_pretrained(model, adapter, **chosen)
+            pair = (getattr(peft_model.base_model, name)["default"] for name in ("vera_A", "vera_B"))
+            digests = [hashlib.sha256(t.detach().double().contiguous().numpy().tobytes()).hexdigest() for t in pair]
+            rows.append({"base_dtype": base_dtype, "options": chosen, "digests": digests})
+    return rows
+
+
+if __name__ == "__main__":
+    import peft
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    # The options came after the first PEFT with VeRA.
+    newest = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
+    answer = {}
+    for folder in sys.argv[1:]:
+        adapter, base = folder.split("=")
+        answer[Path(adapter).name] = loaded(adapter, base, options=OPTIONS if newest else ({},))
+    print(json.dumps(answer))
