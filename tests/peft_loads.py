@@ -6,9 +6,12 @@ As a script it prints the answer for the folders named on its command line, for 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import shutil
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -47,8 +50,15 @@ if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
     # The options came after the first PEFT with VeRA.
     newest = tuple(map(int, peft.__version__.split(".")[:2])) >= (0, 21)
+    known = {field.name for field in dataclasses.fields(peft.VeraConfig)}
     answer = {}
-    for folder in sys.argv[1:]:
-        adapter, base = folder.split("=")
-        answer[Path(adapter).name] = loaded(adapter, base, options=OPTIONS if newest else ({},))
+    for argument in sys.argv[1:]:
+        adapter, base = argument.split("=")
+        with tempfile.TemporaryDirectory() as folder:
+            # The first releases refuse keys that they do not know.
+            copy = Path(shutil.copytree(adapter, folder, dirs_exist_ok=True))
+            config = json.loads((copy / "adapter_config.json").read_text())
+            config = {key: value for key, value in config.items() if key in known}
+            (copy / "adapter_config.json").write_text(json.dumps(config))
+            answer[Path(adapter).name] = loaded(folder, base, options=OPTIONS if newest else ({},))
     print(json.dumps(answer))

@@ -88,10 +88,10 @@ class BaseModel:
                     self.tensors[tensor] = (name, info)
             if index is not None:
                 self._check_index(index)
+            self.config = self._read_config()
         except BaseException:
             self.close()
             raise
-        self.config = self._read_config()
 
     @classmethod
     def open(cls, reference: str | os.PathLike[str]) -> BaseModel:
@@ -111,6 +111,9 @@ class BaseModel:
             index = parse_json(source.read_text(folder, indices[0], limit=256 << 20), where=where)
             if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
                 raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
+            missing = [file for file in index["weight_map"].values() if file not in names]
+            if missing:
+                raise FormatError("names a file that is not there", where=where, found=str(missing[0]))
             return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index)
         files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
         if not files:
@@ -230,7 +233,7 @@ class BaseModel:
             return {}
         try:
             config = json.loads(source.read_text(self.folder, "config.json"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise FormatError(f"not JSON: {error}", where=self.folder.path_of("config.json")) from error
         return config if isinstance(config, dict) else {}
 
