@@ -46,6 +46,7 @@ class Adapters(nn.Module):
                 "the model carries VeRA adapters already", hint="add another with add_adapter, or unload() it first"
             )
         self.model = model
+        self.training = model.training
         self.vera_A = ProjectionDict()
         self.vera_B = ProjectionDict()
         self.peft_config: dict[str, VeraConfig] = {}

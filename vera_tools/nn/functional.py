@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F  # noqa: N812
+
+from vera_tools.errors import UsageError
 
 
 class _AddVera(torch.autograd.Function):
@@ -33,8 +34,9 @@ class _AddVera(torch.autograd.Function):
         return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            raise UsageError("VeRA's backward pass cannot be differentiated", hint="do without create_graph=True")
         u, A, B, d, b = ctx.saved_tensors
         needs_result, needs_x, _, _, needs_d, needs_b = ctx.needs_input_grad
         rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
@@ -53,7 +55,7 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
     """The base layer's output with the adapter's update added.
 
     The matrix products run in A's and B's dtype, or in autocast's where autocast is on. The vectors stay in their own,
-    as PEFT does it. The backward pass cannot itself be differentiated.
+    as PEFT does it.
 
     Args:
         result: The base layer's output, (..., out_features).
@@ -65,6 +67,9 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
 
     Returns:
         (..., out_features), in the dtype that `result` and the vectors promote to.
+
+    Raises:
+        UsageError: in a backward pass with create_graph=True: what would be differentiated is not kept.
     """
     A, B, d, b = _compute_dtypes(A, B, d, b, device=x.device.type)
     with torch.autocast(x.device.type, enabled=False):

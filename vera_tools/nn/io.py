@@ -20,7 +20,7 @@ from vera_tools.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.config import CONFIG_NAME, VeraConfig
 from vera_tools.dtypes import HALVES
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
-from vera_tools.manifest import MANIFEST_NAME, BaseRecord, ProjectionRecord, TensorRecord
+from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, BaseRecord, ProjectionRecord, TensorRecord
 from vera_tools.nn import targets
 from vera_tools.nn.layer import features
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
@@ -183,10 +183,9 @@ def _put(model: VeraModel, adapter_name: str, tensors: dict[str, Tensor]) -> Non
             state = {key: tensors.pop(prefix + key) for key in copy.state_dict()}
             on_meta = any(parameter.device.type == "meta" for parameter in copy.parameters())
             copy.load_state_dict(state, assign=on_meta)
-    biases = model.trained_biases(model.peft_config[adapter_name].bias)
     with torch.no_grad():
-        for name, values in tensors.items():
-            biases[name.removeprefix(MODULES)].copy_(values)
+        for name, bias in model.trained_biases(model.peft_config[adapter_name].bias).items():
+            bias.copy_(tensors.pop(MODULES + name))
 
 
 def _check_names(
@@ -205,7 +204,10 @@ def _check_names(
             expected.add(f"{MODULES}{name}.base_layer.bias")
         elif config.bias == "all":
             expected.add(f"{MODULES}{name}.bias" if name else f"{MODULES}bias")
-    found = {name for name in checkpoint.weights.tensors if name.removeprefix(ROOT) not in ("vera_A", "vera_B")}
+    # With bias="all" PEFT saves the biases of saved modules a second time, under the names they have in memory.
+    again = tuple(f"{MODULES}{name}.{part}." for name in saved for part in ("modules_to_save", "original_module"))
+    pair = tuple(ROOT + name for name in PROJECTIONS)
+    found = {name for name in checkpoint.weights.tensors if name not in pair and not name.startswith(again)}
     problems = [
         f"{len(names)} tensors {what} ({', '.join(name.removeprefix(MODULES) for name in sorted(names)[:3])}"
         + (", ...)" if len(names) > 3 else ")")

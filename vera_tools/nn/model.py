@@ -128,6 +128,7 @@ class VeraModel(Adapters):
 
     # Adapters: add, choose, delete.
 
+    @contextlib.contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Compute the base model inside the ``with``. Adapters that are merged are taken out and put back.
 
@@ -228,7 +229,7 @@ class VeraModel(Adapters):
             return
         if self.training:
             raise UsageError("Cannot pass `adapter_names` when the model is in training mode.")
-        self.check_known([name for name in dict.fromkeys(names) if name != NO_ADAPTER])
+        self.check_known(names if isinstance(names, str) else [name for name in {*names} if name != NO_ADAPTER])
         if any(layer.merged for layer in self.vera_layers().values()):
             raise UsageError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
@@ -264,6 +265,7 @@ class VeraModel(Adapters):
         share = 100 * trainable / max(every, 1)
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {share:.4f}")
 
+    @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel would send the pair to every process at every step; it is the same everywhere.
         return [f"{which}.{name}" for which in PROJECTIONS for name in self.peft_config]

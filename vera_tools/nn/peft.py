@@ -1,8 +1,8 @@
 """For people who stay with PEFT: put the projections that an adapter was trained with into a loaded PEFT model.
 
-PEFT before 0.21 draws the projections again when it loads a checkpoint, even where they are stored, and every PEFT draws
-those that are not stored by whatever this machine's torch does, rounded through this base's dtype. So load as ever, then
-restore::
+PEFT before 0.21 draws the projections again when it loads a checkpoint, even where they are stored, and every PEFT
+draws those that are not stored by whatever this machine's torch does, rounded through this base's dtype. So load as
+ever, then restore::
 
     model = PeftModel.from_pretrained(base, checkpoint)
     print(restore_projections(model, checkpoint))

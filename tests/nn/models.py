@@ -1,0 +1,113 @@
+"""Small models that the tests of vera_tools.nn share, and PEFT beside them."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.conftest import CHECKPOINTS
+
+#: PEFT and transformers warn about themselves; tests that run them take these marks.
+PEER_WARNINGS = (
+    "ignore:.* is deprecated and will be removed in v6:FutureWarning",
+    "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
+)
+OPTIONS: dict[str, Any] = {
+    "r": 16,
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "projection_prng_key": 7,
+    "d_initial": 0.5,
+}
+VOCABULARY = 97
+
+
+def llama(dtype: torch.dtype = torch.float32, *, layers: int = 2, **options: Any) -> nn.Module:
+    """A Llama of random weights, the same ones in every call. Its adapted layers have three shapes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=112,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **options,
+    )
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def base_model(name: str) -> nn.Module:
+    """The base of a checkpoint in fixtures/."""
+    import transformers
+
+    task = "SequenceClassification" if "seqcls" in name else "CausalLM"
+    loader = getattr(transformers, f"AutoModelFor{task}")
+    transformers.utils.logging.disable_progress_bar()
+    return loader.from_pretrained(CHECKPOINTS / f"{name}-base", dtype="auto").eval()
+
+
+def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Input ids, and the logits that the PEFT which made the checkpoint gave."""
+    document = json.loads((CHECKPOINTS / name / "expected_logits.json").read_text())
+    return torch.tensor(document["ids"]), torch.tensor(document["logits"])
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """The model's logits, as float32."""
+    return model(ids, **options).logits.float()
+
+
+def some_ids(rows: int = 2, length: int = 9, seed: int = 3) -> torch.Tensor:
+    """Random input ids."""
+    return torch.randint(0, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: nn.Module, *, steps: int = 12, lr: float = 0.05) -> list[float]:
+    """Learn four random rows by heart; the losses."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    ids = some_ids(4, 12, seed=1)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model.eval()
+    return losses
+
+
+def randomise(model: nn.Module, *, seed: int = 5) -> None:
+    """Give every VeRA vector random values, so that the adapters do something."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "vera_lambda" in name:
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def peft_model(base: nn.Module, **options: Any) -> Any:
+    """PEFT's model with a VeRA adapter."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.get_peft_model(base, peft.VeraConfig(**{**OPTIONS, **options})).eval()
+
+
+def load_peft(base: nn.Module, folder: Path | str, **options: Any) -> Any:
+    """A checkpoint loaded by PEFT."""
+    import peft
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(base, str(folder), **options).eval()

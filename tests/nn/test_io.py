@@ -1,0 +1,352 @@
+"""Checkpoints to and from live models, with PEFT as the peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli
+from tests.nn.models import (
+    OPTIONS,
+    PEER_WARNINGS,
+    base_model,
+    expected,
+    llama,
+    load_peft,
+    logits,
+    peft_model,
+    randomise,
+    some_ids,
+    train,
+)
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError, VeraToolsWarning
+from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+
+SEED_ONLY = [name for name in NAMES if "seedonly" in name]
+
+
+def tolerance(name):
+    return 4e-3 if "bf16" in name else 1e-5
+
+
+def load(name, folder=None, **options):
+    with warnings.catch_warnings():
+        if name in SEED_ONLY:
+            warnings.simplefilter("ignore", AssumedRecipeWarning)
+        return VeraModel.from_pretrained(base_model(name), folder or CHECKPOINTS / name, **options)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_checkpoint_gives_the_logits_that_peft_gave(name):
+    model = load(name)
+    ids, want = expected(name)
+    got = logits(model, ids).reshape(-1)[-want.numel() :]
+    assert (got - want).abs().max() <= tolerance(name)
+    with model.disable_adapter():
+        assert (logits(model, ids).reshape(-1)[-want.numel() :] - want).abs().max() > 5e-4
+    model.merge_adapter()
+    merged = logits(model, ids).reshape(-1)[-want.numel() :]
+    assert (merged - want).abs().max() <= (0.05 if "bf16" in name else 1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_again_it_loads_in_peft_to_the_same_logits(name, tmp_path):
+    model = load(name)
+    save_adapter(model, tmp_path / "out")
+    ids, want = expected(name)
+    got = logits(load_peft(base_model(name), tmp_path / "out"), ids).reshape(-1)[-want.numel() :]
+    assert (got - want).abs().max() <= tolerance(name)
+    assert run_cli("verify", tmp_path / "out", "--base", base_of(name)).returncode == 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_saved_again_every_tensor_has_its_bytes(name, tmp_path):
+    save_adapter(load(name), tmp_path / "out")
+    before, after = (
+        load_file(folder / "adapter_model.safetensors") for folder in (CHECKPOINTS / name, tmp_path / "out")
+    )
+    assert before.keys() == after.keys()
+    for tensor in before:
+        # The vectors of an adapter that PEFT 0.11 trained in bfloat16 are held, and saved, in float32.
+        assert torch.equal(before[tensor].float(), after[tensor].float()), tensor
+        if tensor in ("base_model.vera_A", "base_model.vera_B"):
+            assert before[tensor].dtype == after[tensor].dtype
+
+
+def test_saving_is_deterministic(tmp_path):
+    model = load("peft-0.21.2-gpt2-conv1d-kept")
+    for folder in ("a", "b"):
+        save_adapter(model, tmp_path / folder)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "vera_manifest.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", SEED_ONLY)
+def test_a_seed_only_checkpoint_with_nothing_recorded_is_assumed_in_one_warning_or_refused(name):
+    with pytest.warns(AssumedRecipeWarning) as caught:
+        model = VeraModel.from_pretrained(base_model(name), CHECKPOINTS / name)
+    assert len(caught) == 1
+    through = "-via-bf16" if "bf16" in name else ""
+    assert f"mt19937-f32-fused{through}" in str(caught[0].message)
+    assert model.record_of("default").assumed
+    base = base_model(name)
+    with pytest.raises(UnprovenError):
+        VeraModel.from_pretrained(base, CHECKPOINTS / name, strict=True)
+    assert not any("vera" in key for key in base.state_dict()), "a refused adapter left traces"
+
+
+def test_an_adapter_trained_on_bfloat16_keeps_its_rounded_pair_on_a_float32_base(tmp_path):
+    name = "peft-0.21.2-llama-bf16-seedonly"
+    save_adapter(load(name), tmp_path / "out")  # records what bfloat16 base it was trained on
+    wide = VeraModel.from_pretrained(base_model("peft-0.21.2-llama-f32-seedonly"), tmp_path / "out")
+    pair = [wide.vera_A["default"], wide.vera_B["default"]]
+    assert all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in pair)
+
+
+@pytest.mark.parametrize("change", ["digest", "recipe"])
+def test_a_regenerated_pair_that_is_not_the_recorded_one_is_refused(tmp_path, change):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    save_adapter(model, tmp_path / "a")
+    path = tmp_path / "a" / "vera_manifest.json"
+    manifest = json.loads(path.read_text())
+    if change == "digest":
+        manifest["projections"]["vera_B"]["sha256"] = "0" * 64
+    else:
+        manifest["recipe"] |= {"name": "mt19937-f32-separate", "rounding": "separate"}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(CheckFailedError, match="not the recorded one"):
+        VeraModel.from_pretrained(llama(), tmp_path / "a")
+
+
+def test_the_record_in_the_weights_file_is_enough(tmp_path):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    (tmp_path / "a" / "vera_manifest.json").unlink()
+    again = VeraModel.from_pretrained(llama(), tmp_path / "a", strict=True)
+    assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
+
+
+def test_stored_projections_that_are_not_the_recorded_ones_are_told(tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    path = tmp_path / "a" / "vera_manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["projections"]["vera_A"]["sha256"] = "0" * 64
+    path.write_text(json.dumps(manifest))
+    with pytest.warns(VeraToolsWarning, match="not the recorded ones"):
+        VeraModel.from_pretrained(llama(), tmp_path / "a")
+    with pytest.raises(CheckFailedError, match="not the recorded ones"):
+        VeraModel.from_pretrained(llama(), tmp_path / "a", strict=True)
+
+
+def test_twelve_steps_of_training_give_pefts_losses_and_checkpoint(tmp_path):
+    ours, peers = VeraModel(llama(), VeraConfig(**OPTIONS)), peft_model(llama())
+    assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
+    losses = train(ours)
+    np.testing.assert_allclose(losses, train(peers), rtol=0, atol=1e-5)
+    assert losses[-1] < losses[0] - 0.02
+    ids = some_ids()
+    ours.save_pretrained(tmp_path / "ours")
+    peers.save_pretrained(tmp_path / "peers")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "peers"))
+    assert first.keys() == second.keys()
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(load_peft(llama(), tmp_path / "ours"), ids), logits(ours, ids), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        logits(VeraModel.from_pretrained(llama(), tmp_path / "peers"), ids), logits(peers, ids), rtol=0, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("bias", ["all", "vera_only"])
+def test_biases_and_saved_modules_are_trained_saved_and_loaded_as_peft_does(bias, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    def bert():
+        torch.manual_seed(0)
+        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+        return BertForSequenceClassification(BertConfig(vocab_size=97, **shape, hidden_dropout_prob=0.0)).eval()
+
+    options = {"bias": bias, "task_type": "SEQ_CLS", "target_modules": ["query", "dense"]}
+    ours, peers = VeraModel(bert(), VeraConfig(**{**OPTIONS, **options})), peft_model(bert(), **options)
+    assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
+
+    def step(model):
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+        model(input_ids=some_ids(), labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+
+    step(ours), step(peers)
+    ours.save_pretrained(tmp_path / "ours")
+    peers.save_pretrained(tmp_path / "peers")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "peers"))
+    # With bias="all" PEFT saves a saved module's bias twice more, under the names it has in memory.
+    twice = {name for name in second if ".modules_to_save." in name or ".original_module." in name}
+    assert first.keys() == second.keys() - twice
+    assert any(name.endswith(".bias") for name in first)
+    config = [json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "peers")]
+    assert set(config[0]["modules_to_save"]) == set(config[1]["modules_to_save"]) == {"classifier", "score"}
+    want = logits(peers, some_ids())
+    for folder in ("ours", "peers"):
+        for loader in (load_peft, VeraModel.from_pretrained):
+            got = logits(loader(bert(), tmp_path / folder), some_ids())
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_several_adapters_are_saved_as_peft_lays_them_out(tmp_path):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model.add_adapter("second", VeraConfig(**{**OPTIONS, "target_modules": ["q_proj"]}))
+    randomise(model)
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "second" / "adapter_config.json").exists()
+    # The pair of "second" is its own, because it is for narrower layers. PEFT cannot hold both, but loads each alone.
+    for name, folder in (("default", tmp_path / "out"), ("second", tmp_path / "out" / "second")):
+        model.set_adapter(name)
+        got = logits(load_peft(llama(), folder), some_ids())
+        torch.testing.assert_close(got, logits(model, some_ids()), rtol=0, atol=1e-5)
+
+
+def test_other_files_in_the_folder_are_left_alone(tmp_path):
+    (tmp_path / "optimizer.pt").write_bytes(b"mine")
+    (tmp_path / "adapter_config.json").write_text("old")
+    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "optimizer.pt").read_bytes() == b"mine"
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "vera_manifest.json",
+    ]
+    VeraModel.from_pretrained(llama(), tmp_path, strict=True)
+
+
+@pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"intermediate_size": 160}])
+def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(options, tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
+    other = LlamaForCausalLM(LlamaConfig(**{**shape, "num_attention_heads": 4, "num_key_value_heads": 2, **options}))
+    keys = list(other.state_dict())
+    with pytest.raises(CheckFailedError, match=r"vera_lambda_b|too small"):
+        VeraModel.from_pretrained(other, tmp_path / "a")
+    assert list(other.state_dict()) == keys
+
+
+def test_missing_and_unexpected_tensors_are_named(tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    with pytest.raises(CheckFailedError, match=r"6 tensors are missing from the checkpoint \(model.layers.2"):
+        VeraModel.from_pretrained(llama(layers=3), tmp_path / "a")
+    with pytest.raises(CheckFailedError, match=r"6 tensors have no place in the model \(model.layers.1"):
+        VeraModel.from_pretrained(llama(layers=1), tmp_path / "a")
+
+
+def test_a_pair_that_no_recipe_makes_is_never_saved_without_it(tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    model = VeraModel.from_pretrained(llama(), tmp_path / "a")
+    state = model.state_dict()
+    model.load_state_dict({**state, "vera_A.default": state["vera_A.default"] * 2})
+    model.save_pretrained(tmp_path / "kept")  # stored: fine, with no recipe in the manifest
+    assert json.loads((tmp_path / "kept" / "vera_manifest.json").read_text())["recipe"] is None
+    model.peft_config["default"].save_projection = False
+    with pytest.raises(UsageError, match="would be lost"):
+        model.save_pretrained(tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+def test_saving_seed_only_on_a_half_base_says_that_peft_would_draw_another_pair(tmp_path):
+    model = VeraModel(llama(torch.bfloat16), VeraConfig(**OPTIONS, save_projection=False))
+    with pytest.warns(VeraToolsWarning, match="PEFT would draw others"):
+        save_adapter(model, tmp_path / "a")
+    again = VeraModel.from_pretrained(llama(torch.bfloat16), tmp_path / "a", strict=True)
+    assert torch.equal(again.vera_B["default"], model.vera_B["default"])
+
+
+def test_a_legacy_pickle_is_read_on_request(tmp_path):
+    name = "peft-0.11.1-llama-f32-kept"
+    folder = tmp_path / "pickled"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((CHECKPOINTS / name / "adapter_config.json").read_bytes())
+    torch.save(load_file(CHECKPOINTS / name / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    ids, want = expected(name)
+    got = logits(load(name, folder, allow_pickle=True), ids).reshape(-1)[-want.numel() :]
+    assert (got - want).abs().max() <= 1e-5
+
+
+def test_load_adapter_on_a_plain_model_and_on_an_adapted_one(tmp_path):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    randomise(model)
+    save_adapter(model, tmp_path / "a")
+    again = load_adapter(llama(), tmp_path / "a")
+    assert load_adapter(again, tmp_path / "a", "twin") is again
+    assert again.vera_A["twin"] is again.vera_A["default"]
+    assert again.active_adapters == ["default"]
+    assert not any(p.requires_grad for p in again.parameters())
+    again.set_adapter("twin")
+    assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
+
+
+CROSS = """
+import json, sys, warnings
+import torch
+from tests.nn.models import OPTIONS, llama, load_peft, peft_model
+from vera_tools.nn import VeraConfig, VeraModel, save_adapter
+saved, to_save = sys.argv[1:]
+warnings.simplefilter("ignore")
+report = {"capability": torch.backends.cpu.get_cpu_capability()}
+def pairs(ours, peers):
+    peers = peers.base_model
+    return {
+        "ours": [ours.vera_A["default"], ours.vera_B["default"]],
+        "peers": [peers.vera_A["default"], peers.vera_B["default"]],
+    }
+if saved:
+    ours = VeraModel.from_pretrained(llama(), saved + "/ours", strict=True)
+    peers = load_peft(llama(), saved + "/peers")
+    trained = torch.load(saved + "/pairs.pt")
+    report["same"] = {
+        who: all(map(torch.equal, pair, trained[who])) for who, pair in pairs(ours, peers).items()
+    }
+if to_save:
+    ours = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    save_adapter(ours, to_save + "/ours")
+    peers = peft_model(llama(), save_projection=False)
+    peers.save_pretrained(to_save + "/peers")
+    torch.save(pairs(ours, peers), to_save + "/pairs.pt")
+print(json.dumps(report))
+"""
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2")
+def test_a_seed_only_checkpoint_loads_bit_identically_on_a_cpu_of_another_kind(tmp_path):
+    """Saved without AVX2 and loaded with it, then the other way round; PEFT gets other projections both times."""
+
+    def run(capability, saved, to_save):
+        result = subprocess.run(
+            [sys.executable, "-c", CROSS, saved and str(tmp_path / saved), to_save and str(tmp_path / to_save)],
+            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        report = json.loads(result.stdout)
+        assert report["capability"].lower() == capability
+        return report.get("same")
+
+    run("default", "", "plain")
+    assert run("avx2", "plain", "vector") == {"ours": True, "peers": False}
+    assert run("default", "vector", "") == {"ours": True, "peers": False}

@@ -1,0 +1,122 @@
+"""A loaded PEFT model gets the projections that its adapter was trained with."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+
+from tests.conftest import CHECKPOINTS, NAMES
+from tests.nn.models import (
+    OPTIONS,
+    PEER_WARNINGS,
+    base_model,
+    expected,
+    llama,
+    load_peft,
+    logits,
+    peft_model,
+    randomise,
+    some_ids,
+)
+from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError
+from vera_tools.nn import VeraConfig, VeraModel, save_adapter
+from vera_tools.nn.peft import load, restore_projections
+from vera_tools.nn.projection import same_bits
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+
+
+def pair(model, name="default"):
+    return [model.base_model.vera_A[name], model.base_model.vera_B[name]]
+
+
+def draw_again(model):
+    """What PEFT before 0.21 does on loading: leave the pair drawn from the key, here by an unfused kernel's values."""
+    for tensor in pair(model):
+        tensor += torch.finfo(tensor.dtype).eps * torch.rand(tensor.shape).to(tensor.dtype)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "kept" in name])
+def test_stored_projections_are_put_back(name):
+    model = load_peft(base_model(name), CHECKPOINTS / name)
+    right = [tensor.clone() for tensor in pair(model)]
+    draw_again(model)
+    report = restore_projections(model, CHECKPOINTS / name)
+    assert report.changed
+    assert report.origin == "stored"
+    assert report.projections["vera_B"].differing > 0.5 * right[1].numel()
+    for restored, tensor in zip(pair(model), right, strict=True):
+        assert same_bits(restored, tensor)
+    ids, want = expected(name)
+    got = logits(model, ids).reshape(-1)[-want.numel() :]
+    assert (got - want).abs().max() <= (4e-3 if "bf16" in name else 1e-5)
+    again = restore_projections(model, CHECKPOINTS / name)
+    assert not again.changed
+    assert "was right already" in str(again)
+
+
+def test_all_layers_share_the_restored_pair():
+    name = "peft-0.21.2-llama-f32-kept"
+    model = load_peft(base_model(name), CHECKPOINTS / name)
+    draw_again(model)
+    report = restore_projections(model, CHECKPOINTS / name)
+    layers = [module for module in model.modules() if hasattr(module, "vera_lambda_b")]
+    assert report.layers == len(layers) > 1
+    for layer in layers:
+        assert layer.vera_A["default"].data_ptr() == model.base_model.vera_A["default"].data_ptr()
+
+
+@pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}])
+def test_projections_that_peft_rounds_on_a_bfloat16_base_are_exact_afterwards(options, tmp_path):
+    trained = VeraModel(llama(torch.bfloat16), VeraConfig(**OPTIONS))
+    randomise(trained)
+    save_adapter(trained, tmp_path / "a")
+    model = load_peft(llama(torch.bfloat16), tmp_path / "a", **options)
+    assert not same_bits(pair(model)[0].float(), trained.vera_A["default"]), "PEFT rounds no more: change this test"
+    report = restore_projections(model, tmp_path / "a")
+    assert report.changed
+    assert report.widened is ("autocast_adapter_dtype" in options)
+    assert same_bits(pair(model)[0], trained.vera_A["default"])
+    assert same_bits(pair(model)[1], trained.vera_B["default"])
+    assert (logits(model, some_ids()) - logits(trained, some_ids())).abs().max() <= 4e-3
+
+
+def test_a_recorded_seed_only_pair_is_regenerated(tmp_path):
+    """An adapter trained on bfloat16 and loaded onto float32: PEFT draws it without the rounding."""
+    name = "peft-0.21.2-llama-bf16-seedonly"
+    with pytest.warns(AssumedRecipeWarning):
+        save_adapter(VeraModel.from_pretrained(base_model(name), CHECKPOINTS / name), tmp_path / "a")
+    model = load_peft(base_model("peft-0.21.2-llama-f32-seedonly"), tmp_path / "a")
+    report = restore_projections(model, tmp_path / "a", strict=True)
+    assert report.origin == "recorded"
+    assert report.recipe.name == "mt19937-f32-fused-via-bf16"
+    assert report.changed
+    assert all(same_bits(tensor, tensor.bfloat16().float()) for tensor in pair(model))
+    assert report.to_dict()["projections"]["vera_A"]["differing"] > 0
+    assert "restored" in str(report)
+
+
+def test_nothing_recorded_is_assumed_or_refused():
+    name = "peft-0.21.2-llama-f32-seedonly-noavx"
+    model = load_peft(base_model(name), CHECKPOINTS / name)
+    with pytest.raises(UnprovenError):
+        restore_projections(model, CHECKPOINTS / name, strict=True)
+    with pytest.warns(AssumedRecipeWarning):
+        assert restore_projections(model, CHECKPOINTS / name).origin == "assumed"
+
+
+def test_loading_and_restoring_in_one_line(tmp_path):
+    trained = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    randomise(trained)
+    save_adapter(trained, tmp_path / "a")
+    model = load(peft.PeftModel, llama(), tmp_path / "a", strict=True)
+    assert isinstance(model, peft.PeftModel)
+    assert same_bits(pair(model)[0], trained.vera_A["default"])
+    torch.testing.assert_close(logits(model.eval(), some_ids()), logits(trained, some_ids()), rtol=0, atol=1e-5)
+
+
+def test_a_model_without_the_adapter_is_refused(tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    with pytest.raises(UsageError, match="no VeRA adapter 'other'"):
+        restore_projections(peft_model(llama()), tmp_path / "a", "other")
