@@ -15,7 +15,8 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
-from vera_tools import embed_projections, strip_projections, verify
+from tests.test_lora import traced_peak
+from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -152,6 +153,52 @@ def test_in_features_does_for_a_base(tmp_path):
     with pytest.warns(AssumedRecipeWarning, match="name it with --base"):
         embed_projections(CHECKPOINTS / name, tmp_path / "b", in_features=width)
     assert (tmp_path / "a" / FILES[0]).read_bytes() == (tmp_path / "b" / FILES[0]).read_bytes()
+
+
+def test_an_assumption_is_not_forgotten_by_converting_again(tmp_path):
+    name = "peft-0.21.2-llama-f32-seedonly"
+    with pytest.warns(AssumedRecipeWarning):
+        embed_projections(CHECKPOINTS / name, tmp_path / "embedded", base=base_of(name))
+    assert strip_projections(tmp_path / "embedded", tmp_path / "stripped").projections.assumed
+    assert embed_projections(tmp_path / "stripped", tmp_path / "again").projections.assumed
+
+
+def test_a_pickle_is_read_on_request_only(checkpoint, tmp_path):
+    """torch is imported for it, and the pair comes back as a safetensors file: a pickle's bytes are not kept."""
+    import torch
+
+    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    arrays = load(source)
+    torch.save({key: torch.from_numpy(value) for key, value in arrays.items()}, source / "adapter_model.bin")
+    (source / FILES[0]).unlink()
+    result = run_cli("strip-projections", source, "-o", tmp_path / "stripped")
+    assert result.returncode == 4
+    assert "--allow-pickle" in result.stderr
+    result = run_cli("strip-projections", source, "--in-place", "--allow-pickle")
+    assert result.returncode == 0, result.stderr
+    assert not (source / "adapter_model.bin").exists()
+    report = embed_projections(source, tmp_path / "embedded")
+    assert report.byte_exact is None
+    embedded = load(tmp_path / "embedded")
+    assert all(np.array_equal(embedded[key], arrays[key]) for key in arrays)
+
+
+def test_memory_stays_within_twice_the_adapter(tmp_path):
+    """Measured on allocations alone, for a recorded pair of 8 MB; imports are warmed up first."""
+    width, r = 4096, 256
+    (tmp_path / "vera").mkdir()
+    module = "base_model.model.layers.0.q"
+    vectors = {f"{module}.vera_lambda_b": np.ones(width, np.float32), f"{module}.vera_lambda_d": np.ones(r, np.float32)}
+    safetensors.numpy.save_file(vectors, tmp_path / "vera" / FILES[0], {"format": "pt"})
+    config = {"peft_type": "VERA", "r": r, "target_modules": ["q"], "save_projection": False}
+    (tmp_path / "vera" / FILES[1]).write_text(json.dumps(config))
+    record(tmp_path / "vera", in_features=width, recipe="mt19937-f32-fused")
+    embed_projections(tmp_path / "vera", tmp_path / "warm-up")
+    peak, report = traced_peak(lambda: embed_projections(tmp_path / "vera", tmp_path / "embedded"))
+    assert report.output_bytes > 8 * 1024**2
+    assert peak <= 2 * report.output_bytes
+    peak, _ = traced_peak(lambda: strip_projections(tmp_path / "embedded", tmp_path / "stripped"))
+    assert peak <= 2 * report.output_bytes
 
 
 def test_without_a_width_it_refuses(tmp_path):

@@ -13,7 +13,8 @@ from typing import Literal
 
 from vera_tools.base import BaseModel, rounds_through
 from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
+from vera_tools.dtypes import FLOATS
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.identification import Identification, Pair, identify_pair, with_digests
 from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, ProjectionRecord
 from vera_tools.prng import Array, PairShape, digests, generate
@@ -39,12 +40,25 @@ def stored_pair(checkpoint: Checkpoint) -> Pair | None:
     """The stored pair, readable by ranges; None where the checkpoint is seed-only.
 
     Raises:
-        FormatError: the two tensors do not fit each other.
+        FormatError: only one of the two is there, or they do not fit each other.
     """
-    shape = checkpoint.pair_shape() if len(checkpoint.projections) == 2 else None
+    infos = checkpoint.projections
+    if not infos:
+        return None
+    found = [f"{name} {info.dtype}" for name, info in infos.items()]
+    if len(infos) == 1:
+        (present,), (missing,) = infos, set(PROJECTIONS) - set(infos)
+        raise FormatError(f"{present} is stored and {missing} is not", where=checkpoint.weights.label)
+    if len({info.dtype for info in infos.values()}) > 1 or infos["vera_A"].dtype not in FLOATS:
+        raise FormatError(
+            "the projections have no dtype that VeRA computes in, or not the same one",
+            where=checkpoint.weights.label,
+            expected=f"both {' or '.join(FLOATS)}",
+            found=" and ".join(found),
+        )
+    shape = checkpoint.pair_shape()
     if shape is None:
         return None
-    infos = checkpoint.projections
     return Pair(shape, infos["vera_A"].dtype, lambda name, a, b: checkpoint.weights.read_elements(infos[name], a, b))
 
 
@@ -80,7 +94,11 @@ def resolve(
         sha256 = {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
         found = with_digests(identify_pair(pair, prng_key=checkpoint.config.projection_prng_key), sha256)
         made_by = found.recipe if found.exact else None
-        return Resolved(ProjectionRecord(made_by, False, pair.shape, pair.dtype, sha256), "stored", found)
+        # A pair that was embedded on an assumption proves what it is, and still not that it was trained with.
+        assumed = (
+            checkpoint.recorded is not None and checkpoint.recorded.assumed and checkpoint.recorded.sha256 == sha256
+        )
+        return Resolved(ProjectionRecord(made_by, assumed, pair.shape, pair.dtype, sha256), "stored", found)
     record = checkpoint.recorded
     if record is not None:
         if recipe is not None and (record.recipe is None or record.recipe.name != recipe):
@@ -173,6 +191,8 @@ def _assume(
                 hint="name the base model (--base) or the largest in_features of the adapted layers (--in-features)",
             )
         widths = [layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b]
+        if not widths:
+            raise CheckFailedError("nothing is adapted", where=checkpoint.label, expected="a vera_lambda_b")
         shape = PairShape(checkpoint.config.r, in_features, max(widths))
     elif in_features is not None and in_features != shape.in_max:
         raise UsageError(
