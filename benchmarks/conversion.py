@@ -4,8 +4,8 @@
 
 Makes a checkpoint of random vectors over the projections that PEFT would draw (Llama-2-7B's shapes: 32 layers, hidden
 size 4096, intermediate size 11008), strips it, embeds it again, compares the bytes, writes the LoRA, and diffs. Each
-command runs in a process of its own; its peak memory is the kernel's figure (ru_maxrss), and so is that of `--version`,
-the interpreter alone.
+command runs in a process of its own; its peak memory is the kernel's figure (VmHWM), and so is that of `--version`, the
+interpreter alone.
 """
 
 from __future__ import annotations
@@ -83,13 +83,26 @@ def make_checkpoint(folder: Path, *, r: int, targets: tuple[str, ...], base: Pat
         stream.truncate(8 + len(text) + position)
 
 
+# ru_maxrss would not do: it is inherited from the parent, which has held whole adapters.
+_PROGRAM = """
+import atexit, sys
+from vera_tools.cli import main
+def report():
+    with open("/proc/self/status") as status:
+        sys.stderr.write("".join(line for line in status if line.startswith("VmHWM")))
+atexit.register(report)
+main(sys.argv[1:])
+"""
+
+
 def measure(*arguments: object) -> tuple[float, int, int]:
     """Seconds, peak memory in bytes, and exit code of one command."""
-    command = [sys.executable, "-m", "vera_tools", *map(str, arguments)]
+    command = [sys.executable, "-c", _PROGRAM, *map(str, arguments)]
     started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    return time.perf_counter() - started, usage.ru_maxrss * 1024, os.waitstatus_to_exitcode(status)
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - started
+    peak = int(result.stderr.splitlines()[-1].split()[1]) * 1024
+    return seconds, peak, result.returncode
 
 
 def size(folder: Path) -> int:

@@ -67,7 +67,7 @@ def test_one_bit_of_one_vector(checkpoint):
     assert 0 < tensor.max_abs < 1e-6
     assert tensor.cosine == pytest.approx(1.0)
     assert not report.equal_in_effect
-    moved = [layer for layer in report.layers or () if layer.norms.difference]
+    moved = [layer for layer in report.layers or () if layer.difference]
     assert [layer.module for layer in moved] == ["model.layers.0.self_attn.q_proj"]
     assert 0 < moved[0].relative_norm < 1e-7
 

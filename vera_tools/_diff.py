@@ -70,24 +70,30 @@ class LayerDifference:
 
     Attributes:
         module: The layer.
-        norms: Frobenius norms of A's update, of B's, and of their difference.
+        norms: Frobenius norms of A's update, of B's, and of their difference; None where no layer's updates differ,
+            for then nothing has to be computed.
     """
 
     module: str
-    norms: Norms
+    norms: Norms | None
+
+    @property
+    def difference(self) -> float:
+        """Frobenius norm of the difference."""
+        return self.norms.difference if self.norms else 0.0
 
     @property
     def relative_norm(self) -> float | None:
         """Norm of the difference over the norm of A's update; None where that is zero and the difference is not."""
-        return _ratio(self.norms.difference, self.norms.a)
+        return _ratio(self.norms.difference, self.norms.a) if self.norms else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the report."""
         return {
             "module": self.module,
-            "norm_a": self.norms.a,
-            "norm_b": self.norms.b,
-            "norm_difference": self.norms.difference,
+            "norm_a": self.norms.a if self.norms else None,
+            "norm_b": self.norms.b if self.norms else None,
+            "norm_difference": self.difference,
             "relative_norm": self.relative_norm,
         }
 
@@ -137,15 +143,15 @@ class DiffReport(Report):
             return True
         if not self.others_equal:
             return False
-        return None if self.layers is None else all(layer.norms.difference == 0 for layer in self.layers)
+        return None if self.layers is None else all(layer.difference == 0 for layer in self.layers)
 
     @property
     def relative_norm(self) -> float | None:
         """Norm of all layers' differences together over that of all of A's updates."""
         if self.layers is None:
             return None
-        difference = math.hypot(*(layer.norms.difference for layer in self.layers))
-        return _ratio(difference, math.hypot(*(layer.norms.a for layer in self.layers)))
+        difference = math.hypot(*(layer.difference for layer in self.layers))
+        return _ratio(difference, math.hypot(*(layer.norms.a for layer in self.layers if layer.norms)))
 
     @property
     def exit_code(self) -> int:
@@ -330,9 +336,13 @@ def _effects(
     if base is not None:
         widths = {linear.module: linear.in_features for linear in (*a.linears(base), *b.linears(base))}
     modules = list(dict.fromkeys([*a.layers, *b.layers]))
-    for done, module in enumerate(modules):
+    vectors = {module: (_vectors(a, module), _vectors(b, module)) for module in modules}
+    if all(comparison.same(*sides) for sides in vectors.values()):
+        yield from (LayerDifference(module, None) for module in modules)
+        return
+    for done, (module, sides) in enumerate(vectors.items()):
         width = widths.get(module, min(pair_a[0].shape[1], pair_b[0].shape[1]))
-        yield LayerDifference(module, comparison.layer(width, _vectors(a, module), _vectors(b, module)))
+        yield LayerDifference(module, comparison.layer(width, *sides))
         if progress:
             progress(done + 1, len(modules), module)
 

@@ -48,13 +48,22 @@ class UpdateComparison:
         self._same_pair = a is b or all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         self._grams: dict[tuple[str, int], Array] = {}
 
+    def same(self, a: Vectors | None, b: Vectors | None) -> bool:
+        """Whether two updates have the same factors, so that nothing needs to be computed to know their distance."""
+        return (
+            a is not None
+            and b is not None
+            and self._same_pair
+            and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        )
+
     def layer(self, width: int, a: Vectors | None, b: Vectors | None) -> Norms:
         """The norms for a layer with in_features `width`; None for an adapter that does not adapt it.
 
         Raises:
             ValueError: the vectors do not fit the pair, or each other.
         """
-        if a and b and self._same_pair and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)):
+        if a and self.same(a, b):
             norm = self._norm(0, width, a)
             return Norms(norm, norm, 0.0)
         norm_a, norm_b = (0.0 if x is None else self._norm(side, width, x) for side, x in enumerate((a, b)))

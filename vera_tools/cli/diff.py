@@ -67,7 +67,7 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
     elif report.equal_in_effect:
         console.print("effect   equal: both make exactly the same updates to a base's weights")
     else:
-        moved = sorted(report.layers, key=lambda layer: -layer.norms.difference)
+        moved = sorted(report.layers, key=lambda layer: -layer.difference)
         total = report.relative_norm
         console.print(
             "effect   "
@@ -77,7 +77,7 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
         figures = [
             f"{layer.module}: " + ("only B has one" if layer.relative_norm is None else f"{layer.relative_norm:.3g}")
             for layer in moved
-            if layer.norms.difference
+            if layer.difference
         ]
         _list(figures, console, limit)
         if not report.others_equal:
