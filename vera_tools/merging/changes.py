@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from vera_tools.base import BaseModel, Linear, Renaming
 from vera_tools.checkpoint import MODULES, Layer
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.arithmetic import check_finite
+from vera_tools.merging.arithmetic import BLOCK, check_finite
 from vera_tools.tensorfile import TensorInfo
 
 # Tensors that stand beside a packed weight: GPTQ and AWQ, bitsandbytes, float8 and compressed-tensors scales.
@@ -86,7 +88,11 @@ def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
                 )
             entry.parts.append(Part(adapter, layer=layer, linear=linear))
         for name, tensor in _saved(base, adapter, renaming).items():
-            entry = found.setdefault(name, _Collected())
+            entry = found.get(name, _Collected())
+            before = name if entry.linear is None else entry.linear.weight
+            if before in base.tensors and _is_equal(base, before, adapter, tensor):
+                continue  # PEFT saves some weights of the base beside those it trains
+            found[name] = entry
             if entry.parts:
                 raise UsageError(
                     f"{entry.parts[0].adapter.label} changes this tensor too, and a saved tensor can only replace it",
@@ -150,7 +156,7 @@ def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, T
                     found=str(list(info.shape)),
                     hint="this is another base, or one whose vocabulary or head was resized",
                 )
-        elif not _is_saved_module(path, checkpoint.config.modules_to_save or ()):
+        elif not _is_saved_module(path, checkpoint.config.modules_to_save or ()) and ".base_layer." not in full:
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",
                 where=where,
@@ -162,6 +168,19 @@ def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, T
             check_finite(checkpoint.weights.read(full), where=where, what="the adapter holds")
         saved[name] = info
     return saved
+
+
+def _is_equal(base: BaseModel, name: str, adapter: Adapter, saved: TensorInfo) -> bool:
+    """Whether a saved tensor has the values of the base's, so that it changes nothing."""
+    file, info = base.tensors[name]
+    if info.shape != saved.shape:
+        return False
+    for start in range(0, info.size, BLOCK):
+        stop = min(start + BLOCK, info.size)
+        theirs = base.files[file].read_elements(info, start, stop).astype(np.float64)
+        if not np.array_equal(theirs, adapter.checkpoint.weights.read_elements(saved, start, stop).astype(np.float64)):
+            return False
+    return True
 
 
 def _is_saved_module(path: str, modules: Sequence[str]) -> bool:

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 from vera_tools import source
 from vera_tools._version import __version__
-from vera_tools.base import INDEX_SUFFIX, INPUT_EMBEDDINGS, OUTPUT_LAYERS, BaseModel
+from vera_tools.base import INDEX_SUFFIX, BaseModel
 from vera_tools.dtypes import BITS, CODES, FLOATS
 from vera_tools.errors import UsageError
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import Change, Part, collect
+from vera_tools.merging.tying import untying
 from vera_tools.tensorfile import TensorFile, TensorInfo, encode_header, layout
 
 Kind = Literal["copied", "cast", "merged", "replaced", "added"]
@@ -144,7 +145,8 @@ def make(
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError("a shard needs room", expected="at least 1 byte", found=str(max_shard_size))
     changes = collect(base, adapters)
-    files = _entries(base, changes, dtype)
+    tying = untying(base, changes)
+    files = _entries(base, changes, tying.copies, dtype)
     if max_shard_size is None:
         shards = [_keep_layout(base.files[name], name, entries) for name, entries in files.items()]
     else:
@@ -157,7 +159,7 @@ def make(
         index_name,
         index,
         _copied_files(base),
-        _config(base, changes, dtype),
+        _config(base, dtype=dtype, untied=tying.needed),
         dtype,
         max_shard_size,
         _digest(base, adapters, dtype=dtype, max_shard_size=max_shard_size),
@@ -183,7 +185,9 @@ def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shar
     return tuple(sorted(mine, key=lambda shard: shard.name))
 
 
-def _entries(base: BaseModel, changes: Mapping[str, Change], dtype: str | None) -> dict[str, list[Entry]]:
+def _entries(
+    base: BaseModel, changes: Mapping[str, Change], copies: Mapping[str, str], dtype: str | None
+) -> dict[str, list[Entry]]:
     """The result's tensors by the base's files, new ones at the end of the last; offsets are not final yet."""
     files: dict[str, list[Entry]] = {}
     for file_name, file in base.files.items():
@@ -191,6 +195,9 @@ def _entries(base: BaseModel, changes: Mapping[str, Change], dtype: str | None) 
             _entry(info, (file_name, info), changes.get(name), dtype) for name, info in file.tensors.items()
         ]
     last = files[list(files)[-1]]
+    for name, old in copies.items():
+        origin = base.tensors[old]
+        last.append(_entry(_renamed(origin[1], name), origin, None, dtype))
     for name, change in changes.items():
         if name in base.tensors:
             continue
@@ -276,23 +283,16 @@ def _copied_files(base: BaseModel) -> tuple[str, ...]:
     return tuple(name for name in names if not name.endswith(_WEIGHTS) and name not in _NOT_COPIED)
 
 
-def _config(base: BaseModel, changes: Mapping[str, Change], dtype: str | None) -> str | None:
+def _config(base: BaseModel, *, dtype: str | None, untied: bool) -> str | None:
     """config.json with the new dtype, and without tying what is no longer the same; None where it stays as it is."""
     config = dict(base.config)
     if dtype is not None:
         _set_dtype(config, dtype)
-    ends = [name.split(".")[-2] for name in changes if name.endswith(".weight") and "." in name]
-    untied = any(end in OUTPUT_LAYERS for end in ends) != any(end in INPUT_EMBEDDINGS for end in ends)
-    starts_from_embedding = any(change.tied_to for change in changes.values())
-    if starts_from_embedding or (untied and config.get("tie_word_embeddings") is True and _stores_output(base)):
+    if untied:
         config["tie_word_embeddings"] = False
     if not base.config or config == base.config:
         return None
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-
-
-def _stores_output(base: BaseModel) -> bool:
-    return any(name.endswith(".weight") and name.split(".")[-2] in OUTPUT_LAYERS for name in base.tensors)
 
 
 def _set_dtype(config: dict[str, Any], dtype: str) -> None:

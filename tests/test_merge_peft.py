@@ -1,0 +1,160 @@
+"""Merged models of shapes that fixtures/ does not have, against PEFT's own forward pass before it merges anything."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import PeftModel, VeraConfig, get_peft_model
+
+import vera_tools
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+]
+
+IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
+
+
+def llama(**options):
+    torch.manual_seed(0)
+    return transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **options,
+    )
+
+
+def gpt2():
+    torch.manual_seed(0)
+    return transformers.GPT2Config(
+        vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2, pad_token_id=0
+    )
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.tensor(IDS)).logits.float().numpy()
+
+
+def adapt(model, folder, **options):
+    """Adapt a model by PEFT, give every vector a value of its own, save it, and return its logits."""
+    adapted = get_peft_model(model, VeraConfig(r=8, **options))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(folder)
+    return logits(adapted)
+
+
+def check(model_class, base, tmp_path, expected, *, tolerance=2e-5, **load):
+    vera_tools.merge(tmp_path / "adapter", base=base, output=tmp_path / "out", verify=True)
+    merged = model_class.from_pretrained(tmp_path / "out", **load)
+    before = logits(model_class.from_pretrained(base, **load))
+    assert np.abs(logits(merged) - expected).max() <= tolerance
+    assert np.abs(before - expected).max() >= 20 * tolerance
+
+
+def test_square_conv1d(tmp_path):
+    model = transformers.GPT2LMHeadModel(gpt2())
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["attn.c_proj", "mlp.c_proj"], fan_in_fan_out=True)
+    check(transformers.GPT2LMHeadModel, tmp_path / "base", tmp_path, expected)
+
+
+def test_gpt2_whose_base_was_saved_without_its_head(tmp_path):
+    model = transformers.GPT2LMHeadModel(gpt2())
+    model.transformer.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["c_attn"], fan_in_fan_out=True, bias="all")
+    check(transformers.GPT2LMHeadModel, tmp_path / "base", tmp_path, expected)
+
+
+def test_an_adapter_of_the_bare_model_on_a_base_with_a_head(tmp_path):
+    model = transformers.LlamaForCausalLM(llama())
+    model.save_pretrained(tmp_path / "base")
+    adapted = get_peft_model(model.model, VeraConfig(r=8, target_modules=["q_proj", "down_proj"]))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lambda" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    check(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path, logits(model))
+
+
+def test_a_classifier_on_a_base_without_one(tmp_path):
+    config = llama(num_labels=3)
+    model = transformers.LlamaForSequenceClassification(config)
+    model.model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["q_proj"], task_type="SEQ_CLS")
+    vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", verify=True)
+    merged = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
+    assert np.abs(logits(merged) - expected).max() <= 2e-5
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_adapted_output_layer(tied, tmp_path):
+    model = transformers.LlamaForCausalLM(llama(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["q_proj", "lm_head"])
+    check(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path, expected)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_embedding(tied, tmp_path):
+    model = transformers.LlamaForCausalLM(llama(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    check(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path, expected)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert config.tie_word_embeddings is False
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_saved_output_layer(tied, tmp_path):
+    model = transformers.LlamaForCausalLM(llama(tie_word_embeddings=tied))
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["q_proj"], modules_to_save=["lm_head"])
+    check(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path, expected)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 4e-3), (torch.bfloat16, 2.0**-6)])
+def test_half_precision_bases_as_peft_merges_them(dtype, tolerance, tmp_path):
+    transformers.LlamaForCausalLM(llama()).to(dtype).save_pretrained(tmp_path / "base")
+    load = {"dtype": dtype}
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", **load)
+    adapt(model, tmp_path / "adapter", target_modules="all-linear")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base", **load)
+    expected = logits(PeftModel.from_pretrained(model, tmp_path / "adapter").merge_and_unload())
+    check(transformers.LlamaForCausalLM, tmp_path / "base", tmp_path, expected, tolerance=tolerance, **load)
+
+
+def test_several_adapters_as_peft_merges_them(tmp_path):
+    for n in range(2):
+        model = transformers.LlamaForCausalLM(llama())
+        model.save_pretrained(tmp_path / "base")
+        torch.manual_seed(n)
+        adapted = get_peft_model(model, VeraConfig(r=8, target_modules=["q_proj", "v_proj"]))
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lambda" in name:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+        adapted.save_pretrained(tmp_path / f"a{n}")
+    folders = [tmp_path / "a0", tmp_path / "a1"]
+    vera_tools.merge(folders, base=tmp_path / "base", output=tmp_path / "out")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    peft = PeftModel.from_pretrained(model, folders[0], adapter_name="zero")
+    peft.load_adapter(folders[1], adapter_name="one")
+    expected = logits(peft.merge_and_unload(adapter_names=["zero", "one"]))
+    found = logits(transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out"))
+    assert np.abs(found - expected).max() <= 2e-5
