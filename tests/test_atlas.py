@@ -1,0 +1,92 @@
+"""Every entry of the atlas against its schema, the reference generator and the rules that docs/kernels.md states."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+
+import pytest
+
+from tests.conftest import FIXTURES, ROOT
+from vera_tools import atlas, schema
+from vera_tools.dtypes import FLOATS, HALVES
+from vera_tools.prng import digests
+from vera_tools.recipe import Recipe
+
+FILES = sorted((FIXTURES / "atlas").glob("*.json"))
+MINORS = ["1.13", *(f"2.{minor}" for minor in range(16))]
+
+
+@functools.cache
+def reference(name: str, draw, dtype: str) -> dict[str, str]:
+    return digests(Recipe.parse(name, prng_key=draw.prng_key), draw.shape, stored_dtype=dtype)
+
+
+def expected(release: str, capability: str, machine: str, dtype: str) -> set[str]:
+    """The streams that a build may have, from its release and kernels alone."""
+    short = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16"}[dtype]
+    half = ""
+    if dtype in HALVES:
+        half = "-opmath" if tuple(map(int, release.split(".")[:2])) >= (2, 12) else "-scalar"
+    rounding = "separate" if (machine, capability) == ("x86_64", "default") else "fused"
+    return {f"mt19937-{short}{half}-{rounding}"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_entry(file):
+    document = json.loads(file.read_text("utf-8"))
+    schema.validate(document, "drift.v1", where=file.name)
+    entry = atlas.Entry.from_document(document, name=file.stem)
+    assert [row.interpreter for row in entry.environments] == ["python"] * len(entry.environments)
+    assert entry.environments[0].native
+    for row in entry.environments:
+        assert file.stem == f"torch-{atlas.release(row)}-{row.machine}"
+        assert set(row.streams) == set(FLOATS)
+        for dtype, stream in row.streams.items():
+            assert stream.recipe is not None
+            names = {stream.recipe.name, *stream.also_matches}
+            assert names & expected(atlas.release(row), row.cpu_capability, row.machine, dtype)
+            for draw, drawn in zip(entry.draws, stream.digests, strict=True):
+                assert all(reference(name, draw, dtype) == drawn for name in names)
+
+
+def test_it_holds_a_build_of_every_minor_release():
+    releases = {(row.machine, atlas.release(row)) for entry in atlas.entries() for row in entry.environments}
+    for machine in ("x86_64", "aarch64"):
+        assert {release.rsplit(".", 1)[0] for kind, release in releases if kind == machine} == set(MINORS)
+    assert len(atlas.entries()) == len(FILES)
+
+
+def test_the_half_types_changed_in_2_12_and_float32_never():
+    rows = {entry.name: entry.environments[0] for entry in atlas.entries()}
+    old, new = rows["torch-2.11.0-x86_64"], rows["torch-2.12.1-x86_64"]
+    changed = {dtype for dtype in FLOATS if old.streams[dtype].digests != new.streams[dtype].digests}
+    assert changed == {"bfloat16", "float16"}
+    assert len({json.dumps(row.streams["float32"].digests) for row in rows.values()}) == 1
+
+
+def test_look_up():
+    entry = next(entry for entry in atlas.entries() if entry.name == "torch-2.12.1-x86_64")
+    row, draws = entry.environments[0], entry.draws
+    assert atlas.look_up(row, draws) == {"entry": entry.name, "agrees": True}
+    assert atlas.look_up(row, draws[:1]) == {"entry": entry.name, "agrees": True}
+    local = dataclasses.replace(row, torch="2.12.1+cpu")
+    assert atlas.look_up(local, draws) == {"entry": entry.name, "agrees": True}
+    other = dataclasses.replace(row, streams={**row.streams, "float32": row.streams["float64"]})
+    assert atlas.look_up(other, draws) == {"entry": entry.name, "agrees": False}
+    for change in ({"torch": "2.12.77"}, {"machine": "riscv64"}, {"cpu_capability": "vsx"}, {"device": "cuda"}):
+        assert atlas.look_up(dataclasses.replace(row, **change), draws) is None
+
+
+def test_citations_name_releases_and_kernels():
+    assert "torch 1.13 to 2.15" in atlas.citation("fused")
+    assert "x86-64 with AVX2" in atlas.citation("fused")
+    assert "aarch64" in atlas.citation("fused")
+    assert atlas.citation("separate").endswith("on x86-64 without AVX2")
+
+
+def test_it_ships_with_the_package():
+    tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert build["force-include"]["fixtures/atlas"] == "vera_tools/fixtures/atlas"

@@ -1,0 +1,420 @@
+"""`drift` on this machine: real subprocesses, real CPU capabilities, and PEFT itself as the witness."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import torch_draws
+from tests.conftest import CHECKPOINTS, FIXTURES, ROOT, base_of, run_cli, run_json
+from vera_tools import _drift, drift, effect, environments, philox, probe, verify
+from vera_tools.checkpoint import Checkpoint
+from vera_tools.comparison import compare_reports, load
+from vera_tools.errors import FormatError, UnprovenError, UsageError
+from vera_tools.prng import generate
+from vera_tools.recipe import Recipe
+from vera_tools.streams import Draw, identify_stream
+
+SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
+FUSED_X86 = platform.machine() == "x86_64" and torch_draws.rounding() == "fused"
+x86 = pytest.mark.skipif(not FUSED_X86, reason="needs an x86-64 CPU with AVX2, which has both roundings")
+OTHER_PYTHON = "/usr/bin/python3"
+
+
+def has_torch(executable: str) -> bool:
+    return subprocess.run([executable, "-c", "import torch"], capture_output=True, check=False).returncode == 0
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture(scope="module")
+def here():
+    """One real run, shared: this interpreter by itself and under every weaker capability."""
+    return drift()
+
+
+@pytest.fixture(scope="module")
+def saved(here, tmp_path_factory):
+    path = tmp_path_factory.mktemp("saved") / "here.json"
+    path.write_text(here.to_json())
+    return path
+
+
+class TestStreams:
+    @x86
+    def test_fused_and_separate_side_by_side(self, here):
+        native, forced = here.environments
+        assert (native.native, native.exact, native.streams["float32"].recipe.name) == (True, True, "mt19937-f32-fused")
+        assert native.gets == "PEFT's usual projections, bit for bit"
+        assert (forced.native, forced.exact, forced.cpu_capability) == (False, False, "default")
+        assert forced.streams["float32"].recipe.name == "mt19937-f32-separate"
+        assert {match.match for match in forced.projections.values()} == {"ulp"}
+        assert here.exit_code == 0
+
+    @x86
+    def test_the_command_line_and_its_document(self, tmp_path):
+        path = tmp_path / "out.json"
+        code, document = run_json("drift", "--dtype", "float32", "--save", path)
+        assert code == 0
+        rows = document["environments"]
+        assert [(row["native"], row["cpu_capability"], row["exact"]) for row in rows] == [
+            (True, rows[0]["cpu_capability"], True),
+            (False, "default", False),
+        ]
+        assert rows[0]["streams"]["float32"]["name"] == "mt19937-f32-fused"
+        assert rows[0]["torch"] == __import__("torch").__version__
+        assert rows[0]["machine"] == platform.machine()
+        assert json.loads(path.read_text()) == document
+
+    @x86
+    def test_a_native_row_that_is_not_exact_exits_1(self):
+        result = run_cli("drift", "--dtype", "float32", env={"ATEN_CPU_CAPABILITY": "default"})
+        assert result.returncode == 1
+        assert "DRIFT" in result.stdout
+        assert "mt19937-f32-separate" in result.stdout
+
+    def test_every_dtype_is_identified(self, here):
+        for row in here.environments:
+            assert {dtype: stream.error for dtype, stream in row.streams.items()} == dict.fromkeys(_drift.FLOATS)
+            for dtype, stream in row.streams.items():
+                assert stream.recipe.drawn_dtype == dtype
+
+    def test_the_local_build_is_in_the_atlas_or_said_not_to_be(self, here):
+        for row in here.environments:
+            assert row.known is None or row.known["agrees"]
+        if __import__("torch").__version__.startswith("2.13.0") and FUSED_X86:
+            assert here.environments[0].known == {"entry": "torch-2.13.0-x86_64", "agrees": True}
+
+    @pytest.mark.skipif(not has_torch(OTHER_PYTHON), reason="Debian's python3-torch is not installed")
+    def test_a_second_interpreter(self):
+        report = drift(python=[OTHER_PYTHON], dtype=["float32", "bfloat16"])
+        ours, theirs = (next(r for r in report.environments if r.interpreter == i) for i in (None, OTHER_PYTHON))
+        assert theirs.torch != ours.torch
+        assert theirs.native
+        assert ours.streams["float32"].digests == theirs.streams["float32"].digests
+        if theirs.torch.startswith("1."):
+            assert theirs.streams["bfloat16"].recipe.half_sampling == "scalar"
+            assert ours.streams["bfloat16"].recipe.half_sampling == "opmath"
+
+    def test_what_matches_no_recipe_is_left_unnamed(self):
+        draw = Draw(5, 3, 11, 7)
+        stream = identify_stream("float32", [{"vera_A": "0" * 64, "vera_B": "1" * 64}], [draw])
+        assert (stream.recipe, stream.generator, stream.label) == (None, None, "unknown")
+
+    def test_one_wrong_tensor_is_enough_to_refuse_a_recipe(self, here):
+        digests = [dict(pair) for pair in here.environments[0].streams["float32"].digests]
+        digests[1]["vera_B"] = digests[0]["vera_B"]
+        assert identify_stream("float32", digests, here.draws).recipe is None
+
+    def test_cuda_streams_are_named_by_the_device_that_draws_them(self):
+        draws = [Draw(5, 16, 4096, 512), Draw(-1, 4, 7, 5)]
+        drawn = [philox.digests(d.prng_key, d.shape, dtype="float32", multiprocessors=6, threads=1024) for d in draws]
+        stream = identify_stream("float32", drawn, draws, threads=[6, 1024])
+        assert stream.label == "philox4x32-10, 6 multiprocessors of 1024 threads"
+        assert identify_stream("float32", drawn, draws, threads=[4, 1024]).label == "unknown"
+
+
+class TestProbes:
+    def test_the_script_needs_nothing_but_python_3_7_and_torch(self):
+        tree = ast.parse(Path(probe.__file__).read_text(), feature_version=(3, 7))
+        imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import) for name in node.names} | {
+            node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)
+        }
+        assert imported - {"torch"} <= set(sys.stdlib_module_names)
+
+    def test_it_runs_by_path_from_anywhere(self, tmp_path):
+        request = json.dumps({"pairs": [[1, 2, 3, 4]], "dtypes": ["float32"], "device": "cpu", "values": None})
+        result = subprocess.run(
+            [sys.executable, "-P" if sys.version_info >= (3, 11) else "-E", probe.__file__, request],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            check=True,
+        )
+        drawn, devices = map(json.loads, result.stdout.splitlines())
+        assert drawn["streams"]["float32"] == [torch_draws.digests({"key": 1, "r": 2, "in_max": 3, "out_max": 4})]
+        assert "cpu" in devices["devices"]
+
+    def test_a_probe_that_crashes_is_a_row(self, tmp_path):
+        crash = script(tmp_path / "crash", f"exec {sys.executable} -c 'import ctypes; ctypes.string_at(0)'")
+        code, document = run_json("drift", "--device", "cpu", "--dtype", "float32", "--python", crash)
+        row = document["environments"][-1]
+        assert (row["status"], row["error"], row["exact"]) == ("failed", "ended by SIGSEGV", None)
+        assert document["environments"][0]["status"] == "ok"
+        assert code == 1
+
+    def test_a_probe_that_hangs_is_a_row_and_its_children_end(self, tmp_path):
+        mark = tmp_path / "pid"
+        hang = script(tmp_path / "hang", f"sleep 600 & echo $! > {mark}; wait")
+        answer = environments.ask(environments.python(hang), [], dtypes=[], timeout=0.5)
+        assert (answer.status, answer.error) == ("timeout", "no answer within 0.5 seconds")
+        state = Path(f"/proc/{mark.read_text().strip()}/stat")
+        assert not state.exists() or state.read_text().split()[2] == "Z"
+
+    def test_an_interpreter_without_torch_is_a_row(self, tmp_path):
+        bare = script(tmp_path / "bare", f'exec {sys.executable} -I -S "$@"')
+        answer = environments.ask(environments.python(bare), [], dtypes=[], timeout=60)
+        assert (answer.status, answer.error) == ("failed", "ModuleNotFoundError: No module named 'torch'")
+
+    def test_a_device_that_is_not_there_is_a_row(self):
+        report = drift(device=["cpu", "xpu"], dtype=["float32"], capability=[])
+        if report.environments[1].status == "ok" and not report.environments[1].streams["float32"].error:
+            pytest.skip("this machine has an xpu")
+        assert report.environments[1].native
+        assert report.environments[1].exact is None
+        assert report.exit_code == 1
+
+    def test_a_virtual_environment(self):
+        assert environments.venv(sys.prefix).command == (str(Path(sys.prefix) / "bin" / "python"),)
+        with pytest.raises(UsageError, match="not a virtual environment"):
+            environments.venv(FIXTURES)
+
+    def test_a_torch_release_goes_through_uv(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("PATH", str(tmp_path))
+        with pytest.raises(UsageError, match="uv"):
+            drift(torch=["2.6.0"])
+        uv = script(tmp_path / "uv", f'echo "$@" > {tmp_path}/said; shift 8; exec {sys.executable} "$@"')
+        interpreter = environments.torch_release("2.6.0")
+        assert interpreter.command[0] == str(uv)
+        answer = environments.ask(interpreter, [(1, 2, 3, 4)], dtypes=["float32"], timeout=60)
+        assert (
+            (tmp_path / "said")
+            .read_text()
+            .startswith("run --quiet --isolated --no-project --with torch==2.6.0 -- python ")
+        )
+        assert answer.streams["float32"]
+
+    def test_wrong_usage(self, tmp_path):
+        for options, word in (
+            ({"device": ["tpu"]}, "device"),
+            ({"dtype": ["int8"]}, "dtype"),
+            ({"python": [tmp_path / "nothing"]}, "no such program"),
+        ):
+            with pytest.raises(UsageError, match=word):
+                drift(**options)
+
+    def test_without_any_torch_it_says_what_to_do(self, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(UsageError, match="no torch to probe"):
+            drift()
+
+
+class TestAgainst:
+    def test_the_same_machine_agrees_with_itself(self, here, saved):
+        report = drift(against=[saved], capability=[], dtype=["float32"])
+        assert report.comparison.agree
+        assert report.exit_code == 0
+        assert {name for name, _ in report.comparison.rows} == {"this run", str(saved)}
+
+    @x86
+    def test_two_machines_that_disagree_exit_1(self, tmp_path):
+        other = tmp_path / "other.json"
+        first = run_cli("drift", "--dtype", "float32", "--save", other, "-q", env={"ATEN_CPU_CAPABILITY": "default"})
+        assert first.returncode == 1
+        code, document = run_json("drift", "--against", other, "--dtype", "float32")
+        assert code == 1
+        assert not document["comparison"]["agree"]
+        assert document["comparison"]["groups"]["float32"] == [[0], [1]]
+        assert document["environments"][0]["exact"]
+
+    @x86
+    def test_an_upgrade_is_gated_on_the_dtypes_in_use(self, here):
+        old = FIXTURES / "atlas" / "torch-2.11.0-x86_64.json"
+        result = run_cli("drift", "--against", old, "--dtype", "float32")
+        assert result.returncode == 0
+        assert "the reports agree" in result.stdout
+        every = compare_reports(here.draws, here.environments, [("old", load(old))])
+        changed = {dtype for dtype, groups in every.groups.items() if len(groups) > 1}
+        new = tuple(map(int, __import__("torch").__version__.split(".")[:2])) >= (2, 12)
+        assert changed == ({"bfloat16", "float16"} if new else set())
+
+    def test_not_a_report(self, tmp_path):
+        file = tmp_path / "other.json"
+        for text in ("{}", "not JSON", '{"schema": "vera-tools/drift/v1"}'):
+            file.write_text(text)
+            with pytest.raises(FormatError, match=r"other\.json"):
+                drift(against=[file])
+        with pytest.raises(FormatError, match=r"absent\.json"):
+            drift(against=[tmp_path / "absent.json"])
+
+
+class TestEffect:
+    @x86
+    @pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
+    def test_on_an_adapter(self):
+        report = drift(checkpoint=CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), dtype=["float32"])
+        native, forced = report.environments
+        assert (native.exact, native.effect, native.gets) == (True, None, "the assumed projections, bit for bit")
+        change = forced.effect
+        assert 0 < change["differing"] < 1
+        assert len(change["layers"]) == 6
+        assert change["worst"]["relative_change"] == max(layer["relative_change"] for layer in change["layers"])
+        assert 0 < change["logits"]["max_abs"] < 1e-5
+        assert change["logits"]["argmax_changed"] == 0
+
+    def test_the_worst_layer_by_the_plain_definition(self):
+        """Against weight-sized matrices in float64, for another key's projections, where nothing is small."""
+        with Checkpoint.open(CHECKPOINTS / "peft-0.21.2-llama-f32-kept") as adapter:
+            shape = adapter.pair_shape()
+            trained = (adapter.weights.read("base_model.vera_A"), adapter.weights.read("base_model.vera_B"))
+            loaded = generate(Recipe(prng_key=1), shape)
+            measured = effect.measure(adapter, trained, loaded)
+            for change in measured.layers:
+                name = f"base_model.model.{change.module}.vera_lambda"
+                b, d = (adapter.weights.read(f"{name}_{vector}").astype(float) for vector in "bd")
+                old, new = (
+                    (b[:, None] * pair[1].astype(float)[: b.size]) @ (d[:, None] * pair[0].astype(float))
+                    for pair in (trained, loaded)
+                )
+                expected = np.linalg.norm(new - old) / np.linalg.norm(old)
+                assert change.relative_change == pytest.approx(expected, rel=1e-10)
+            assert measured.differing > 0.99
+            assert effect.measure(adapter, trained, trained).worst.relative_change == 0
+
+    def test_in_features_of_each_layer_come_from_the_base(self):
+        from vera_tools.base import BaseModel
+
+        with Checkpoint.open(CHECKPOINTS / SEED_ONLY) as adapter, BaseModel.open(base_of(SEED_ONLY)) as base:
+            trained = generate(Recipe(prng_key=102), adapter.pair_shape(base))
+            widths = {c.module: c.in_features for c in effect.measure(adapter, trained, trained, base=base).layers}
+        assert {width for module, width in widths.items() if module.endswith("down_proj")} == {trained[0].shape[1]}
+        assert {width for module, width in widths.items() if module.endswith("q_proj")} == {64}
+
+    def test_an_untrained_layer_has_no_relative_change(self, checkpoint):
+        from safetensors.numpy import load_file, save_file
+
+        folder = checkpoint("peft-0.21.2-llama-f32-kept")
+        tensors = load_file(folder / "adapter_model.safetensors")
+        zero = {name: np.zeros_like(value) for name, value in tensors.items() if "lambda_b" in name}
+        save_file({**tensors, **zero}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        with Checkpoint.open(folder) as adapter:
+            trained = (tensors["base_model.vera_A"], tensors["base_model.vera_B"])
+            measured = effect.measure(adapter, trained, generate(Recipe(prng_key=1), adapter.pair_shape()))
+        assert measured.worst is None
+        assert {layer.relative_change for layer in measured.layers} == {None}
+
+    @pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
+    @pytest.mark.filterwarnings("ignore")
+    def test_the_logits_are_pefts(self, name):
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        with Checkpoint.open(CHECKPOINTS / name) as adapter:
+            trained = (adapter.weights.read("base_model.vera_A"), adapter.weights.read("base_model.vera_B"))
+            loaded = generate(Recipe(prng_key=1), adapter.pair_shape())
+            change, why_not = effect.logits_change(adapter, str(base_of(name)), trained, loaded, timeout=120)
+        assert why_not is None
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(name)), CHECKPOINTS / name)
+        inputs = (torch.arange(change["positions"]) * 7919 % model.config.vocab_size)[None]
+        logits = []
+        for a, b in (trained, loaded):
+            model.base_model.vera_A["default"].data.copy_(torch.from_numpy(a))
+            model.base_model.vera_B["default"].data.copy_(torch.from_numpy(b))
+            with torch.no_grad():
+                logits.append(model(input_ids=inputs).logits)
+        assert change["max_abs"] == pytest.approx((logits[1] - logits[0]).abs().max().item(), rel=1e-3)
+        assert change["max_abs"] > 1e-3
+        assert change["largest"] == pytest.approx(logits[0].abs().max().item(), rel=1e-4)
+        assert change["argmax_changed"] == (logits[0].argmax(-1) != logits[1].argmax(-1)).sum()
+
+    def test_strict_refuses_to_assume(self):
+        with pytest.raises(UnprovenError):
+            drift(checkpoint=CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), strict=True)
+
+    @x86
+    def test_stored_projections_of_another_rounding_are_not_exact_here(self):
+        report = drift(checkpoint=CHECKPOINTS / "peft-0.21.2-llama-f32-kept-noavx", dtype=["float32"])
+        assert [row.exact for row in report.environments] == [False, True]
+        assert report.exit_code == 1
+        assert report.target.recipe.name == "mt19937-f32-separate"
+        assert report.environments[0].effect["logits_why_not"] == "no base model was named"
+
+
+# Checkpoint: the recipe that it was trained with, as its maker knows it.
+TRAINED = {
+    "peft-0.21.2-llama-f32-seedonly": "mt19937-f32-fused",
+    "peft-0.21.2-llama-f32-seedonly-noavx": "mt19937-f32-separate",
+    "peft-0.21.2-llama-bf16-seedonly": "mt19937-f32-fused-via-bf16",
+}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    from vera_tools import record
+
+    folder = tmp_path_factory.mktemp("recorded")
+    for name, recipe in TRAINED.items():
+        shutil.copytree(CHECKPOINTS / name, folder / name)
+        record(folder / name, base=base_of(name), recipe=recipe)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(recorded):
+    """{(rounding, checkpoint, base dtype, options): digests}, measured."""
+    cases = [
+        (str(recorded / name), str(base_of(name)), dtype, options)
+        for name in TRAINED
+        for dtype in ("float32", "bfloat16", "float16")
+        for options in ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
+    ]
+    measured = {}
+    for capability in (None, "default"):
+        env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
+        command = [sys.executable, str(ROOT / "tests" / "drift_peft.py"), json.dumps(cases)]
+        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
+        assert result.returncode == 0, result.stderr
+        rounding = "separate" if capability else "fused"
+        for (checkpoint, _, dtype, options), digests in zip(
+            cases, json.loads(result.stdout.splitlines()[-1]), strict=True
+        ):
+            measured[rounding, Path(checkpoint).name, dtype, tuple(options)] = digests
+    return measured
+
+
+class TestLoaderTable:
+    """A seed-only checkpoint's loader table against PEFT itself, in processes with each capability."""
+
+    @x86
+    @pytest.mark.parametrize("name", TRAINED)
+    def test_every_row_is_what_peft_does(self, recorded, loaded, name):
+        trained = verify(recorded / name).checkpoints[0]
+        assert trained.verdict == "reproducible"
+        with Checkpoint.open(recorded / name) as adapter:
+            wanted = dict(adapter.recorded.sha256)
+        rows = [row for row in trained.loads if row.loader == "peft>=0.21" and row.base_dtype != "integer"]
+        assert len(rows) == 18
+        found = {(row.rounding, row.base_dtype, tuple(row.options)): row.exact for row in rows}
+        measured = {
+            (rounding, dtype, options): digests == wanted
+            for (rounding, checkpoint, dtype, options), digests in loaded.items()
+            if checkpoint == name
+        }
+        assert found == measured
+        assert len(set(measured.values())) == 2
+        assert all(row.cites and "torch 1.13 to 2.15" in row.cites for row in rows)
+
+    @x86
+    @pytest.mark.parametrize("name", TRAINED)
+    @pytest.mark.parametrize("base", ["peft-0.21.2-llama-f32-seedonly", "peft-0.21.2-llama-bf16-seedonly"])
+    def test_drift_measures_the_same(self, recorded, loaded, name, base):
+        report = drift(checkpoint=recorded / name, base=base_of(base), dtype=["float32"])
+        dtype = "bfloat16" if "bf16" in base else "float32"
+        with Checkpoint.open(recorded / name) as adapter:
+            wanted = dict(adapter.recorded.sha256)
+        for row, rounding in zip(report.environments, ("fused", "separate"), strict=True):
+            assert row.exact == (loaded[rounding, name, dtype, ()] == wanted)
