@@ -60,5 +60,9 @@ if __name__ == "__main__":
             config = json.loads((copy / "adapter_config.json").read_text())
             config = {key: value for key, value in config.items() if key in known}
             (copy / "adapter_config.json").write_text(json.dumps(config))
-            answer[Path(adapter).name] = loaded(folder, base, options=OPTIONS if newest else ({},))
+            try:
+                answer[Path(adapter).name] = loaded(folder, base, options=OPTIONS if newest else ({},))
+            except ValueError as error:
+                if "Multiple target layers with different dimensions" not in str(error):  # PEFT 0.11 takes one shape
+                    raise
     print(json.dumps(answer))

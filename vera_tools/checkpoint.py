@@ -17,7 +17,7 @@ from typing import Any
 from vera_tools import source
 from vera_tools.base import BaseModel, Linear, rounds_through
 from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
-from vera_tools.errors import FormatError, NotVeraError
+from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, Manifest, ProjectionRecord
 from vera_tools.prng import PairShape
 from vera_tools.tensorfile import TensorFile, TensorInfo
@@ -195,7 +195,7 @@ class Checkpoint:
 
         Raises:
             FormatError: the stored projections are not matrices that fit each other.
-            CheckFailedError: the base does not fit.
+            CheckFailedError: the base does not fit, or nothing is adapted.
         """
         if len(self.projections) == 2:
             a, b = (self.projections[name].shape for name in PROJECTIONS)
@@ -211,6 +211,8 @@ class Checkpoint:
             return self.recorded.shape
         if base:
             linears = self.linears(base)
+            if not linears:
+                raise CheckFailedError("nothing is adapted", where=self.label, expected="a vera_lambda_b")
             return PairShape(
                 self.config.r,
                 max(linear.in_features for linear in linears),
