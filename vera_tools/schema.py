@@ -89,7 +89,7 @@ def _as_error(error: ValidationError) -> FormatError:
         required: Any = error.validator_value
         missing = next(key for key in required if key not in instance)
         return FormatError(f"the key {missing!r} is missing", where=path or None)
-    if error.validator == "additionalProperties":
+    if error.validator in ("additionalProperties", "unevaluatedProperties"):
         return FormatError(error.message, where=path or None)
     expected = description or f"{error.validator} {json.dumps(error.validator_value)}"
     return FormatError(
