@@ -90,7 +90,9 @@ class TestKill:
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        assert not out.exists()
+        if out.exists():  # it had just come to its end
+            assert snapshot(out) == made[2]
+            return
         assert hidden(tmp_path) == [".out.merge"]
         finished = {path.name for path in (staging.place(out) / "output").iterdir()}
         report = vera_tools.merge(made[1], base=made[0], output=out, resume=True, verify=True)
@@ -343,7 +345,7 @@ class TestChangingBase:
 
     def test_a_shard_that_is_not_there(self, own, tmp_path):
         max(own[0].glob("*.safetensors")).unlink()
-        with pytest.raises(FormatError, match=r"model-00004-of-00004.*No such file"):
+        with pytest.raises(FormatError, match=r"not there.*model-00004-of-00004"):
             vera_tools.merge(own[1], base=own[0], output=tmp_path / "out")
 
     def test_a_shard_that_is_cut_off_is_refused_before_anything_is_written(self, own, tmp_path):

@@ -111,6 +111,7 @@ def merge(
     dtype: str | None = None,
     max_shard_size: int | None = None,
     recipe: str | None = None,
+    stored_dtype: str = "float32",
     strict: bool = False,
     allow_nonfinite: bool = False,
     verify: bool = False,
@@ -135,6 +136,7 @@ def merge(
         dtype: Cast every floating-point tensor to "float32", "float16" or "bfloat16". Default: each keeps its own.
         max_shard_size: Lay the weights out in new files of at most so many bytes. Default: the base's files.
         recipe: Name of the recipe of seed-only checkpoints with nothing recorded. Default: PEFT's is assumed.
+        stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe.
         allow_nonfinite: Merge NaN and infinity too.
         verify: Read the result back and prove it, before it appears.
@@ -165,7 +167,7 @@ def merge(
         adapters = []
         for reference, factor in zip(references, factors, strict=True):
             opened = stack.enter_context(Checkpoint.open(reference))
-            resolved = resolve(opened, base=model, recipe=recipe, strict=strict)
+            resolved = resolve(opened, base=model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
         mine = portion(plan.shards, shard)

@@ -84,6 +84,7 @@ def command(
             dtype=dtype,
             max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
             recipe=recipe_options.name,
+            stored_dtype=recipe_options.stored_dtype or "float32",
             strict=strict,
             allow_nonfinite=allow_nonfinite,
             verify=verify,
@@ -144,14 +145,11 @@ def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
         labelled(console, "", name)
     if report.resumed:
         labelled(console, "resumed", f"{len(report.resumed)} files were finished already")
-    written = f"{human_bytes(report.bytes_written)} in {len(report.shards)} files"
-    labelled(console, "written", f"{written}, {report.seconds:.1f} s, {human_bytes(int(rate))}/s")
+    files = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} files"
+    written = f"{human_bytes(report.bytes_written)} in {files}, {report.seconds:.1f} s, {human_bytes(int(rate))}/s"
+    labelled(console, "written", written)
     if report.verified is not None:
         proven = report.verified
-        labelled(
-            console,
-            "verified",
-            f"{proven.copied} tensors by digest, {proven.computed} computed again in float64 ({proven.off:,} of "
-            f"{proven.elements:,} elements are not the correctly rounded result, and none is off by more than a "
-            "float32 sum can be)",
-        )
+        found = f"{proven.copied} tensors by digest, {proven.computed} computed again in float64: "
+        found += f"{proven.off:,} of {proven.elements:,} elements are not correctly rounded"
+        labelled(console, "verified", found + (", by no more than a float32 sum errs" if proven.off else ""))
