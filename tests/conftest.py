@@ -33,7 +33,7 @@ def checkpoint(tmp_path):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on loopback with nothing on it, which the client uses in this process and in those it starts."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     from tests.hub_server import HubServer
 
@@ -44,11 +44,13 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(home))
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         yield server
+    assert server.failures == []
 
 
 def base_of(name: str) -> Path:

@@ -62,7 +62,8 @@ class Call:
 
     @property
     def create_pr(self) -> bool:
-        return self.query.get("create_pr") == "1"
+        """Whether it is about a pull request, which anybody with a write token may open and push to."""
+        return self.query.get("create_pr") == "1" or any(part.startswith("refs/pr/") for part in self.segments)
 
     def owns(self, namespace: str) -> bool:
         return self.user is not None and namespace in (self.user.name, *self.user.orgs)
@@ -345,8 +346,6 @@ def commit(call: Call, owner: str, name: str, revision: str) -> Answer:
     hub = call.hub
     lines = [json.loads(line) for line in call.body.splitlines()]
     header = lines[0]["value"]
-    if revision.startswith("refs/pr/"):  # whoever opened it may push to it
-        call.query["create_pr"] = "1"
     opening = call.create_pr and not revision.startswith("refs/pr/")
     repo = call.repo(owner, name, write=True)
     assert call.user is not None

@@ -14,8 +14,11 @@ import itertools
 import json
 import re
 import secrets
+import shutil
+import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -36,6 +39,7 @@ class HubServer:
         repos: "owner/name" to repository.
         faults: What goes wrong; first match wins.
         requests: Every request that was answered.
+        failures: Tracebacks of errors in this server itself.
         xet: Offer Xet storage.
         page_size: Rows of a tree listing in one answer.
         multipart_size: Larger uploads through LFS go in parts of this size.
@@ -47,6 +51,7 @@ class HubServer:
         self.repos: dict[str, Repo] = {}
         self.faults: list[Fault] = []
         self.requests: list[Request] = []
+        self.failures: list[str] = []
         self.xet = True
         self.page_size = 1000
         self.multipart_size = 1 << 40
@@ -144,8 +149,10 @@ class HubServer:
         import hf_xet
 
         path = self.storage / "blobs" / sha256
-        with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{self.cas}") as group:
-            group.start_download_file(hf_xet.XetFileInfo(hashes[sha256], size), str(path))
+        with tempfile.TemporaryDirectory() as copy:  # the client's process still has the store's database open
+            shutil.copytree(self.cas, copy, dirs_exist_ok=True)
+            with hf_xet.XetSession().new_file_download_group(endpoint=f"local://{copy}") as group:
+                group.start_download_file(hf_xet.XetFileInfo(hashes[sha256], size), str(path))
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise RefusedError(400, "the Xet file does not have its sha256")
         return Blob(path, size, sha256, True, hashes[sha256])
@@ -171,12 +178,15 @@ def _handler(hub: HubServer, routes: list[Route]) -> type[BaseHTTPRequestHandler
                 if refused.code:
                     headers["X-Error-Code"] = refused.code
                 answer = Answer({"error": refused.message, **refused.body}, refused.status, headers)
+            except Exception:
+                hub.failures.append(traceback.format_exc())
+                answer = Answer({"error": "the test's Hub has an error"}, 501)
             if fault.lose:
                 self.close_connection = True
                 return
             self.send(call, answer, fault)
 
-        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any  # noqa: N815
+        do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
         def send(self, call: Call, answer: Answer, fault: Fault) -> None:
             status, headers = answer.status, {"Date": formatdate(usegmt=True), **answer.headers}

@@ -189,9 +189,8 @@ def test_every_single_flipped_byte_changes_the_digest(tmp_path):
     """Every byte of a checkpoint in turn, by the check that every file goes through."""
     for name, large in (("adapter_model.safetensors", True), ("adapter_config.json", False)):
         content = (CHECKPOINTS / NAME / name).read_bytes()
-        listed = RemoteFile(
-            name, len(content), git_sha1(content), hashlib.sha256(content).hexdigest() if large else None
-        )
+        sha256 = hashlib.sha256(content).hexdigest()
+        listed = RemoteFile(name, len(content), git_sha1(content), sha256 if large else None)
         path = tmp_path / name
         path.write_bytes(content)
         assert check_arrived(path, listed, where=name).sha256 == sha256

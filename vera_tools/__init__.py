@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vera_tools._lora import to_lora as to_lora
     from vera_tools._merge import merge as merge
     from vera_tools._pull import pull as pull
+    from vera_tools._push import push as push
     from vera_tools._record import record as record
     from vera_tools._regenerate import regenerate as regenerate
     from vera_tools._strip import strip_projections as strip_projections
@@ -40,6 +41,7 @@ _HOMES = {
     "inspect": "_inspect",
     "merge": "_merge",
     "pull": "_pull",
+    "push": "_push",
     "record": "_record",
     "regenerate": "_regenerate",
     "strip_projections": "_strip",

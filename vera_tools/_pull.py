@@ -24,6 +24,7 @@ from vera_tools._transfer import (
     refuse_unfit,
     relabel,
     select,
+    speaking_of,
 )
 from vera_tools._verify import CheckpointReport, verify
 from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
@@ -138,7 +139,8 @@ def pull(
         refuse_unfit(verification, force=force, strict=strict, verb="pulled")
         embedded = embed and verification.projections_stored is False
         if embedded:
-            _embed(folder, base=base, in_features=in_features, strict=strict)
+            with speaking_of(str(target), folder):
+                _embed(folder, base=base, in_features=in_features, strict=strict)
             verification = _verify(folder, target, base, allow_pickle=False)
         report = PullReport(
             repo=reference.repo,
@@ -182,6 +184,7 @@ def _fetch(reference: Reference, *, include: tuple[str, ...], allow_pickle: bool
                 snapshot_download,
                 reference.repo,
                 revision=reference.revision,
+                attempts=hub.FEW_ATTEMPTS,
                 allow_patterns=[glob.escape(path) for path in files],
                 library_name="vera-tools",
                 library_version=TOOL["version"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import hashlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from vera_tools._verify import CheckpointReport
 from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.checks import Check
 from vera_tools.config import CONFIG_NAME
-from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError
+from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, VeraToolsError
 from vera_tools.hub import RemoteFile
 from vera_tools.manifest import MANIFEST_NAME
 
@@ -155,6 +157,21 @@ def relabel(report: CheckpointReport, old: Path, new: str) -> CheckpointReport:
     """The report of a checkpoint that was verified at `old`, which the user knows as `new`."""
     checks = tuple(Check(c.id, c.status, c.message.replace(str(old), new)) for c in report.checks)
     return replace(report, path=new, checks=checks)
+
+
+@contextlib.contextmanager
+def speaking_of(new: str, old: Path) -> Iterator[None]:
+    """Let warnings and errors from inside name `new`, which the user knows, and not the temporary folder `old`."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            yield
+        except VeraToolsError as error:
+            error.what = error.what.replace(str(old), new)
+            error.where = error.where.replace(str(old), new) if error.where else None
+            raise
+    for warning in caught:
+        warnings.warn(str(warning.message).replace(str(old), new), warning.category, stacklevel=3)
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -127,6 +127,10 @@ class AssumedShapeWarning(VeraToolsWarning):
     """Nothing says how wide each adapted layer is; all were taken to be as wide as vera_A."""
 
 
+class UnrecordedWarning(VeraToolsWarning):
+    """No manifest could be added, because nothing says what its projections are."""
+
+
 class LoadingWarning(VeraToolsWarning):
     """What was written computes something else than what was trained, in some loader or on some machine."""
 

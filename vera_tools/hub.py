@@ -39,6 +39,8 @@ _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
 #: Statuses after which the same request may succeed.
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
+#: For what the client makes of many requests, most of which it tries again by itself.
+FEW_ATTEMPTS = 2
 
 log = logging.getLogger(__name__)
 
@@ -154,25 +156,27 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
         return call(read)
 
 
-def call(function: Callable[..., Result], *args: Any, unsafe: bool = False, **kwargs: Any) -> Result:
+def call(
+    function: Callable[..., Result], *args: Any, attempts: int = ATTEMPTS, unsafe: bool = False, **kwargs: Any
+) -> Result:
     """Call the client, and call it again where it gave up on something that passes.
 
     A rate limit is waited out as the Hub tells; failures of server and network are tried again after 1, 2, 4, ...
     seconds. `unsafe` is for requests that must not be made twice: only refusals (429) are tried again.
     """
-    for attempt in range(1, ATTEMPTS + 1):
+    for attempt in range(1, attempts + 1):
         try:
             return function(*args, **kwargs)
         except Exception as error:
             root = _root(error)
             status = _status(root)
             passes = status == 429 or (not unsafe and (status in TRANSIENT or _is_transport(root)))
-            if not passes or attempt == ATTEMPTS:
+            if not passes or attempt == attempts:
                 raise
             wait = _told_to_wait(root) if status == 429 else None
             seconds = 2.0 ** (attempt - 1) if wait is None else wait + 1.0
             reason = "rate limited by the Hub" if status == 429 else f"the Hub failed ({status or 'network'})"
-            log.warning("%s: trying again in %g s (%d of %d)", reason, seconds, attempt, ATTEMPTS - 1)
+            log.warning("%s: trying again in %g s (%d of %d)", reason, seconds, attempt, attempts - 1)
         time.sleep(seconds)
     raise AssertionError("unreachable")
 

@@ -30,6 +30,7 @@ COMMANDS = {
     "diff": ("diff", "Two checkpoints, tensor by tensor, and how far apart their weight updates are."),
     "drift": ("drift", "What each torch, CPU and device here really draws, and what that does to an adapter."),
     "merge": ("merge", "Bake adapters into a base on disk, one tensor at a time."),
+    "push": ("push", "Verify a checkpoint and upload it to the Hub, with a manifest and a card."),
     "pull": ("pull", "Fetch a checkpoint from the Hub, every digest checked, and verify it."),
 }
 

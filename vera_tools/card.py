@@ -1,0 +1,259 @@
+"""The model card, README.md: metadata as PEFT and the Hub expect it, and one section that tells how to use the adapter.
+
+Whatever else a card says is kept, byte for byte: the section stands between two HTML comments, and the metadata is
+written anew only where a key that the Hub needs is missing. This module does no I/O.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from vera_tools import schema
+from vera_tools._loads import BASE_DTYPES, ROUNDINGS, Load
+from vera_tools._verify import CheckpointReport
+from vera_tools.config import VeraConfig
+from vera_tools.errors import FormatError
+from vera_tools.hub import Reference
+from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+
+BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
+END = "<!-- vera-tools: end -->"
+TAGS = ("vera", "vera-tools")
+
+#: PEFT's task type: the Hub's pipeline tag, and the class that loads such a base in transformers.
+TASKS = {
+    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
+    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
+    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
+    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
+    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
+    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+}
+
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)(?:(?<=\n)|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_SECTION = re.compile(re.escape(BEGIN[:24]) + r".*?" + re.escape(END), re.DOTALL)
+
+
+def render(
+    existing: str | None,
+    *,
+    reference: str,
+    config: VeraConfig,
+    base_model: str | None,
+    record: ProjectionRecord | None,
+    verification: CheckpointReport,
+) -> str:
+    """The card's text.
+
+    Args:
+        existing: The card so far, or None.
+        reference: Where the adapter goes: ``hf://owner/name[/subfolder]``.
+        config: The adapter's config.
+        base_model: The base's name on the Hub, or None.
+        record: The projections, or None where nothing is known of them.
+        verification: What `verify` says of the adapter.
+
+    Raises:
+        FormatError: the existing card's metadata is not YAML, or breaks the Hub's rules.
+    """
+    existing = (existing or "").removeprefix("\ufeff")
+    newline = "\r\n" if "\r\n" in existing else "\n"
+    metadata, body = split(existing)
+    wanted = _metadata(metadata, config, base_model)
+    section = _section(reference, config, base_model, record, verification).replace("\n", newline)
+    if _SECTION.search(body):
+        body = _SECTION.sub(lambda _: section, body, count=1)
+    elif body.strip():
+        body = body.rstrip() + newline * 2 + section + newline
+    else:
+        name = reference.rsplit("/", 1)[-1]
+        body = newline.join(("", f"# {name}", "", section, ""))
+    if wanted == metadata and (match := _FRONT_MATTER.match(existing)):
+        head = match[0]
+    else:
+        head = f"---\n{_dump(wanted)}---\n".replace("\n", newline)
+    text = head + body
+    check(text)
+    return text
+
+
+def split(text: str) -> tuple[dict[str, Any], str]:
+    """A card's metadata and the rest of it.
+
+    Raises:
+        FormatError: the metadata is not a YAML mapping.
+    """
+    import yaml
+
+    match = _FRONT_MATTER.match(text)
+    if match is None:
+        return {}, text
+    try:
+        metadata = yaml.safe_load(match["yaml"])
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", None)
+        where = "README.md: metadata" if line is None else f"README.md: line {line + 2}"
+        raise FormatError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    if metadata is None:
+        metadata = {}
+    if not isinstance(metadata, dict):
+        found = type(metadata).__name__
+        raise FormatError("wrong metadata", where="README.md: metadata", expected="a mapping", found=found)
+    return metadata, text[match.end() :]
+
+
+def check(text: str) -> None:
+    """Hold a card against the rules by which the Hub would refuse it, before anything is sent.
+
+    Raises:
+        FormatError: names the key.
+    """
+    from huggingface_hub import ModelCardData
+
+    metadata, _ = split(text)
+    schema.validate(metadata, "model_card.v1", where="README.md: metadata")
+    try:
+        ModelCardData(**metadata)
+    except (TypeError, ValueError) as error:
+        raise FormatError(f"wrong metadata: {error}", where="README.md: metadata") from error
+
+
+def _metadata(existing: Mapping[str, Any], config: VeraConfig, base_model: str | None) -> dict[str, Any]:
+    """The existing metadata with what is missing; what the author set, stands."""
+    metadata = dict(existing)
+    metadata.setdefault("library_name", "peft")
+    if base_model:
+        metadata.setdefault("base_model", base_model)
+    if config.task_type in TASKS:
+        metadata.setdefault("pipeline_tag", TASKS[config.task_type][0])
+    tags = metadata.get("tags") or []
+    if isinstance(tags, list):  # anything else is for `check` to refuse
+        named = (f"base_model:adapter:{base_model}",) if base_model else ()
+        metadata["tags"] = [*tags, *(tag for tag in (*named, *TAGS) if tag not in tags)]
+    return metadata
+
+
+def _dump(metadata: Mapping[str, Any]) -> str:
+    import yaml
+
+    text: str = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6)
+    return text
+
+
+def _section(
+    reference: str,
+    config: VeraConfig,
+    base_model: str | None,
+    record: ProjectionRecord | None,
+    verification: CheckpointReport,
+) -> str:
+    parts = [
+        BEGIN,
+        "## The VeRA adapter",
+        "[VeRA](https://arxiv.org/abs/2310.11454) trains two small vectors per layer; the two large projections "
+        "`vera_A` and `vera_B` are random, frozen and shared by all layers. "
+        + _origin(record, stored=verification.projections_stored is True),
+        _facts(config, base_model, record, verification),
+        f"Check it yourself: `vera-tools verify {reference}`",
+        "### Which loaders compute with exactly these projections",
+        _loaders(verification.loads),
+        "### Loading it",
+        _loading(reference, config, base_model),
+        "### Everywhere else",
+        "transformers' own `load_adapter` refuses VeRA, and so do servers that know LoRA only. The adapter is exactly "
+        f"a LoRA of rank {config.r}, which they take:",
+        f"```sh\nvera-tools convert {reference} --to lora -o lora\n```",
+        END,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def _origin(record: ProjectionRecord | None, *, stored: bool) -> str:
+    where = "They are stored in this repository" if stored else "They are not stored here"
+    if record is None:
+        return where + (", and nothing says yet what made them." if not stored else ".")
+    if record.recipe is None:
+        return where + "; no known recipe makes them."
+    made = f"the key `{record.recipe.prng_key}` under the recipe `{record.recipe.name}`"
+    if record.assumed:
+        return f"{where}; {made} is assumed to make them."
+    return f"{where}, and proven to be, bit for bit, what {made} makes."
+
+
+def _facts(
+    config: VeraConfig, base_model: str | None, record: ProjectionRecord | None, verification: CheckpointReport
+) -> str:
+    rows = [("Base model", f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not named")]
+    rows += [("Rank", f"{config.r}"), ("Key", f"`{config.projection_prng_key}` (`projection_prng_key`)")]
+    if record:
+        recipe = f"`{record.recipe.name}`" if record.recipe else "none known"
+        rows.append(("Recipe", recipe + (" (assumed)" if record.assumed else "")))
+        for name in PROJECTIONS:
+            rows.append((f"`{name}`", f"{list(record.shape.of(name))}, {record.dtype}, sha256 `{record.sha256[name]}`"))
+    rows.append(("Verified", f"{verification.verdict}; {verification.scope}"))
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows)])
+
+
+def _loaders(loads: Iterable[Load]) -> str:
+    """The loader table: a row for each loader and its options, a column for each kind of base."""
+    cells: dict[tuple[str, str], dict[tuple[str, str], bool | None]] = {}
+    for load in loads:
+        options = ", ".join(f"{key}={value}" for key, value in load.options.items())
+        cells.setdefault((load.loader, options), {})[load.base_dtype, load.rounding] = load.exact
+    if not cells:
+        return ""
+    head = ["Loader", *(f"{dtype} base" for dtype in BASE_DTYPES)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for (loader, options), exact in cells.items():
+        label = f"{loader}, {options}" if options else loader
+        words = [_word([exact.get((dtype, rounding)) for rounding in ROUNDINGS]) for dtype in BASE_DTYPES]
+        lines.append(f"| {label} | {' | '.join(words)} |")
+    if any(word in line for line in lines for word in _ONLY):
+        lines += ["", _ROUNDINGS]
+    return "\n".join(lines)
+
+
+_ONLY = ("exact where fused", "exact where separate")
+_ROUNDINGS = (
+    "*Fused* and *separate* are the two ways in which torch's kernels round: fused on x86-64 CPUs with AVX2 and on "
+    "aarch64, separate on x86-64 CPUs without AVX2."
+)
+
+
+def _word(exact: list[bool | None]) -> str:
+    if exact == [True, True]:
+        return "exact"
+    if None in exact:
+        return "unknown"
+    if exact == [False, False]:
+        return "**not exact**"
+    return _ONLY[0] if exact[0] else _ONLY[1]
+
+
+def _loading(reference: str, config: VeraConfig, base_model: str | None) -> str:
+    _, model_class = TASKS.get(config.task_type or "", ("", "AutoModel"))
+    parsed = Reference.parse(reference)
+    within = f', subfolder="{parsed.subfolder}"' if parsed.subfolder else ""
+    revision = f', revision="{config.revision}"' if config.revision else ""
+    base = f'"{base_model}"' if base_model else '"the base model"'
+    return "\n".join(
+        [
+            "```python",
+            f"from transformers import {model_class}",
+            "",
+            f"base = {model_class}.from_pretrained({base}{revision})",
+            "",
+            "# with PEFT",
+            "from peft import PeftModel",
+            "",
+            f'model = PeftModel.from_pretrained(base, "{parsed.repo}"{within})',
+            "",
+            "# or with vera-tools, which is exact on every machine",
+            "from vera_tools import VeraModel",
+            "",
+            f'model = VeraModel.from_pretrained(base, "{reference}")',
+            "```",
+        ]
+    )

@@ -1,0 +1,104 @@
+"""``vera-tools push``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from vera_tools._push import PushReport, push
+from vera_tools._verify import VerifyReport
+from vera_tools.cli.client import client_output
+from vera_tools.cli.shared import (
+    Output,
+    base_option,
+    in_features_option,
+    labelled,
+    output_options,
+    strict_option,
+)
+from vera_tools.cli.verify import show
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@click.command("push")
+@click.argument("checkpoint")
+@click.argument("repo")
+@click.option("--strip", is_flag=True, help="Push it without vera_A and vera_B, if they are proven regenerable.")
+@click.option("--embed", is_flag=True, help="Push it with vera_A and vera_B, if it lacks them.")
+@click.option("--private", is_flag=True, help="Create a private repository; refuse one that is public.")
+@click.option("--revision", "--branch", metavar="BRANCH", help="Branch to push to; made where it is missing.")
+@click.option("--create-pr", is_flag=True, help="Propose it as a pull request.")
+@click.option("--no-create", is_flag=True, help="Create neither repository nor branch.")
+@click.option("-m", "--message", metavar="TEXT", help="Commit message.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Further files to push. Repeatable.")
+@click.option("--overwrite-card", is_flag=True, help="Start from the local README.md, not from the Hub's.")
+@base_option
+@in_features_option
+@strict_option
+@click.option("--force", is_flag=True, help="Push it although it is drift or invalid, or a check failed.")
+@output_options
+def command(
+    output: Output,
+    *,
+    checkpoint: str,
+    repo: str,
+    strip: bool,
+    embed: bool,
+    private: bool,
+    revision: str | None,
+    create_pr: bool,
+    no_create: bool,
+    message: str | None,
+    include: tuple[str, ...],
+    overwrite_card: bool,
+    base: str | None,
+    in_features: int | None,
+    strict: bool,
+    force: bool,
+) -> int:
+    """Verify CHECKPOINT and upload it to REPO on the Hub, with a manifest and a model card.
+
+    REPO is owner/name or hf://owner/name[@branch][/subfolder]. Drift and invalid checkpoints are refused. The local
+    files are not touched; the text of a card that is there already is kept. Pushing the same content again makes no
+    commit.
+    """
+    with client_output(output):
+        report = push(
+            checkpoint,
+            repo,
+            base=base,
+            in_features=in_features,
+            strip=strip,
+            embed=embed,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            create=not no_create,
+            message=message,
+            include=include,
+            overwrite_card=overwrite_card,
+            strict=strict,
+            force=force,
+        )
+    return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
+
+
+def _show(report: PushReport, console: Console, *, verbose: bool) -> None:
+    console.print(report.commit_url)
+    if report.pr_url:
+        labelled(console, "proposed", report.pr_url)
+    kind = "private repository" if report.private else "repository"
+    if report.created:
+        labelled(console, "created", f"the {kind} {report.repo}")
+    if not report.committed:
+        labelled(console, "commit", "none made: the Hub holds exactly this already")
+    for file in report.files:
+        if verbose or file.status != "unchanged":
+            labelled(console, file.status or "", f"{file.path} ({file.size:,} bytes)")
+    if verbose:
+        show(VerifyReport((report.verification,)), console, verbose=True)
+    else:
+        labelled(console, "verified", f"{report.verification.verdict}; {report.verification.scope}")
