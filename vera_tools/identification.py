@@ -172,7 +172,7 @@ def same_bits(recipe: Recipe, others: Collection[Recipe], shape: PairShape, stor
 
 def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> list[Recipe]:
     wanted = set(recipes)
-    for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype, wanted=wanted):
+    for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype, wanted=wanted, first=1 << 10):
         stored = _bits(pair.read(block.tensor, block.start, block.stop))
         wanted -= {recipe for recipe, values in block.values.items() if not np.array_equal(_bits(values), stored)}
         if not wanted:

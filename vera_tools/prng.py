@@ -114,6 +114,7 @@ def blocks(
     *,
     stored_dtype: str = "float32",
     wanted: set[Recipe] | None = None,
+    first: int = BLOCK,
 ) -> Iterator[Block]:
     """Draw the pair block by block, under several recipes side by side.
 
@@ -125,6 +126,7 @@ def blocks(
         shape: r, in_max and out_max.
         stored_dtype: The dtype of the values handed out.
         wanted: The recipes that are still of interest; may shrink between blocks. Default: all.
+        first: Elements of each tensor's first block; few of them tell most recipes apart at little cost.
     """
     wanted = set(recipes) if wanted is None else wanted
     names = ("vera_B", "vera_A") if recipes[0].b_first else ("vera_A", "vera_B")
@@ -140,8 +142,9 @@ def blocks(
             if stream not in engines:
                 engines[stream] = _engine(key)
             drawers[recipe] = (stream, _Drawer(recipe, fan_in, stored_dtype))
-        for start in range(0, size, BLOCK):
-            stop = min(start + BLOCK, size)
+        stop = 0
+        while stop < size:
+            start, stop = stop, min(stop + (first if stop == 0 else BLOCK), size)
             words: dict[tuple[int, bool, bool], Array] = {}
             values: dict[Recipe, Array] = {}
             for recipe, (stream, drawer) in drawers.items():
