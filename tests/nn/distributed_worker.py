@@ -1,0 +1,94 @@
+"""Run by torchrun on two processes: train under DDP, then under FSDP2, and save what came out.
+
+Each process sees half of every batch; together they see what a single process would.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.nn.models import OPTIONS, llama, some_ids
+from vera_tools.nn import VeraConfig, VeraModel
+from vera_tools.nn.projection import same_bits
+
+STEPS, ROWS, LENGTH = 6, 4, 12
+
+
+def train(model: torch.nn.Module, *, rank: int, processes: int) -> None:
+    """A few steps on this process's share of the rows."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    share = ROWS // processes
+    ids = some_ids(ROWS, LENGTH, seed=1)[rank * share : (rank + 1) * share]
+    model.train()
+    for _ in range(STEPS):
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+
+
+def adapted() -> VeraModel:
+    """The model that every process starts from; one pair is shared by two adapters."""
+    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model.add_adapter("second", VeraConfig(**OPTIONS))
+    return model
+
+
+def run_ddp(out: Path, rank: int) -> dict[str, bool]:
+    model = adapted()
+    held = model.vera_A["default"]
+    right = held.clone()
+    if rank == 1:  # a broadcast from rank 0 would overwrite this mark, and so be seen
+        held[0, 0] = 12345.0
+    wrapped = DistributedDataParallel(model)
+    wrapped(some_ids(1, 4))
+    broadcast = rank == 1 and held[0, 0].item() != 12345.0
+    held.copy_(right)
+    train(wrapped, rank=rank, processes=2)
+    wrapped.module.save_pretrained(out / "ddp")
+    return {"broadcast": broadcast, "replaced": model.vera_A["default"] is not held}
+
+
+def run_fsdp(out: Path, rank: int) -> dict[str, bool]:
+    model = adapted()
+    before = model.vera_A["default"].clone()
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.model.model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, rank=rank, processes=2)
+    model.save_pretrained(out / "fsdp")
+    vectors = [p for name, p in model.named_parameters() if "vera_lambda" in name]
+    held = model.vera_A["default"]
+    return {
+        "vectors_sharded": all(isinstance(p, DTensor) for p in vectors),
+        "pair_whole": not isinstance(held, DTensor) and same_bits(held, before),
+        "pair_shared": held is model.vera_A["second"]
+        and all(layer.vera_A is model.vera_A for layer in model.vera_layers().values()),
+    }
+
+
+def main() -> None:
+    out = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo")
+    rank = distributed.get_rank()
+    report = {"ddp": run_ddp(out, rank), "fsdp": run_fsdp(out, rank)}
+    reports: list[object] = [None, None]
+    distributed.all_gather_object(reports, report)
+    if rank == 0:
+        (out / "report.json").write_text(json.dumps(reports))
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

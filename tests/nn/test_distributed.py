@@ -1,0 +1,75 @@
+"""DistributedDataParallel and FSDP2 on two gloo processes, under torchrun, against one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT
+from tests.nn.distributed_worker import adapted, train
+from tests.nn.models import PEER_WARNINGS
+from vera_tools.nn.projection import same_bits
+
+pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+
+ENGINES = ("ddp", "fsdp")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with what each engine saved, what one process saved, and the processes' reports."""
+    out = tmp_path_factory.mktemp("distributed")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run(
+        [*command, "-m", "tests.nn.distributed_worker", str(out)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    single = adapted()
+    train(single, rank=0, processes=1)
+    single.save_pretrained(out / "single")
+    return out
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_checkpoint_is_that_of_a_single_process(trained, engine):
+    for folder in ("", "second"):
+        ours, single = (
+            load_file(trained / where / folder / "adapter_model.safetensors") for where in (engine, "single")
+        )
+        assert ours.keys() == single.keys()
+        for name, tensor in single.items():
+            if "lambda" in name:
+                torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-6)
+            else:
+                assert same_bits(ours[name], tensor)
+        configs, manifests = (
+            [json.loads((trained / where / folder / name).read_text()) for where in (engine, "single")]
+            for name in ("adapter_config.json", "vera_manifest.json")
+        )
+        assert configs[0] == configs[1]
+        for part in ("recipe", "projections", "base", "metadata"):
+            assert manifests[0][part] == manifests[1][part]
+    moved = load_file(trained / engine / "adapter_model.safetensors")
+    assert any(tensor.abs().max() > 0.01 for name, tensor in moved.items() if name.endswith("lambda_b"))
+
+
+def test_ddp_does_not_send_the_pair(trained):
+    for report in json.loads((trained / "report.json").read_text()):
+        assert report["ddp"] == {"broadcast": False, "replaced": False}
+
+
+def test_fsdp_shards_the_vectors_and_leaves_the_pair_whole_and_shared(trained):
+    for report in json.loads((trained / "report.json").read_text()):
+        assert report["fsdp"] == {"vectors_sharded": True, "pair_whole": True, "pair_shared": True}
