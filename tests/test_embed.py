@@ -276,6 +276,11 @@ def test_command(tmp_path):
     options = ("--base", base_of(name), "--rounding", "separate")
     code, document = run_json("embed-projections", CHECKPOINTS / name, "-o", tmp_path / "b", *options)
     assert (code, document["assumed"], document["recipe"]["name"]) == (0, True, "mt19937-f32-separate")
+    options = ("--base", base_of(name), "--recipe", "mt19937-f32-separate")
+    code, by_name = run_json("embed-projections", CHECKPOINTS / name, "-o", tmp_path / "d", *options)
+    assert (code, by_name["projections"]) == (0, document["projections"])
+    both = run_cli("embed-projections", CHECKPOINTS / name, "-o", tmp_path / "e", *options, "--rounding", "fused")
+    assert both.returncode == 2
     result = run_cli("embed-projections", tmp_path / "stripped", "-o", tmp_path / "c")
     assert "byte for byte the one that was stripped" in result.stdout
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from vera_tools.dtypes import FLOATS, HALVES
-from vera_tools.errors import VeraToolsWarning
+from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.recipe import Recipe
 from vera_tools.report import Progress, Report
 
@@ -171,16 +171,19 @@ class RecipeOptions:
     rounding: str | None
     rounded_through: str | None
     stored_dtype: str | None
+    recipe: str | None
 
     @property
     def name(self) -> str | None:
         """The name of the recipe that the options describe, or None where none was given.
 
         Raises:
-            UsageError: no such recipe.
+            UsageError: no such recipe, or it was both named and described.
         """
         if not any((self.drawn_dtype, self.half_sampling, self.rounding, self.rounded_through)):
-            return None
+            return self.recipe
+        if self.recipe is not None:
+            raise UsageError("--recipe says it all: the options that describe a recipe do not go with it")
         drawn = self.drawn_dtype or "float32"
         return Recipe(
             prng_key=0,  # a name does not hold the key
@@ -192,8 +195,9 @@ class RecipeOptions:
 
 
 def recipe_options(function: Function) -> Function:
-    """--drawn-dtype, --half-sampling, --rounding, --rounded-through and --stored-dtype, as one `RecipeOptions`."""
+    """--recipe, the options that describe one instead, and --stored-dtype, as one `RecipeOptions`."""
 
+    @click.option("--recipe", metavar="NAME", help="The recipe by its name, such as mt19937-f32-fused-via-bf16.")
     @click.option("--drawn-dtype", type=click.Choice(FLOATS), help="torch's default dtype at the draw.")
     @click.option(
         "--half-sampling",
@@ -221,9 +225,10 @@ def recipe_options(function: Function) -> Function:
         rounding: str | None,
         rounded_through: str | None,
         stored_dtype: str | None,
+        recipe: str | None,
         **kwargs: Any,
     ) -> Any:
-        options = RecipeOptions(drawn_dtype, half_sampling, rounding, rounded_through, stored_dtype)
+        options = RecipeOptions(drawn_dtype, half_sampling, rounding, rounded_through, stored_dtype, recipe)
         return function(*args, recipe_options=options, **kwargs)
 
     return wrapper  # type: ignore[return-value]
