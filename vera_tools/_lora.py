@@ -27,7 +27,7 @@ from vera_tools.config import CONFIG_NAME
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
-from vera_tools.projections import arrays, resolve
+from vera_tools.projections import Resolved, resolve, rows
 from vera_tools.tensorfile import Array, Deferred, TensorFile
 from vera_tools.writing import describe
 
@@ -125,7 +125,7 @@ def to_lora(
         widths = in_features_by_layer(opened, model)
         if widths is None:
             _warn_of_widths(opened, record, strict=strict)
-        tensors = _Tensors(opened, arrays(opened, resolved), widths or {}, dtype)
+        tensors = _Tensors(opened, resolved, widths or {}, dtype)
         config = lora_config(opened, r=record.shape.r)
         with target.open() as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
@@ -197,12 +197,11 @@ def in_features_by_layer(checkpoint: Checkpoint, base: BaseModel | None) -> dict
 class _Tensors:
     """The LoRA's tensors, each made when it is written."""
 
-    def __init__(
-        self, checkpoint: Checkpoint, pair: tuple[Array, Array], widths: dict[str, int], dtype: str | None
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, resolved: Resolved, widths: dict[str, int], dtype: str | None) -> None:
         self.checkpoint, self.widths = checkpoint, widths
-        self.vera_A, self.vera_B = pair
-        double = "float64" in {self.vera_A.dtype.name, *(info.dtype for info in checkpoint.weights.tensors.values())}
+        self.shape = resolved.record.shape
+        self.rows = rows(checkpoint, resolved)
+        double = "float64" in {resolved.record.dtype, *(info.dtype for info in checkpoint.weights.tensors.values())}
         self.work = np.dtype(np.float64 if double else np.float32)
         self.dtype = dtype or self.work.name
 
@@ -212,10 +211,8 @@ class _Tensors:
         tensors = {name: weights.deferred(name) for name in self.checkpoint.other_tensors}
         for layer in self.checkpoint.layers.values():
             lambda_b, lambda_d, width = self._vectors(layer)
-            down = self.vera_A[:, :width]
-            up = self.vera_B[: lambda_b.size]
-            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(lambda_d, down)
-            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(lambda_b, up)
+            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(lambda_d, "vera_A", width)
+            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(lambda_b, "vera_B", self.shape.r)
         return tensors
 
     def _vectors(self, layer: Layer) -> tuple[Array, Array, int]:
@@ -224,29 +221,28 @@ class _Tensors:
             missing = "vera_lambda_b" if layer.lambda_b is None else "vera_lambda_d"
             raise FormatError(f"{missing} is missing", where=where)
         b, d = (self.checkpoint.weights.read(info.name) for info in (layer.lambda_b, layer.lambda_d))
-        width = self.widths.get(layer.module, int(self.vera_A.shape[1]))
-        if d.shape != self.vera_A.shape[:1] or b.ndim != 1 or b.size > len(self.vera_B) or width > self.vera_A.shape[1]:
+        shape, width = self.shape, self.widths.get(layer.module, self.shape.in_max)
+        if d.shape != (shape.r,) or b.ndim != 1 or b.size > shape.out_max or width > shape.in_max:
             raise CheckFailedError(
                 "the vectors do not fit the projections",
                 where=where,
-                expected=f"r {len(self.vera_A)}, in_features <= {self.vera_A.shape[1]}, out_features <= "
-                f"{len(self.vera_B)}",
+                expected=f"r {shape.r}, in_features <= {shape.in_max}, out_features <= {shape.out_max}",
                 found=f"r {list(d.shape)}, in_features {width}, out_features {list(b.shape)}",
             )
         return b, d, width
 
-    def _scaled(self, vector: Array, matrix: Array) -> Deferred:
-        """``vector[:, None] * matrix``, some rows at a time."""
-        rows = max(1, _BLOCK // matrix.shape[1])
+    def _scaled(self, vector: Array, name: str, columns: int) -> Deferred:
+        """``vector[:, None] * matrix[: len(vector), :columns]``, some rows at a time."""
+        count = max(1, _BLOCK // columns)
         out = np_dtype(self.dtype)
 
         def pieces() -> Iterator[Array]:
-            for start in range(0, len(matrix), rows):
-                part = slice(start, start + rows)
-                product = vector[part, None].astype(self.work) * matrix[part].astype(self.work, copy=False)
-                yield product.astype(out, copy=False)
+            for start in range(0, vector.size, count):
+                stop = min(start + count, vector.size)
+                matrix = self.rows(name, start, stop)[:, :columns].astype(self.work, copy=False)
+                yield (vector[start:stop, None].astype(self.work) * matrix).astype(out, copy=False)
 
-        return Deferred(self.dtype, matrix.shape, pieces)
+        return Deferred(self.dtype, (vector.size, columns), pieces)
 
 
 def _write(

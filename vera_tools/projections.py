@@ -7,7 +7,7 @@ float32 drawn with a fused multiply-add and rounded through the base weights' dt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,6 +126,21 @@ def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
     if resolved.origin == "stored" or record.recipe is None:
         return checkpoint.weights.read(ROOT + "vera_A"), checkpoint.weights.read(ROOT + "vera_B")
     return generate(record.recipe, record.shape, stored_dtype=record.dtype)
+
+
+def rows(checkpoint: Checkpoint, resolved: Resolved) -> Callable[[str, int, int], Array]:
+    """A reader of rows: (name, start, stop) -> ``vera_A[start:stop]`` or ``vera_B[start:stop]``, in the stored dtype.
+
+    A stored pair stays in its file; one that is not is drawn once and held.
+    """
+    pair = stored_pair(checkpoint)
+    if pair is None:
+        held = dict(zip(PROJECTIONS, arrays(checkpoint, resolved), strict=True))
+        return lambda name, start, stop: held[name][start:stop]
+    widths = {name: pair.shape.of(name)[1] for name in PROJECTIONS}
+    return lambda name, start, stop: pair.read(name, start * widths[name], stop * widths[name]).reshape(
+        stop - start, widths[name]
+    )
 
 
 def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
