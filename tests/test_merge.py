@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatErro
 from vera_tools.tensorfile import TensorFile
 
 Q0 = "model.layers.0.self_attn.q_proj"
+WEIGHTS = Path("model.safetensors")
 
 
 def snapshot(folder):
@@ -49,7 +51,7 @@ class TestLayout:
         report = vera_tools.merge(adapter, base=base, output=tmp_path / "out")
         after = snapshot(tmp_path / "out")
         assert snapshot(base) == before
-        assert set(after) == set(before) | {type(next(iter(before)))(name) for name in ("README.md", "vera_merge.json")}
+        assert set(after) == set(before) | {Path("README.md"), Path("vera_merge.json")}
         changed = {path.name for path in before if before[path] != after[path]}
         assert changed == {path.name for path in before if path.suffix == ".safetensors"}
         for name in changed:
@@ -207,6 +209,18 @@ class TestRecordAndCard:
         )
         assert again.returncode == 0, again.stderr
         assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+
+    def test_the_record_says_which_recipe_was_assumed(self, base, tmp_path):
+        make_adapter(tmp_path / "seed", save_projection=False)
+        options = ["--rounding", "separate", "--stored-dtype", "float16", "-q"]
+        run_cli("merge", "seed", "--base", "base", "-o", "out", *options, cwd=tmp_path)
+        run_cli("merge", "seed", "--base", "base", "-o", "usual", "-q", cwd=tmp_path)
+        words = json.loads((tmp_path / "out/vera_merge.json").read_text())["redo"].split()
+        again = run_cli(*words[1:-1], "again", cwd=tmp_path)
+        assert again.returncode == 0, again.stderr
+        assert "assuming" not in again.stderr
+        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+        assert snapshot(tmp_path / "out")[WEIGHTS] != snapshot(tmp_path / "usual")[WEIGHTS]
 
     def test_the_card_keeps_what_the_base_says_of_its_licence(self, base, adapter, tmp_path):
         (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ntags:\n- x\n---\n# Base\n")

@@ -262,6 +262,22 @@ class TestDisk:
         monkeypatch.undo()
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_part_of_a_shared_merge_that_fails_leaves_no_half_file(self, made, tmp_path, monkeypatch):
+        def fail(*args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        out = tmp_path / "out"
+        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        monkeypatch.setattr(os, "copy_file_range", fail)
+        with pytest.raises(VeraToolsError, match="No space left"):
+            vera_tools.merge(made[1], base=made[0], output=out, shard=(2, 2))
+        monkeypatch.undo()
+        assert list((staging.place(out) / "parts").iterdir()) == []
+        assert len(list((staging.place(out) / "output").iterdir())) == 4
+        vera_tools.merge(made[1], base=made[0], output=out, shard=(2, 2))
+        vera_tools.merge(made[1], base=made[0], output=out, finish=True)
+        assert snapshot(out) == made[2]
+
     def test_a_system_without_copy_file_range(self, made, tmp_path, monkeypatch):
         def refuse(*args):
             raise OSError(errno.EXDEV, "cross-device")

@@ -66,11 +66,10 @@ def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
     """The changes, by the base's tensor names.
 
     Raises:
-        CheckFailedError: the base is quantised, lacks a target, or has another shape; NaN or infinity in an adapter.
+        CheckFailedError: the base lacks a target, or has another shape; NaN or infinity in an adapter.
         FormatError: an adapter is incomplete, or holds a tensor that is not VeRA's.
         UsageError: two adapters bring the same saved tensor, or one that the base lacks has another weight than 1.
     """
-    refuse_quantised(base)
     found: dict[str, _Collected] = {}
     # The order of summation decides roundings; an order of content makes it independent of the command line's.
     for adapter in sorted(adapters, key=lambda adapter: (adapter.sha256, adapter.weight)):

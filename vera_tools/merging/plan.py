@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vera_tools import source
@@ -197,18 +197,17 @@ def _entries(
     last = files[list(files)[-1]]
     for name, old in copies.items():
         origin = base.tensors[old]
-        last.append(_entry(_renamed(origin[1], name), origin, None, dtype))
+        last.append(_entry(replace(origin[1], name=name), origin, None, dtype))
     for name, change in changes.items():
         if name in base.tensors:
             continue
         if change.tied_to is not None:
             origin = base.tensors[change.tied_to]
-            stored: TensorInfo = origin[1]
-            last.append(_entry(_renamed(stored, name), origin, change, dtype))
-        else:
-            replacement = change.parts[0].replacement
-            assert replacement is not None
-            last.append(_entry(_renamed(replacement, name), None, change, dtype))
+            last.append(_entry(replace(origin[1], name=name), origin, change, dtype))
+            continue
+        saved = change.parts[0].replacement
+        assert saved is not None
+        last.append(_entry(replace(saved, name=name), None, change, dtype))
     return files
 
 
@@ -221,18 +220,12 @@ def _entry(info: TensorInfo, origin: tuple[str, TensorInfo] | None, change: Chan
     return Entry(info, "copied" if origin[1].dtype == target else "cast", origin)
 
 
-def _renamed(info: TensorInfo, name: str) -> TensorInfo:
-    return TensorInfo(name, info.dtype, info.shape, info.start, info.stop)
-
-
 def _placed(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Shard:
     infos = layout(
         {entry.info.name: (entry.info.dtype, entry.info.shape) for entry in entries},
         order=[entry.info.name for entry in entries],
     )
-    placed = tuple(
-        Entry(infos[entry.info.name], entry.kind, entry.origin, entry.parts, entry.transposed) for entry in entries
-    )
+    placed = tuple(replace(entry, info=infos[entry.info.name]) for entry in entries)
     return Shard(name, encode_header(infos, metadata), placed)
 
 
@@ -260,10 +253,13 @@ def _lay_out(files: Mapping[str, Sequence[Entry]], base: BaseModel, limit: int) 
 
 
 def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tuple[str | None, str | None]:
-    names = [name for name in base.folder.names() if name.endswith(INDEX_SUFFIX)] if base.index else []
-    name = "model" + INDEX_SUFFIX if resharded or not names else names[0]
-    if (resharded or base.index is None) and (len(shards) == 1 or not resharded):
-        return None, None  # files without an index stay so; a single new file needs none
+    """Name and text of the index: the base's own where nothing that it says has changed."""
+    if base.index is None and not resharded:
+        return None, None  # several files without an index stay so
+    if resharded and len(shards) == 1:
+        return None, None
+    names = [] if base.index is None else [name for name in base.folder.names() if name.endswith(INDEX_SUFFIX)]
+    name = "model" + INDEX_SUFFIX if resharded else names[0]
     weight_map = {entry.info.name: shard.name for shard in shards for entry in shard.entries}
     total = sum(entry.info.nbytes for shard in shards for entry in shard.entries)
     old = base.index or {}

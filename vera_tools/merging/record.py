@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vera_tools import source
-from vera_tools.manifest import TOOL
+from vera_tools.manifest import TOOL, ProjectionRecord
 from vera_tools.merging.plan import Kind, Plan
 
 RECORD_NAME = "vera_merge.json"
@@ -62,11 +62,25 @@ def redo(plan: Plan) -> str:
         for adapter in plan.adapters:
             words += ["--weight", repr(adapter.weight)]
     words += ["--base", plan.base.label]
+    for adapter in plan.adapters:
+        if adapter.resolved.origin == "assumed":
+            words += _recipe_options(adapter.resolved.record)
+            break
     if plan.dtype:
         words += ["--dtype", plan.dtype]
     if plan.max_shard_size:
         words += ["--max-shard-size", str(plan.max_shard_size)]
     return shlex.join([*words, "-o", "OUT"])
+
+
+def _recipe_options(record: ProjectionRecord) -> list[str]:
+    """What was assumed of the seed-only adapters, said aloud; one recipe holds for all of them."""
+    recipe = record.recipe
+    assert recipe is not None
+    words = ["--drawn-dtype", recipe.drawn_dtype, "--rounding", recipe.rounding]
+    words += ["--half-sampling", recipe.half_sampling] if recipe.half_sampling else []
+    words += ["--rounded-through", recipe.rounded_through or "none"]
+    return words + ([] if record.dtype == "float32" else ["--stored-dtype", record.dtype])
 
 
 def model_card(plan: Plan) -> str:
