@@ -190,6 +190,18 @@ def test_cards_come_along_and_signatures_do_not(checkpoint, tmp_path):
     assert not (tmp_path / "out" / "model.sig").exists()
 
 
+def test_from_the_hub(hub, tmp_path):
+    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    hub.add_repo("ann/x", {path.name: path.read_bytes() for path in source.iterdir()})
+    report = strip_projections("hf://ann/x", tmp_path / "hub")
+    local = strip_projections(source, tmp_path / "local")
+    assert report.carried_over == local.carried_over == ("expected_logits.json",)
+    for name in ("adapter_model.safetensors", "adapter_config.json", "vera_manifest.json", "expected_logits.json"):
+        assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    with pytest.raises(UsageError, match="nothing on the Hub is changed in place"):
+        strip_projections("hf://ann/x", in_place=True)
+
+
 def test_json(tmp_path):
     code, document = run_json("strip-projections", CHECKPOINTS / KEPT[-1], "-o", tmp_path / "out")
     assert code == 0

@@ -75,6 +75,7 @@ class Destination:
             if here == path.resolve() or path.resolve() in here.parents:
                 hint = "choose another output, or pass --in-place"
                 raise UsageError("the output would replace the checkpoint itself", where=path, hint=hint)
+        others = [name for name in others if not name.startswith(".")]  # git's and the system's
         left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
         return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)
 
