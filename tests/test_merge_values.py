@@ -114,6 +114,18 @@ def test_float32_alone_would_round_some_elements_wrongly():
     assert np.allclose(single.exactly(weight, rows, columns, start=0), exact[rows, columns], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("share", [-1.0, 1.0])
+def test_settling_place_by_place_or_block_by_block_gives_the_same_bits(share, tmp_path, monkeypatch):
+    shapes = {"model.layers.0.up": (200, 300)}
+    base = make_base(tmp_path / "base", shapes, dtype="float16")
+    adapter = make_adapter(tmp_path / "a", shapes, r=64)
+    monkeypatch.setattr(arithmetic, "CROWDED", share)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    (name,) = shapes
+    exact = weights(base)[f"{name}.weight"].astype(np.float64) + exact_delta(adapter, name)
+    assert np.array_equal(weights(tmp_path / "out")[f"{name}.weight"], rounded_once(exact, "float16"))
+
+
 def test_the_order_of_adapters_does_not_change_a_bit(tmp_path):
     base = make_base(tmp_path / "base", dtype="float32")
     one, two = make_adapter(tmp_path / "one", seed=1), make_adapter(tmp_path / "two", r=16, seed=2)

@@ -27,6 +27,8 @@ BLOCK = 1 << 20
 _STRIP = 1 << 17
 #: Places that are computed in float64 at a time.
 PLACES = 1 << 10
+#: Share of doubtful elements above which a whole block in float64 costs less than its single places.
+CROWDED = 1 / 128
 
 # Significant bits, and the smallest normal number, of the half types.
 _PRECISION = {"bfloat16": (8, 2.0**-126), "float16": (11, 2.0**-14)}

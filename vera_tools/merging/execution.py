@@ -149,7 +149,7 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
 
 
 def _tasks(plan: Plan, work: _Work, *, allow_nonfinite: bool, meter: Meter) -> Iterator[Callable[[], None]]:
-    """What is to be done for one file: the ranges to copy first, as large as they come, then tensor by tensor."""
+    """What is to be done for one file, in the order of its bytes, so that copying and computing alternate."""
 
     def copy(piece: _Range) -> None:
         copy_range(plan.base.files[piece.name].source, piece.start, piece.length, work.file, piece.offset)
@@ -173,11 +173,14 @@ def _tasks(plan: Plan, work: _Work, *, allow_nonfinite: bool, meter: Meter) -> I
         if digest is not None and entry.origin is not None:
             work.base_sha256[entry.origin[1].name] = digest.hexdigest()
 
-    for piece in _pieces(plan.base, work.shard):
-        yield functools.partial(copy, piece)
-    for entry in work.shard.entries:
-        if entry.kind != "copied":
-            yield functools.partial(compute, entry)
+    tasks = [(piece.offset, functools.partial(copy, piece)) for piece in _pieces(plan.base, work.shard)]
+    tasks += [
+        (work.shard.data_start + entry.info.start, functools.partial(compute, entry))
+        for entry in work.shard.entries
+        if entry.kind != "copied"
+    ]
+    for _, task in sorted(tasks, key=lambda item: item[0]):
+        yield task
 
 
 @dataclass(frozen=True)
