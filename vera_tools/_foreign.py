@@ -80,6 +80,7 @@ def from_foreign(
     prng_key: int | None = None,
     in_features: int | None = None,
     recipe: str | None = None,
+    stored_dtype: str = "float32",
     strict: bool = False,
     in_place: bool = False,
     overwrite: bool = False,
@@ -95,6 +96,7 @@ def from_foreign(
         prng_key: The key, for "anima" where the file's metadata does not say it. Default: 0, the trainer's own.
         in_features: Largest in_features of the adapted layers, for a seed-only draft without a base.
         recipe: Name of the recipe of a seed-only draft. Default: PEFT's is assumed, with a warning.
+        stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe.
         in_place: Replace the checkpoint itself, in one step; for "peft-draft" only.
         overwrite: Replace `output` where it exists.
@@ -129,7 +131,9 @@ def from_foreign(
         if config == opened.raw_config and not renamed:
             raise NothingToDoError("it has PEFT's form already", where=opened.label)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(opened, base=model, in_features=in_features, recipe=recipe, strict=strict)
+        resolved = resolve(
+            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        )
         tensors = {new: opened.weights.deferred(old) for old, new in names.items()}
         with target.open() as out:
             text = json.dumps(config, indent=2)

@@ -86,6 +86,7 @@ def to_lora(
     dtype: str | None = None,
     in_features: int | None = None,
     recipe: str | None = None,
+    stored_dtype: str = "float32",
     strict: bool = False,
     in_place: bool = False,
     overwrite: bool = False,
@@ -102,6 +103,7 @@ def to_lora(
         dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
         in_features: Largest in_features of the adapted layers, for a seed-only checkpoint without a base.
         recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
+        stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe or a layer's width.
         in_place: Replace the checkpoint itself, in one step.
         overwrite: Replace `output` where it exists.
@@ -120,7 +122,9 @@ def to_lora(
         target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
         refuse_half_a_pair(opened)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(opened, base=model, in_features=in_features, recipe=recipe, strict=strict)
+        resolved = resolve(
+            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        )
         record = resolved.record
         widths = in_features_by_layer(opened, model)
         if widths is None:
