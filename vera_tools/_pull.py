@@ -184,7 +184,7 @@ def _fetch(reference: Reference, *, include: tuple[str, ...], allow_pickle: bool
                 snapshot_download,
                 reference.repo,
                 revision=reference.revision,
-                attempts=hub.FEW_ATTEMPTS,
+                few=True,
                 allow_patterns=[glob.escape(path) for path in files],
                 library_name="vera-tools",
                 library_version=TOOL["version"],

@@ -426,7 +426,7 @@ def _upload(
         try:
             info = hub.call(
                 api.upload_folder,
-                attempts=hub.FEW_ATTEMPTS,
+                few=True,
                 repo_id=reference.repo,
                 folder_path=staged,
                 path_in_repo=reference.subfolder or None,

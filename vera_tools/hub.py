@@ -39,7 +39,6 @@ _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
 #: Statuses after which the same request may succeed.
 TRANSIENT = (408, 429, 500, 502, 503, 504)
 ATTEMPTS = 5
-#: For what the client makes of many requests, most of which it tries again by itself.
 FEW_ATTEMPTS = 2
 
 log = logging.getLogger(__name__)
@@ -153,17 +152,17 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
         }
 
     with errors(str(reference)):
-        return call(read)
+        return call(read, few=True)
 
 
-def call(
-    function: Callable[..., Result], *args: Any, attempts: int = ATTEMPTS, unsafe: bool = False, **kwargs: Any
-) -> Result:
+def call(function: Callable[..., Result], *args: Any, few: bool = False, unsafe: bool = False, **kwargs: Any) -> Result:
     """Call the client, and call it again where it gave up on something that passes.
 
     A rate limit is waited out as the Hub tells; failures of server and network are tried again after 1, 2, 4, ...
-    seconds. `unsafe` is for requests that must not be made twice: only refusals (429) are tried again.
+    seconds. `few` is for what the client makes of many requests and mostly tries again by itself; `unsafe` is for what
+    must not be done twice: there, only a refusal (429) is followed by another try.
     """
+    attempts = FEW_ATTEMPTS if few else ATTEMPTS
     for attempt in range(1, attempts + 1):
         try:
             return function(*args, **kwargs)
@@ -284,7 +283,7 @@ def _explain_transport(root: BaseException, where: str) -> HubError | None:
         return HubError(f"the Hub cannot be reached: {text}", where=where, hint=hint)
     if isinstance(root, HTTPError):
         return HubError("the connection broke off", where=where, hint="check the network and try again")
-    if isinstance(root, ConnectionError) or name.startswith("Xet"):  # hf_xet's failures have no class of their own
+    if isinstance(root, ConnectionError | RuntimeError) or name.startswith("Xet"):  # hf_xet has few classes of its own
         hint = "try again, or with HF_HUB_DISABLE_XET=1 to transfer over plain HTTP"
         return HubError(f"the transfer through Xet failed: {text}", where=where, hint=hint)
     return None
@@ -352,8 +351,12 @@ def _redact(text: str) -> str:
 
 
 def _without_secrets(error: BaseException) -> BaseException | None:
-    """`error` as a cause to show when debugging; None where its own text holds a secret."""
-    return error if _redact(str(error)) == str(error) else None
+    """`error` as a cause to show when debugging; None where it, or what led to it, holds a secret in its text."""
+    chain, link = [str(error)], error.__cause__ or error.__context__
+    while link is not None:
+        chain.append(str(link))
+        link = link.__cause__ or link.__context__
+    return error if all(_redact(text) == text for text in chain) else None
 
 
 class _Discreet(logging.Filter):
