@@ -10,6 +10,7 @@ Whole processes, paired in one run, on a synthetic Llama-shaped bfloat16 base of
 from __future__ import annotations
 
 import argparse
+import resource
 import shutil
 import statistics
 import subprocess
@@ -50,15 +51,17 @@ for name in names:
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall time, and its largest anonymous memory, sampled every 5 ms."""
+    """One process: wall time, CPU time (user and system), and its largest anonymous memory, sampled every 5 ms."""
 
     seconds: float
+    cpu: float
     anonymous_mb: float
 
 
 def run(command: list[str]) -> Run:
     """Run one process to its end, on a disk with nothing left to write."""
     subprocess.run(["sync"], check=True)
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=ENVIRONMENT, text=True)
     peak = [0.0]
@@ -69,7 +72,9 @@ def run(command: list[str]) -> Run:
     sampler.join()
     if process.returncode:
         sys.exit(f"{command} exited {process.returncode}: {errors}")
-    return Run(seconds, peak[0])
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Run(seconds, cpu, peak[0])
 
 
 def _sample(process: subprocess.Popen[str], peak: list[float]) -> None:
@@ -138,12 +143,13 @@ def compare(folder: Path, title: str, targets: list[str], *, layers: int, repeat
     shutil.rmtree(outs["cp"])
     peft = statistics.median(r.seconds for r in runs["PEFT"])
     print(f"\n{title} ({load()})")
-    print(f"{'':24}{'median s':>10}{'all s':>24}{'peak anonymous':>18}{'PEFT / this':>13}")
+    print(f"{'':24}{'median s':>10}{'all s':>24}{'CPU s':>8}{'peak anonymous':>16}{'PEFT / this':>13}")
     for name, done in runs.items():
         median = statistics.median(r.seconds for r in done)
         every = " ".join(f"{r.seconds:.2f}" for r in done)
         memory = f"{max(r.anonymous_mb for r in done):.0f} MB"
-        print(f"{name:24}{median:10.2f}{every:>24}{memory:>18}{peft / median:12.1f}x")
+        cpu = statistics.median(r.cpu for r in done)
+        print(f"{name:24}{median:10.2f}{every:>24}{cpu:8.1f}{memory:>16}{peft / median:12.1f}x", flush=True)
     sample = tuple(dict.fromkeys((0, layers // 2, layers - 1)))
     for name, key in (("PEFT", "peft"), ("vera-tools merge", "vera-tools")):
         share = off_share(base, adapter, outs[key], targets, layers=sample)

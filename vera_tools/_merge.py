@@ -145,7 +145,7 @@ def merge(
         finish: Check the files that the N processes wrote, and make the output appear.
         overwrite: Replace an existing output.
         sync: Flush the weights to disk before the output appears.
-        jobs: Workers. Default: as many as BLAS has threads.
+        jobs: Workers. Default: as many as BLAS has threads, up to 8.
         progress: Told of bytes done and to do.
 
     Raises:

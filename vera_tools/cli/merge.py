@@ -45,7 +45,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 @click.option("--finish", is_flag=True, help="Check what the N processes wrote and make OUT appear.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity too.")
 @click.option("--sync", is_flag=True, help="Flush the weights to disk before OUT appears.")
-@click.option("--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: as many as BLAS has threads.")
+@click.option(
+    "--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: one for each BLAS thread, up to 8."
+)
 @overwrite_option
 @recipe_options
 @strict_option

@@ -25,10 +25,13 @@ from vera_tools.report import Progress
 from vera_tools.source import LocalFile
 from vera_tools.tensorfile import as_bytes
 
+#: Each worker holds some 15 MB; more of them than this would only wait for the disk.
+MOST_WORKERS = 8
+
 
 @contextlib.contextmanager
 def workers(jobs: int | None) -> Iterator[int]:
-    """How many workers to run: as many as BLAS has threads, which then computes on one thread in each of them.
+    """How many workers to run: as many as BLAS has threads, up to 8; it then computes on one thread in each of them.
 
     BLAS's own threads wait for each other at every product, and on a machine that others use too they wait long.
     Workers of one thread each do not, and overlap products with reading and writing. The limits that users set
@@ -39,7 +42,7 @@ def workers(jobs: int | None) -> Iterator[int]:
     blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
     threads = max((library["num_threads"] for library in blas.info()), default=os.cpu_count() or 1)
     with blas.limit(limits=1):
-        yield jobs or threads
+        yield jobs or min(threads, MOST_WORKERS)
 
 
 class Meter:
