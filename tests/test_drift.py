@@ -409,11 +409,17 @@ class TestLoaderTable:
         assert all(row.cites and "torch 1.13 to 2.15" in row.cites for row in rows)
 
     @x86
-    @pytest.mark.parametrize("name", TRAINED)
-    @pytest.mark.parametrize("base", ["peft-0.21.2-llama-f32-seedonly", "peft-0.21.2-llama-bf16-seedonly"])
-    def test_drift_measures_the_same(self, recorded, loaded, name, base):
-        report = drift(checkpoint=recorded / name, base=base_of(base), dtype=["float32"])
-        dtype = "bfloat16" if "bf16" in base else "float32"
+    @pytest.mark.parametrize(
+        ("name", "dtype"),
+        [
+            ("peft-0.21.2-llama-f32-seedonly", "bfloat16"),
+            ("peft-0.21.2-llama-f32-seedonly-noavx", "float32"),
+            ("peft-0.21.2-llama-bf16-seedonly", "bfloat16"),
+        ],
+    )
+    def test_drift_measures_the_same(self, recorded, loaded, name, dtype):
+        bases = {"float32": "peft-0.21.2-llama-f32-seedonly", "bfloat16": "peft-0.21.2-llama-bf16-seedonly"}
+        report = drift(checkpoint=recorded / name, base=base_of(bases[dtype]) / "model.safetensors", dtype=["float32"])
         with Checkpoint.open(recorded / name) as adapter:
             wanted = dict(adapter.recorded.sha256)
         for row, rounding in zip(report.environments, ("fused", "separate"), strict=True):

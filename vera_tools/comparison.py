@@ -25,7 +25,7 @@ class Comparison:
         files: The saved reports.
         draws: The pairs that all of them drew.
         rows: (report, row) of every native environment; the first report is this run.
-        groups: For each default dtype, the rows (by position) that drew the same bits, one group a stream.
+        groups: For each default dtype of this run, the rows (by position) that drew the same bits, one group a stream.
     """
 
     files: tuple[str, ...]
@@ -95,10 +95,11 @@ def compare_reports(
         for row in environments
         if row.native and row.status == "ok"
     )
+    wanted = {dtype for row in rows for dtype in row.streams}
     groups: dict[str, dict[tuple[tuple[tuple[str, str], ...], ...], list[int]]] = {}
     for number, (_, row) in enumerate(natives):
         for dtype, stream in row.streams.items():
-            if stream.digests:
+            if stream.digests and dtype in wanted:
                 key = tuple(tuple(sorted(pair.items())) for pair in stream.digests)
                 groups.setdefault(dtype, {}).setdefault(key, []).append(number)
     return Comparison(

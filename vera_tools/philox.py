@@ -9,7 +9,7 @@ on a GPU with another number of multiprocessors. The algorithm is public, so suc
   in which thread t draws four words at a time (float64: two pairs) for the elements t, t + 256 G, t + 512 G, ...
   (ATen/native/cuda/DistributionTemplates.h);
 - ``u = word * 2**-32 + 2**-33``, then ``u * (to - from) + from`` as one fused multiply-add, and the value ``to``
-  becomes ``from``. Half types compute in float32 and are rounded at the end.
+  becomes ``from`` (before torch 2.1 only ``u = 1`` did). Half types compute in float32 and are rounded at the end.
 
 A stream that this does not give bit for bit is reported as the device's own.
 """
