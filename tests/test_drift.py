@@ -124,7 +124,8 @@ class TestStreams:
         drawn = [philox.digests(d.prng_key, d.shape, dtype="float32", multiprocessors=6, threads=1024) for d in draws]
         stream = identify_stream("float32", drawn, draws, threads=[6, 1024])
         assert stream.label == "philox4x32-10, 6 multiprocessors of 1024 threads"
-        assert identify_stream("float32", drawn, draws, threads=[4, 1024]).label == "unknown"
+        other = identify_stream("float32", drawn, draws, device="GPU X", threads=[4, 1024])
+        assert (other.recipe, other.label) == (None, "own generator of GPU X")
 
 
 class TestProbes:

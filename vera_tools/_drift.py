@@ -307,9 +307,10 @@ class _Judge:
         if run.answer.status != "ok":
             capability = row.cpu_capability or run.capability
             return replace(row, cpu_capability=capability, gets=f"unknown: {run.answer.error}"), None
+        device = None if run.device == "cpu" else row.device_name or run.device
         threads = run.answer.facts["device_threads"]
         streams = {
-            dtype: identify_stream(dtype, drawn, self._draws, threads=threads)
+            dtype: identify_stream(dtype, drawn, self._draws, device=device, threads=threads)
             for dtype, drawn in run.answer.streams.items()
         }
         row = replace(row, streams=streams)

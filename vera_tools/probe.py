@@ -140,7 +140,8 @@ def _devices(torch: Any) -> list[str]:
     for name in ("cuda", "xpu"):
         module = getattr(torch, name, None)
         if module is not None and module.is_available():
-            found.append(name)
+            count = module.device_count()
+            found += [name] if count == 1 else [f"{name}:{number}" for number in range(count)]
     mps = getattr(torch.backends, "mps", None)
     if mps is not None and mps.is_available():
         found.append("mps")

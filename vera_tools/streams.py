@@ -51,7 +51,8 @@ class Stream:
         digests: {tensor: sha256} for each pair, in the report's order; empty where nothing was drawn.
         recipe: The canonical recipe that makes exactly these bits, or None. Its key is the first pair's.
         also_matches: Names of further recipes that make the same bits.
-        generator: A device's own generator, where its algorithm is known and gives exactly these bits.
+        generator: On an accelerator: a generator whose algorithm is known and gives exactly these bits, or the
+            device's own.
         error: Why nothing was drawn.
     """
 
@@ -172,7 +173,12 @@ class Environment:
 
 
 def identify_stream(
-    dtype: str, drawn: list[dict[str, str]] | str, draws: Sequence[Draw], *, threads: Sequence[int] | None = None
+    dtype: str,
+    drawn: list[dict[str, str]] | str,
+    draws: Sequence[Draw],
+    *,
+    device: str | None = None,
+    threads: Sequence[int] | None = None,
 ) -> Stream:
     """Find the recipe of what a probe drew.
 
@@ -180,6 +186,7 @@ def identify_stream(
         dtype: torch's default dtype, which the tensors have.
         drawn: {tensor: sha256} for each of `draws`, or the reason why nothing was drawn.
         draws: The pairs that were asked for.
+        device: The accelerator's name; what no known generator makes is recorded as its own. None for the CPU.
         threads: A CUDA device's [multiprocessors, threads on each].
     """
     if isinstance(drawn, str):
@@ -190,7 +197,7 @@ def identify_stream(
         found = [recipe for recipe in family if _makes(recipe, dtype, drawn, draws)]
         if found:
             return Stream(tuple(drawn), found[0], tuple(recipe.name for recipe in found[1:]))
-    generator = None
+    generator = f"own generator of {device}" if device else None
     if threads is not None and _philox(dtype, drawn, draws, threads):
         generator = f"{philox.NAME}, {threads[0]} multiprocessors of {threads[1]} threads"
     return Stream(tuple(drawn), generator=generator)
