@@ -7,14 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from tests.conftest import CHECKPOINTS, NAMES, ROOT, base_of, run_cli, run_json
 from tests.test_lora import traced_peak
 from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
@@ -111,17 +110,14 @@ def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
     assert report.projections.recipe.rounded_through == via
 
 
-PEFT_PAIR = """
-import sys, torch, warnings
-warnings.simplefilter("ignore")
-from peft import PeftModel
-from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM
-base, adapter, out = sys.argv[1:]
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
-pair = {k: getattr(model.base_model, k)["default"].float().numpy() for k in ("vera_A", "vera_B")}
-save_file(pair, out)
-"""
+def draw(base, adapter, out):
+    """Load a seed-only adapter with PEFT, and write down the pair that it draws."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
+    pair = {key: getattr(model.base_model, key)["default"].float().numpy() for key in ("vera_A", "vera_B")}
+    safetensors.numpy.save_file(pair, out)
 
 
 @pytest.mark.parametrize(
@@ -132,15 +128,18 @@ save_file(pair, out)
         ("peft-0.21.2-llama-f32-seedonly-noavx", "default", "mt19937-f32-separate"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's, about save_projection
 def test_the_embedded_pair_is_what_peft_draws(name, capability, recipe, tmp_path):
-    env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
-    drawn = tmp_path / "drawn.safetensors"
-    command = [sys.executable, "-c", PEFT_PAIR, str(base_of(name)), str(CHECKPOINTS / name), str(drawn)]
-    subprocess.run(command, env=env, check=True, timeout=120, capture_output=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AssumedRecipeWarning)
-        embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
-    embedded, expected = load(tmp_path / "out"), safetensors.numpy.load_file(drawn)
+    arguments = (str(base_of(name)), str(CHECKPOINTS / name), str(tmp_path / "drawn.safetensors"))
+    if capability:  # torch reads it when it starts, so that takes a process of its own
+        code = "import sys; from tests.test_embed import draw; draw(*sys.argv[1:])"
+        env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+        subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, check=True, timeout=300)
+    else:
+        draw(*arguments)
+    embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
+    embedded, expected = load(tmp_path / "out"), safetensors.numpy.load_file(arguments[2])
     for key in ("vera_A", "vera_B"):
         assert np.array_equal(embedded[f"base_model.{key}"], expected[key])
 
