@@ -9,22 +9,22 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TextIO, TypeVar
 from xml.etree import ElementTree
 
 import numpy as np
 
-from vera_tools import checks, source
+from vera_tools import _registry, checks, source
 from vera_tools._loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import ROOT, Checkpoint, find
 from vera_tools.checks import Check, Scan
 from vera_tools.config import CONFIG_NAME
 from vera_tools.dtypes import np_dtype
-from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.identification import Identification, Match, Pair, identify_pair, same_bits, with_digests
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord
 from vera_tools.prng import PairShape, digests
@@ -105,6 +105,7 @@ class VerifyReport(Report):
     Attributes:
         checkpoints: One report each, in the order asked for.
         skipped: (path, kind) of adapters of other kinds that a recursive search met.
+        failed: (path, error) of those on the Hub that could not be reached, where there are several.
         require: The worst verdict that passes.
     """
 
@@ -113,11 +114,13 @@ class VerifyReport(Report):
     checkpoints: tuple[CheckpointReport, ...]
     skipped: tuple[tuple[str, str], ...] = ()
     require: Verdict = "reproducible"
+    failed: tuple[tuple[str, VeraToolsError], ...] = ()
 
     @property
     def exit_code(self) -> int:
-        """The most severe of the checkpoints' codes: 4, 1, 3, 0."""
-        return _worst(report.exit_code(self.require) for report in self.checkpoints)
+        """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0."""
+        codes = [report.exit_code(self.require) for report in self.checkpoints]
+        return _worst([*codes, *([HubError.exit_code] if self.failed else [])])
 
     @property
     def summary(self) -> dict[str, int]:
@@ -133,6 +136,7 @@ class VerifyReport(Report):
             "checkpoints": [report.to_dict() for report in self.checkpoints],
             "summary": self.summary,
             "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
+            "failed": [{"path": path, "error": error.to_dict()} for path, error in self.failed],
         }
 
     def to_junit(self) -> str:
@@ -168,6 +172,7 @@ def verify(
     require: Verdict = "reproducible",
     jobs: int = 1,
     allow_pickle: bool = False,
+    log: str | os.PathLike[str] | TextIO | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Verify checkpoints.
@@ -175,17 +180,20 @@ def verify(
     A checkpoint that cannot be read, or is not VeRA, is a verdict ("invalid"), not an exception.
 
     Args:
-        checkpoints: Folders, adapter_model.safetensors files, or ``hf://owner/name[@revision][/subfolder]``.
+        checkpoints: Folders, adapter_model.safetensors files, or ``hf://owner/name[@revision][/subfolder]``;
+            ``hf://owner/*`` stands for every adapter in an owner's repositories.
         recursive: Search the folders for checkpoints; adapters of other kinds are counted as skipped.
         base: A base model to check them against. It adds checks and never changes a verdict.
         require: The worst verdict for which `VerifyReport.exit_code` is 0, where no check failed.
         jobs: Checkpoints verified side by side. Reading and hashing run in parallel, Python code does not.
         allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
+        log: A file to append a JSON line to as each is done. What it says of a commit on the Hub is not verified again.
         progress: Called after each checkpoint.
 
     Raises:
         FormatError: the base cannot be read, or a recursive search finds no adapter.
         UsageError: no checkpoint given, or an unknown `require`.
+        HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
     """
     if require not in VERDICTS:
         raise UsageError("unknown verdict to require", expected=" or ".join(VERDICTS), found=str(require))
@@ -194,20 +202,31 @@ def verify(
     paths = list(_search(checkpoints)) if recursive else [os.fspath(path) for path in checkpoints]
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(base=model, allow_pickle=allow_pickle, skip_others=recursive)
-    reports: list[CheckpointReport] = []
-    skipped: list[tuple[str, str]] = []
+    many = len(paths) > 1 or log is not None or any(map(_registry.is_pattern, paths))
+    results: dict[int, list[_registry.Result]] = {}
     try:
-        for done, (path, result) in enumerate(_parallel(verifier.verify, paths, jobs), start=1):
-            if isinstance(result, str):
-                skipped.append((path, result))
-            else:
-                reports.append(result)
-            if progress:
-                progress(done, len(paths), path)
+        if many:
+            label = None if base is None else os.fspath(base)
+            for place, result in _registry.run(paths, verifier.verify, jobs=jobs, log=log, base=label):
+                results.setdefault(place, []).append(result)
+                if progress:
+                    progress(len(results), max(len(paths), len(results)), result.path)
+        else:
+            results[0] = [_registry.Result(paths[0], None, verifier.verify(paths[0]))]
     finally:
         if model:
             model.close()
-    return VerifyReport(tuple(reports), tuple(skipped), require)
+    return _report([result for place in sorted(results) for result in results[place]], require)
+
+
+def _report(results: list[_registry.Result], require: Verdict) -> VerifyReport:
+    outcomes = [(result.path, result.outcome) for result in results]
+    return VerifyReport(
+        tuple(outcome for _, outcome in outcomes if isinstance(outcome, CheckpointReport)),
+        tuple((path, outcome) for path, outcome in outcomes if isinstance(outcome, str)),
+        require,
+        tuple((path, outcome) for path, outcome in outcomes if isinstance(outcome, VeraToolsError)),
+    )
 
 
 class Verifier:
@@ -217,12 +236,12 @@ class Verifier:
         self._base, self._allow_pickle, self._skip_others = base, allow_pickle, skip_others
         self._memory = _Once()
 
-    def verify(self, path: str) -> CheckpointReport | str:
+    def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | str:
         """One checkpoint's report; or the kind of another adapter, where those are skipped."""
         try:
             checkpoint = Checkpoint.open(path, allow_pickle=self._allow_pickle)
         except NotVeraError as error:
-            return error.kind if self._skip_others else _invalid(path, "config.kind", error)
+            return error.kind if skip_others or self._skip_others else _invalid(path, "config.kind", error)
         except FormatError as error:
             return _invalid(path, "config.schema" if CONFIG_NAME in (error.where or "") else "tensors.file", error)
         with checkpoint:
@@ -388,15 +407,6 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             empty = False
         if empty:
             raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=path)
-
-
-def _parallel(function: Callable[[str], Result], items: list[str], jobs: int) -> Iterator[tuple[str, Result]]:
-    if jobs <= 1 or len(items) <= 1:
-        for item in items:
-            yield item, function(item)
-        return
-    with ThreadPoolExecutor(jobs) as pool:
-        yield from zip(items, pool.map(function, items), strict=True)
 
 
 def _invalid(path: str, check: str, error: VeraToolsError) -> CheckpointReport:

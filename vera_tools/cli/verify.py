@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ from vera_tools import atomic
 from vera_tools._loads import BASE_DTYPES, Load
 from vera_tools._verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
 from vera_tools.cli.shared import Output, base_option, labelled, output_options
+from vera_tools.errors import UsageError
 from vera_tools.identification import Match
 from vera_tools.manifest import PROJECTIONS
 
@@ -42,6 +44,11 @@ _COUNTED = (("pass", "passed"), ("warn", "warned"), ("skip", "skipped"), ("fail"
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Checkpoints at a time."
 )
 @click.option("--allow-pickle", is_flag=True, help="Read legacy adapter_model.bin files (needs torch; weights_only).")
+@click.option(
+    "--log",
+    metavar="FILE",
+    help="Append a JSON line as each is done, and verify no commit again that FILE tells of. - is stdout.",
+)
 @output_options
 def command(
     output: Output,
@@ -53,13 +60,20 @@ def command(
     junit: Path | None,
     jobs: int,
     allow_pickle: bool,
+    log: str | None,
 ) -> int:
-    """Verify CHECKPOINTs: are the projections what the config's key regenerates, bit for bit; is everything else
-    intact; does it fit its base; and which loader would silently compute with something else?
+    """Verify CHECKPOINTs, bit for bit.
 
-    A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder].
+    Are the projections what the config's key regenerates; is everything else intact; does it fit its base; and which
+    loader would silently compute with something else?
+
+    A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder]; hf://owner/*
+    stands for every adapter of an owner's, and - for a list on standard input, one a line.
     """
-    many = recursive or len(checkpoints) > 1
+    checkpoints = tuple(listed for path in checkpoints for listed in (_listed() if path == "-" else [path]))
+    if log == "-" and output.json:
+        raise UsageError("--json and --log - would both write to stdout")
+    many = recursive or len(checkpoints) > 1 or any("*" in path for path in checkpoints)
     with output.progress("verifying") if many else contextlib.nullcontext() as progress:
         report = verify(
             *checkpoints,
@@ -68,16 +82,25 @@ def command(
             require=require,
             jobs=jobs,
             allow_pickle=allow_pickle,
+            log=sys.stdout if log == "-" else log,
             progress=progress,
         )
     if junit:
         atomic.write_bytes(junit, report.to_junit().encode())
+    if log == "-":
+        return report.exit_code
     return output.emit(report, lambda console: show(report, console, verbose=output.verbose))
+
+
+def _listed() -> list[str]:
+    """The checkpoints that standard input lists; empty lines and comments left out."""
+    lines = (line.strip() for line in sys.stdin)
+    return [line for line in lines if line and not line.startswith("#")]
 
 
 def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
     """Print a verify report for people: in full for one checkpoint, a line each for many."""
-    single = len(report.checkpoints) == 1
+    single = len(report.checkpoints) == 1 and not report.failed
     for checkpoint in report.checkpoints:
         console.print(_headline(checkpoint))
         if single or verbose or not checkpoint.ok or checkpoint.verdict in ("drift", "invalid"):
@@ -85,6 +108,9 @@ def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
     if not single:
         counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items() if count)
         console.print(f"{len(report.checkpoints)} checkpoints: {counts or 'none'}")
+    for path, error in report.failed:
+        console.print(f"{path}: FAILED")
+        labelled(console, "error", str(error), style=_MARKS["fail"])
     if report.skipped:
         kinds = [kind for _, kind in report.skipped]
         names = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))

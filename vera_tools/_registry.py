@@ -1,0 +1,242 @@
+"""Many checkpoints, on the Hub or not: found, verified side by side, logged as they are done, and taken up again.
+
+One that cannot be reached does not stop the others. The log holds one JSON document a line; what it says of a commit
+holds for ever, so that a second run verifies only what is new, has moved, or could not be reached.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from vera_tools import hub, schema, source
+from vera_tools._loads import Load
+from vera_tools.checks import Check
+from vera_tools.config import CONFIG_NAME, parse_json
+from vera_tools.errors import HubError, UsageError, VeraToolsError
+from vera_tools.hub import Reference
+from vera_tools.identification import Match
+from vera_tools.manifest import PROJECTIONS, TOOL
+from vera_tools.recipe import Recipe
+
+if TYPE_CHECKING:
+    from vera_tools._verify import CheckpointReport
+
+#: Verifies one: its report, or, where others are to be skipped, the kind of an adapter that is none of ours.
+Verify = Callable[..., "CheckpointReport | str"]
+
+#: The kind of a repository that holds no adapter.
+NO_ADAPTER = "no adapter"
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one checkpoint.
+
+    Attributes:
+        path: What it is called.
+        commit: The commit that was verified; None for local ones.
+        outcome: Its report; the kind of another adapter, which is skipped; or why it could not be reached.
+    """
+
+    path: str
+    commit: str | None
+    outcome: CheckpointReport | str | VeraToolsError
+
+    def to_dict(self) -> dict[str, Any]:
+        """The verify-line/v1 document."""
+        outcome = self.outcome
+        skipped, failed = isinstance(outcome, str), isinstance(outcome, VeraToolsError)
+        return {
+            "schema": "vera-tools/verify-line/v1",
+            "tool": dict(TOOL),
+            "path": self.path,
+            "commit": self.commit,
+            "status": "skipped" if skipped else "failed" if failed else "verified",
+            "kind": outcome if isinstance(outcome, str) else None,
+            "checkpoint": None if isinstance(outcome, str | VeraToolsError) else outcome.to_dict(),
+            "error": outcome.to_dict() if isinstance(outcome, VeraToolsError) else None,
+        }
+
+
+def is_pattern(path: str) -> bool:
+    """Whether this stands for many: ``hf://owner/*``."""
+    return source.is_remote(path) and any(character in path for character in "*?[")
+
+
+def run(
+    paths: Iterable[str],
+    verify: Verify,
+    *,
+    jobs: int,
+    log: str | os.PathLike[str] | TextIO | None,
+    base: str | None,
+) -> Iterator[tuple[int, Result]]:
+    """Verify all, at most `jobs` at a time, and hand out each as it is done, with its place in the order asked for.
+
+    Args:
+        paths: Checkpoints, and patterns of repositories on the Hub, whose every adapter is meant.
+        verify: Verifies one.
+        jobs: How many at a time.
+        log: A file to append a line to for each, and to take results from; or a stream to write the lines to.
+        base: What they are checked against; results that were logged for another base do not count.
+
+    Raises:
+        HubError: a pattern's owner cannot be listed.
+        FormatError: `log` holds something else.
+    """
+    with _Log(log, base) as known, ThreadPoolExecutor(max(jobs, 1)) as pool:
+        tasks: dict[Future[list[Result]], int] = {}
+        try:
+            for path in paths:
+                work, items = (_repository, matching(path)) if is_pattern(path) else (_explicit, [path])
+                tasks.update((pool.submit(work, item, verify, known), len(tasks) + n) for n, item in enumerate(items))
+            for task in as_completed(tasks):
+                for result in task.result():
+                    known.write(result)
+                    yield tasks[task], result
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def matching(pattern: str) -> list[str]:
+    """The repositories that ``hf://owner/pattern`` stands for, as references, sorted.
+
+    Raises:
+        UsageError: a wildcard anywhere but in the repository's name.
+        HubError: the Hub refused or cannot be reached.
+    """
+    owner, _, name = pattern.removeprefix(hub.SCHEME).partition("/")
+    if not owner or any(character in owner for character in "*?[") or "/" in name or "@" in name:
+        raise UsageError("a wildcard stands for repositories of one owner", where=pattern, expected="hf://owner/*")
+    api = hub.client()
+    with hub.errors(pattern):
+        models = hub.call(lambda: [model.id for model in api.list_models(author=owner)], few=True)
+    return [hub.SCHEME + repo for repo in sorted(models) if fnmatch.fnmatchcase(repo, f"{owner}/{name}")]
+
+
+def _explicit(path: str, verify: Verify, known: _Log) -> list[Result]:
+    if not source.is_remote(path):
+        return [Result(path, None, verify(path))]
+    try:
+        if hub.is_offline():
+            return [Result(path, None, verify(path))]
+        reference = Reference.parse(path)
+        commit = hub.resolve(hub.client(), reference)
+        return [_pinned(path, reference, commit, verify, known)]
+    except (HubError, UsageError) as error:
+        return [Result(path, None, error)]
+
+
+def _repository(path: str, verify: Verify, known: _Log) -> list[Result]:
+    """Every adapter in one repository, wherever in it."""
+    reference = Reference.parse(path)
+    try:
+        api = hub.client()
+        commit = hub.resolve(api, reference)
+        files = hub.listing(api, reference, commit, recursive=True)
+    except HubError as error:
+        return [Result(path, None, error)]
+    folders = sorted(str(Path(file).parent) for file in files if Path(file).name == CONFIG_NAME)
+    if not folders:
+        return [known.get(path, commit) or Result(path, commit, NO_ADAPTER)]
+    found = [replace(reference, subfolder="" if folder == "." else folder) for folder in folders]
+    results = []
+    for inside in found:
+        try:
+            results.append(_pinned(str(inside), inside, commit, verify, known, skip_others=True))
+        except HubError as error:
+            results.append(Result(str(inside), commit, error))
+    return results
+
+
+def _pinned(
+    path: str, reference: Reference, commit: str, verify: Verify, known: _Log, *, skip_others: bool = False
+) -> Result:
+    if earlier := known.get(path, commit):
+        return earlier
+    outcome = verify(str(replace(reference, revision=commit)), skip_others=skip_others)
+    return Result(path, commit, outcome if isinstance(outcome, str) else replace(outcome, path=path))
+
+
+class _Log:
+    """The log file or stream. A line that was cut off by a crash is dropped."""
+
+    def __init__(self, target: str | os.PathLike[str] | TextIO | None, base: str | None) -> None:
+        self._base = base
+        self._known: dict[tuple[str, str], Result] = {}
+        self._stream: TextIO | None = None
+        self._path: Path | None = None
+        if target is None:
+            return
+        if not isinstance(target, str | os.PathLike):
+            self._stream = target
+            return
+        self._path = Path(target)
+        try:
+            data = self._path.read_bytes() if self._path.exists() else b""
+            whole = data[: data.rfind(b"\n") + 1]
+            for number, line in enumerate(whole.splitlines(), start=1):
+                self._remember(line, where=f"{self._path}: line {number}")
+            self._stream = self._path.open("r+" if self._path.exists() else "w", encoding="utf-8")
+            self._stream.seek(len(whole))
+            self._stream.truncate()
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
+
+    def __enter__(self) -> _Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._stream and self._path:
+            self._stream.close()
+
+    def get(self, path: str, commit: str) -> Result | None:
+        """What is known of a checkpoint at this commit."""
+        return self._known.get((path, commit))
+
+    def write(self, result: Result) -> None:
+        """Append a result, unless it comes from here."""
+        if self._stream and (result.commit is None or self.get(result.path, result.commit) is not result):
+            self._stream.write(
+                json.dumps({**result.to_dict(), "base": self._base}, ensure_ascii=False, allow_nan=False) + "\n"
+            )
+            self._stream.flush()
+
+    def _remember(self, line: bytes, *, where: str) -> None:
+        data = parse_json(line.decode("utf-8", "replace"), where=where)
+        schema.validate(data, "verify-line.v1", where=where)
+        if data["commit"] and data["status"] != "failed" and data["base"] == self._base:
+            outcome = data["kind"] if data["status"] == "skipped" else _checkpoint(data["checkpoint"])
+            self._known[data["path"], data["commit"]] = Result(data["path"], data["commit"], outcome)
+
+
+def _checkpoint(data: dict[str, Any]) -> CheckpointReport:
+    """The inverse of `CheckpointReport.to_dict`, for data that a schema has passed."""
+    from vera_tools._verify import CheckpointReport
+
+    def match(name: str) -> Match:
+        found = data["projections"][name]
+        shape = None if found["shape"] is None else tuple(found["shape"])
+        places = tuple((row, column) for row, column in found["places"])
+        return Match(**{**found, "shape": shape, "places": places})
+
+    return CheckpointReport(
+        path=data["path"],
+        verdict=data["verdict"],
+        checks=tuple(Check(**check) for check in data["checks"]),
+        save_projection=data["save_projection"],
+        projections_stored=data["projections_stored"],
+        recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] else None,
+        also_matches=tuple(Recipe.from_dict(recipe) for recipe in data["also_matches"]),
+        projections=(match(PROJECTIONS[0]), match(PROJECTIONS[1])),
+        loads=tuple(Load(**load) for load in data["loads"]),
+        scope=data["scope"],
+    )
