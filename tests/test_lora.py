@@ -175,6 +175,16 @@ def test_stripped_gives_the_same_lora(tmp_path):
     ).read_bytes()
 
 
+def test_two_processes_write_the_same_bytes(tmp_path):
+    """The safetensors library orders metadata at random in every process; nothing here does."""
+    name = "peft-0.21.2-gpt2-conv1d-kept"
+    for seed in ("1", "2"):
+        options = ("--to", "lora", "--base", base_of(name), "-o", tmp_path / seed)
+        assert run_cli("convert", CHECKPOINTS / name, *options, env={"PYTHONHASHSEED": seed}).returncode == 0
+    for path in (tmp_path / "1").iterdir():
+        assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+
+
 def test_widths_come_from_the_base_the_manifest_or_are_assumed(checkpoint, tmp_path):
     source = checkpoint("peft-0.21.2-llama-f32-kept")
     with pytest.warns(AssumedShapeWarning, match="taking in_features 64 for all"):

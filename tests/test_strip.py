@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, NAMES, run_cli, run_json
+from tests.test_lora import base_model, distance
 from vera_tools import strip_projections, verify
 from vera_tools._strip import exact_in_peft
 from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
@@ -66,6 +67,15 @@ def test_what_is_recorded_gives_the_original_back(checkpoint, tmp_path):
     assert manifest.original.config == (source / "adapter_config.json").read_text()
     assert manifest.original.sha256 == hashlib.sha256(weights).hexdigest()
     assert manifest.projections.sha256["vera_A"] == tensors(source)["base_model.vera_A"][2]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's, about save_projection
+@pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
+def test_peft_goes_on_loading_it(name, tmp_path):
+    from peft import PeftModel
+
+    strip_projections(CHECKPOINTS / name, tmp_path / "out")
+    assert distance(PeftModel.from_pretrained(base_model(name), tmp_path / "out"), name) <= 1e-5
 
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):

@@ -55,7 +55,8 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
     console.print(f"A {report.a}\nB {report.b}")
     lines = [f"{key}: {_value(one)} -> {_value(two)}" for key, one, two in report.config]
     lines += [f"{key}: only in {side}" for side, keys in zip("AB", report.config_only, strict=True) for key in keys]
-    console.print("config   " + ("equal" if not lines else f"{len(lines)} keys differ"))
+    count = "1 key differs" if len(lines) == 1 else f"{len(lines)} keys differ"
+    console.print(f"config   {count if lines else 'equal'}")
     for line in lines:
         console.print(f"  {line}")
     lines = [f"{name}: only in {side}" for side, names in zip("AB", report.tensors_only, strict=True) for name in names]
