@@ -109,7 +109,7 @@ def _tensor(tensor: TensorDifference) -> str:
         parts.append(f"{tensor.max_ulp} ulp")
     if tensor.cosine is not None:
         parts.append(f"cosine {tensor.cosine:.6f}")
-    return f"{tensor.name}: {', '.join(parts)}"
+    return f"{tensor.name}:\n    {', '.join(parts)}"  # with the name on one line, 80 columns would not do
 
 
 def _value(value: Any) -> str:
