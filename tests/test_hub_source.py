@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_json
 from tests.hub_state import git_sha1
 from vera_tools import hub as hub_module
@@ -132,10 +134,26 @@ def test_streaming_takes_few_requests_and_little_memory(hub, monkeypatch):
     while len(got) < file.size:
         file.read_into(memoryview(buffer), len(got))
         got += buffer
-        assert len(file._held) <= 1 << 20
+        assert len(file._window[1]) <= 1 << 20
     assert bytes(got) == content
     assert len(data_requests(hub)) <= 10 + 8  # it doubles up to a mebibyte, then takes mebibytes
     assert sum(r.sent for r in data_requests(hub)) == len(content)
+
+
+def test_threads_may_share_a_file(hub, monkeypatch):
+    monkeypatch.setattr(hub_source, "WINDOW", 64)
+    content = bytes(range(256)) * 64
+    hub.add_repo("ann/x", {"model.safetensors": content})
+    file = hub_source.folder("hf://ann/x").open("model.safetensors")
+
+    def read(number):
+        start = number * 977 % 15_000
+        buffer = bytearray(100 + number)
+        file.read_into(memoryview(buffer), start)
+        return bytes(buffer) == content[start : start + len(buffer)]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(200)))
 
 
 def test_a_read_larger_than_one_request_and_one_beyond_the_end(hub, monkeypatch):
@@ -211,3 +229,50 @@ def test_verify_takes_checkpoint_and_base_from_the_hub(hub):
     size = (base_of(NAME) / "model.safetensors").stat().st_size
     digest = next(b.sha256 for b in hub.repos["ann/base"].head.files.values() if b.large)
     assert sum(r.sent for r in hub.requests if digest in r.path) < size / 4
+
+
+def weights_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix == ".safetensors"}
+
+
+def test_every_command_takes_checkpoint_and_base_from_the_hub(hub, tmp_path):
+    """What they write from there is what they write from the same files on disk."""
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/base", files_of(base_of(NAME)))
+    here, base = CHECKPOINTS / NAME, base_of(NAME)
+    there, remote_base = "hf://ann/x", "hf://ann/base"
+    vera_tools.merge(there, base=remote_base, output=tmp_path / "merged-there")
+    vera_tools.merge(here, base=base, output=tmp_path / "merged-here")
+    assert weights_of(tmp_path / "merged-there") == weights_of(tmp_path / "merged-here")
+    assert weights_of(tmp_path / "merged-there") != weights_of(base)
+    vera_tools.to_lora(there, tmp_path / "lora-there", base=remote_base)
+    vera_tools.to_lora(here, tmp_path / "lora-here", base=base)
+    assert weights_of(tmp_path / "lora-there") == weights_of(tmp_path / "lora-here")
+    vera_tools.strip_projections(there, tmp_path / "stripped")
+    hub.add_repo("ann/stripped", files_of(tmp_path / "stripped"))
+    vera_tools.embed_projections("hf://ann/stripped", tmp_path / "embedded")
+    assert weights_of(tmp_path / "embedded") == weights_of(here)
+    assert vera_tools.diff(there, here).exit_code == 0
+    assert vera_tools.regenerate(there).to_dict() == vera_tools.regenerate(here).to_dict()
+    assert {**vera_tools.inspect(there).to_dict(), "path": ""} == {**vera_tools.inspect(here).to_dict(), "path": ""}
+    with pytest.raises(UsageError, match="pull it first"):
+        vera_tools.record(there)
+
+
+def test_a_merge_streams_the_base(hub, tmp_path):
+    """The base passes through once, in large pieces, and no request is for more than one of them."""
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/base", files_of(base_of(NAME)))
+    vera_tools.merge("hf://ann/x", base="hf://ann/base", output=tmp_path / "merged")
+    digest = next(blob.sha256 for blob in hub.repos["ann/base"].head.files.values() if blob.large)
+    size = (base_of(NAME) / "model.safetensors").stat().st_size
+    requests = [request for request in hub.requests if digest in request.path]
+    assert all("Range" in request.headers for request in requests)
+    assert sum(request.sent for request in requests) < 1.5 * size
+
+
+def test_what_lies_in_xet_storage_is_read_by_ranges_too(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
+    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    assert hub.repos["ann/x"].head.files["adapter_model.safetensors"].xet_hash
+    assert vera_tools.verify("hf://ann/x").exit_code == 0

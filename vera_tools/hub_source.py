@@ -80,7 +80,8 @@ class HubFile:
     def __init__(self, api: HfApi, repo: str, commit: str, file: RemoteFile, *, label: str) -> None:
         self.label, self.size = label, file.size
         self._api, self._repo, self._commit, self._file = api, repo, commit, file
-        self._start, self._held = 0, b""
+        #: What is held: where it starts, and the bytes. Replaced as one, so that threads may share the file.
+        self._window = (0, b"")
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on.
@@ -90,28 +91,30 @@ class HubFile:
         """
         view, done = buffer.cast("B"), 0
         while done < len(view):
-            if not self._start <= start + done < self._start + len(self._held):
-                self._fetch(start + done, len(view) - done)
-            offset = start + done - self._start
-            piece = memoryview(self._held)[offset : offset + len(view) - done]
+            position, (first, held) = start + done, self._window
+            if not first <= position < first + len(held):
+                first, held = self._window = self._fetch(position, len(view) - done, after=(first, held))
+            piece = memoryview(held)[position - first : position - first + len(view) - done]
             view[done : done + len(piece)] = piece
             done += len(piece)
 
     def close(self) -> None:
         """Forget what is held."""
-        self._held = b""
+        self._window = (0, b"")
 
-    def _fetch(self, start: int, wanted: int) -> None:
-        """Hold the bytes from `start` on: as many as wanted, and more where the file is read in sequence."""
+    def _fetch(self, start: int, wanted: int, *, after: tuple[int, bytes]) -> tuple[int, bytes]:
+        """The bytes from `start` on: as many as wanted, and more where the file is read in sequence."""
         if self._file.sha256 is None:
-            self._start, self._held = 0, self._get_whole()
+            window = (0, self._get_whole())
         else:
-            sequential = bool(self._held) and start == self._start + len(self._held)
-            ahead = 2 * len(self._held) if sequential else WINDOW
+            first, held = after
+            sequential = bool(held) and start == first + len(held)
+            ahead = 2 * len(held) if sequential else WINDOW
             stop = min(start + min(max(wanted, ahead), MOST), self.size)
-            self._start, self._held = start, self._get_range(start, stop)
-        if start >= self._start + len(self._held):
+            window = (start, self._get_range(start, stop))
+        if start >= window[0] + len(window[1]):
             raise HubError("the file ends too early", where=self.label, expected=f"{start + wanted} bytes")
+        return window
 
     def _get_whole(self) -> bytes:
         content = self._get({}).content
