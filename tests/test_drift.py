@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import platform
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,8 +13,8 @@ import numpy as np
 import pytest
 
 from tests import torch_draws
-from tests.conftest import CHECKPOINTS, FIXTURES, ROOT, base_of, run_cli, run_json
-from vera_tools import _drift, drift, effect, environments, philox, probe, verify
+from tests.conftest import CHECKPOINTS, FIXTURES, base_of, run_cli, run_json
+from vera_tools import _drift, drift, effect, environments, philox, probe, record, verify
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.comparison import compare_reports, load
 from vera_tools.errors import FormatError, UnprovenError, UsageError
@@ -114,9 +112,12 @@ class TestStreams:
         stream = identify_stream("float32", [{"vera_A": "0" * 64, "vera_B": "1" * 64}], [draw])
         assert (stream.recipe, stream.generator, stream.label) == (None, None, "unknown")
 
-    def test_one_wrong_tensor_is_enough_to_refuse_a_recipe(self, here):
+    @pytest.mark.parametrize("pair", [0, 1])
+    @pytest.mark.parametrize("tensor", ["vera_A", "vera_B"])
+    def test_one_wrong_tensor_is_enough_to_refuse_a_recipe(self, here, pair, tensor):
         digests = [dict(pair) for pair in here.environments[0].streams["float32"].digests]
-        digests[1]["vera_B"] = digests[0]["vera_B"]
+        assert identify_stream("float32", digests, here.draws).recipe is not None
+        digests[pair][tensor] = "0" * 64
         assert identify_stream("float32", digests, here.draws).recipe is None
 
     def test_cuda_streams_are_named_by_the_device_that_draws_them(self):
@@ -345,83 +346,28 @@ class TestEffect:
         assert report.environments[0].effect["logits_why_not"] == "no base model was named"
 
 
-# Checkpoint: the recipe that it was trained with, as its maker knows it.
-TRAINED = {
-    "peft-0.21.2-llama-f32-seedonly": "mt19937-f32-fused",
-    "peft-0.21.2-llama-f32-seedonly-noavx": "mt19937-f32-separate",
-    "peft-0.21.2-llama-bf16-seedonly": "mt19937-f32-fused-via-bf16",
-}
-
-
-@pytest.fixture(scope="module")
-def recorded(tmp_path_factory):
-    from vera_tools import record
-
-    folder = tmp_path_factory.mktemp("recorded")
-    for name, recipe in TRAINED.items():
-        shutil.copytree(CHECKPOINTS / name, folder / name)
-        record(folder / name, base=base_of(name), recipe=recipe)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(recorded):
-    """{(rounding, checkpoint, base dtype, options): digests}, measured."""
-    cases = [
-        (str(recorded / name), str(base_of(name)), dtype, options)
-        for name in TRAINED
-        for dtype in ("float32", "bfloat16", "float16")
-        for options in ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
-    ]
-    measured = {}
-    for capability in (None, "default"):
-        env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
-        command = [sys.executable, str(ROOT / "tests" / "drift_peft.py"), json.dumps(cases)]
-        result = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=False)
-        assert result.returncode == 0, result.stderr
-        rounding = "separate" if capability else "fused"
-        for (checkpoint, _, dtype, options), digests in zip(
-            cases, json.loads(result.stdout.splitlines()[-1]), strict=True
-        ):
-            measured[rounding, Path(checkpoint).name, dtype, tuple(options)] = digests
-    return measured
-
-
-class TestLoaderTable:
-    """A seed-only checkpoint's loader table against PEFT itself, in processes with each capability."""
-
-    @x86
-    @pytest.mark.parametrize("name", TRAINED)
-    def test_every_row_is_what_peft_does(self, recorded, loaded, name):
-        trained = verify(recorded / name).checkpoints[0]
-        assert trained.verdict == "reproducible"
-        with Checkpoint.open(recorded / name) as adapter:
-            wanted = dict(adapter.recorded.sha256)
-        rows = [row for row in trained.loads if row.loader == "peft>=0.21" and row.base_dtype != "integer"]
-        assert len(rows) == 18
-        found = {(row.rounding, row.base_dtype, tuple(row.options)): row.exact for row in rows}
-        measured = {
-            (rounding, dtype, options): digests == wanted
-            for (rounding, checkpoint, dtype, options), digests in loaded.items()
-            if checkpoint == name
-        }
-        assert found == measured
-        assert len(set(measured.values())) == 2
-        assert all(row.cites and "torch 1.13 to 2.15" in row.cites for row in rows)
-
-    @x86
-    @pytest.mark.parametrize(
-        ("name", "dtype"),
-        [
-            ("peft-0.21.2-llama-f32-seedonly", "bfloat16"),
-            ("peft-0.21.2-llama-f32-seedonly-noavx", "float32"),
-            ("peft-0.21.2-llama-bf16-seedonly", "bfloat16"),
-        ],
-    )
-    def test_drift_measures_the_same(self, recorded, loaded, name, dtype):
-        bases = {"float32": "peft-0.21.2-llama-f32-seedonly", "bfloat16": "peft-0.21.2-llama-bf16-seedonly"}
-        report = drift(checkpoint=recorded / name, base=base_of(bases[dtype]) / "model.safetensors", dtype=["float32"])
-        with Checkpoint.open(recorded / name) as adapter:
-            wanted = dict(adapter.recorded.sha256)
-        for row, rounding in zip(report.environments, ("fused", "separate"), strict=True):
-            assert row.exact == (loaded[rounding, name, dtype, ()] == wanted)
+@x86
+@pytest.mark.parametrize(
+    ("name", "recipe", "base"),
+    [
+        ("peft-0.21.2-llama-f32-seedonly", "mt19937-f32-fused", "bfloat16"),
+        ("peft-0.21.2-llama-f32-seedonly-noavx", "mt19937-f32-separate", "float32"),
+        ("peft-0.21.2-llama-bf16-seedonly", "mt19937-f32-fused-via-bf16", "bfloat16"),
+    ],
+)
+def test_it_measures_what_the_loader_table_says(checkpoint, name, recipe, base):
+    """test_loads proves the same adapters' tables by loading them with PEFT under the same capabilities."""
+    bases = {"float32": "peft-0.21.2-llama-f32-seedonly", "bfloat16": "peft-0.21.2-llama-bf16-seedonly"}
+    folder = checkpoint(name)
+    record(folder, base=base_of(name), recipe=recipe)
+    table = verify(folder).checkpoints[0].loads
+    report = drift(checkpoint=folder, base=base_of(bases[base]) / "model.safetensors", dtype=["float32"])
+    for row, rounding in zip(report.environments, ("fused", "separate"), strict=True):
+        loads = [
+            load
+            for load in table
+            if load.loader == "peft>=0.21" and (load.rounding, load.base_dtype) == (rounding, base)
+        ]
+        assert {load.exact for load in loads} == {row.exact}
+        assert all("torch 1.13 to 2.15" in load.cites for load in loads)
+    assert report.environments[0].streams["float32"].recipe.rounding == "fused"
