@@ -105,7 +105,7 @@ def test_float32_alone_would_round_some_elements_wrongly():
     exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
     result = arithmetic.rounded(total, "bfloat16")
     wrong = result != rounded_once(exact, "bfloat16")
-    rows, columns = arithmetic.doubtful(total, result, spread=single.spread(0, size))
+    rows, columns = arithmetic.doubtful(total, result, spread=single.spread(single.left(0, size)))
     found = np.zeros_like(wrong)
     found[rows, columns] = True
     assert wrong.any()

@@ -59,7 +59,7 @@ class Adapter:
         ]
         for name, array in zip(("vera_A", "vera_B"), wide, strict=True):
             self._check(array, name)
-        return wide[0], wide[1]
+        return np.asfortranarray(wide[0]), wide[1]  # single columns of vera_A and rows of vera_B are gathered
 
     def load(self) -> None:
         """Read or draw the projections now, check them, and keep them.

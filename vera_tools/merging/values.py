@@ -67,12 +67,13 @@ def _merged(base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exac
             digest.update(as_bytes(weight))
         if scratch is None:
             scratch = np.empty(weight.shape, dtype)
-        total = change.rows(start, stop, out=scratch)
+        left = change.left(start, stop)
+        total = change.product(left, out=scratch)
         with np.errstate(over="ignore", invalid="ignore"):
             np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
         result = _finished(total, entry, exact=exact)
         if settle:
-            rows, places = doubtful(total, result, spread=change.spread(start, stop))
+            rows, places = doubtful(total, result, spread=change.spread(left))
             if rows.size > arithmetic.CROWDED * result.size:
                 double = double or delta(entry, dtype=np.dtype(np.float64))
                 wide = double.rows(start, stop, out=np.empty(weight.shape))
