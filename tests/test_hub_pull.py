@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import os
+import pty
 import random
 import shutil
+import struct
+import subprocess
+import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -343,3 +351,29 @@ def test_the_revision_may_not_move_meanwhile(hub, tmp_path, monkeypatch):
 
     monkeypatch.setattr(hub_module, "resolve", resolve_then_move)
     assert vera_tools.pull("ann/x", tmp_path / "out").commit == repo.head.oid
+
+
+def test_progress_is_the_clients_own_and_on_a_terminal_only(hub, tmp_path):
+    """Its bars appear where stderr is a terminal; neither in a pipe (see above) nor where nobody asked for text."""
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    assert "Fetching 3 files" in on_a_terminal("pull", "ann/x", "-o", tmp_path / "a")
+    for quiet in ("-q", "--json"):
+        shown = on_a_terminal("pull", "ann/x", "-o", tmp_path / quiet, quiet)
+        assert "Fetching" not in shown
+        assert not shown.startswith("\r")
+
+
+def on_a_terminal(*arguments):
+    """What a command writes to a terminal of 100 columns."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
+    command = [sys.executable, "-m", "vera_tools", *map(str, arguments)]
+    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child)
+    os.close(child)
+    shown = b""
+    with contextlib.suppress(OSError):  # the terminal's end, once its only user has gone
+        while piece := os.read(parent, 4096):
+            shown += piece
+    os.close(parent)
+    assert process.wait() == 0
+    return shown.decode()
