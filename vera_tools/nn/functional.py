@@ -9,6 +9,8 @@ with A and B frozen, random and shared by all layers, and the vectors d (r,) and
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,10 +30,10 @@ class _AddVera(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        u = F.linear(x.to(A.dtype), A)
+        total, u = _forward(result, x, A, B, d, b)
         ctx.save_for_backward(u, A, B, d, b)
         ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
-        return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b)
+        return total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -71,8 +73,10 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
     Raises:
         UsageError: in a backward pass with create_graph=True: what would be differentiated is not kept.
     """
-    A, B, d, b = _compute_dtypes(A, B, d, b, device=x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
+    with _products_in(x.device.type) as dtype:
+        A, B, d, b = _cast(A, B, d, b, dtype=dtype)
+        if not torch.is_grad_enabled():
+            return _forward(result, x, A, B, d, b)[0]
         total: Tensor = _AddVera.apply(result, x, A, B, d, b)  # type: ignore[no-untyped-call]
         return total
 
@@ -91,12 +95,11 @@ def add_vera_rows(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor,
     Returns:
         As `add_vera`.
     """
-    A, B, d, b = _compute_dtypes(A, B, d, b, device=x.device.type)
-    with torch.autocast(x.device.type, enabled=False):
-        between = (1,) * (x.dim() - 2)
-        d, b = (vectors.view(vectors.shape[0], *between, vectors.shape[1]) for vectors in (d, b))
-        u = F.linear(x.to(A.dtype), A)
-        return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b)
+    between = (1,) * (x.dim() - 2)
+    d, b = (vectors.view(vectors.shape[0], *between, vectors.shape[1]) for vectors in (d, b))
+    with _products_in(x.device.type) as dtype:
+        A, B, d, b = _cast(A, B, d, b, dtype=dtype)
+        return _forward(result, x, A, B, d, b)[0]
 
 
 def delta_weight(*, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
@@ -104,11 +107,25 @@ def delta_weight(*, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return (b.unsqueeze(1) * B) @ (d.unsqueeze(1) * A)
 
 
-def _compute_dtypes(
-    A: Tensor, B: Tensor, d: Tensor, b: Tensor, *, device: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum, and ``u = A x``."""
+    u = F.linear(x.to(A.dtype), A)
+    return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b), u
+
+
+@contextlib.contextmanager
+def _products_in(device: str) -> Iterator[torch.dtype | None]:
+    """Autocast's dtype where autocast is on, with autocast off inside; None where it is off, at no cost."""
+    if not torch.is_autocast_enabled(device):
+        yield None
+        return
+    dtype = torch.get_autocast_dtype(device)
+    with torch.autocast(device, enabled=False):
+        yield dtype
+
+
+def _cast(A: Tensor, B: Tensor, d: Tensor, b: Tensor, *, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    """The matrices in autocast's dtype and the vectors in float32; without autocast all in the matrices' own dtype."""
+    if dtype is not None:
         return A.to(dtype), B.to(dtype), d.float(), b.float()
-    dtype = A.dtype  # at least float32: the shared pair is never narrower
-    return A, B, d.to(dtype), b.to(dtype)
+    return A, B, d.to(A.dtype), b.to(A.dtype)  # at least float32: the shared pair is never narrower
