@@ -43,6 +43,7 @@ def hub(tmp_path, monkeypatch):
     with HubServer(tmp_path / "hub-storage") as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
         monkeypatch.setenv("HF_HOME", str(home))
+        monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(hf_api.api, "endpoint", server.url)
         template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
