@@ -30,6 +30,20 @@ def checkpoint(tmp_path):
     return copy
 
 
+@pytest.fixture(scope="session")
+def drift_report():
+    """A real run of drift on a seed-only adapter whose recipe is assumed: native and forced rows, effect, logits."""
+    import warnings
+
+    from vera_tools import drift
+    from vera_tools.errors import AssumedRecipeWarning
+
+    name = "peft-0.21.2-llama-f32-seedonly"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AssumedRecipeWarning)
+        return drift(checkpoint=CHECKPOINTS / name, base=base_of(name), dtype=["float32", "bfloat16"])
+
+
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on loopback with nothing on it, which the client uses in this process and in those it starts."""

@@ -11,13 +11,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, base_of
 from tests.test_drift import x86
-from vera_tools import drift, drift_page
+from vera_tools import drift_page
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib (the extra html)")
 
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -56,12 +54,8 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def report():
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return drift(checkpoint=CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), dtype=["float32", "bfloat16"])
+def report(drift_report):
+    return drift_report
 
 
 @pytest.fixture(scope="module")
