@@ -287,7 +287,7 @@ PATTERNS = st.one_of(
 SAVED = st.one_of(st.none(), st.lists(st.sampled_from(["score", "proj", "q_proj", "h", "s.*"]), max_size=2))
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(module=MODULES, targets=TARGETS, layers=LAYERS, pattern=PATTERNS, saved=SAVED)
 def test_targets_what_peft_targets(module, targets, layers, pattern, saved):
     import peft

@@ -73,7 +73,7 @@ def test_every_stream_of_every_real_build(case, stream):
         assert digests(recipe, shape_of(case), stored_dtype=case["drawn_dtype"]) == expected, recipe.name
 
 
-SMALL = [(c, s) for c in CASES for s in c["streams"] if c["r"] == 4 or (c["r"] == 16 and c["prng_key"] in (-1, 42))]
+SMALL = [(c, s) for c in CASES for s in c["streams"] if c["r"] == 4 or (c["r"] == 16 and c["prng_key"] == -1)]
 
 
 @pytest.mark.parametrize(("case", "stream"), SMALL)
