@@ -1,7 +1,7 @@
 """Every ```console block of README and docs/ is run, in order, in a copy of the project's fixtures, and must be true.
 
 A line that starts with "$ " is a command; the lines up to the next one are what it prints, on stdout and stderr. A line
-"..." stands for any lines.
+"..." stands for any lines. What a document takes for granted is prepared by its comment "<!-- before: COMMAND -->".
 """
 
 from __future__ import annotations
@@ -52,7 +52,10 @@ def test_console_blocks_are_true(document, tmp_path):
         if (ROOT / name).exists():
             (place / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "80"}
-    for command, expected in steps((ROOT / document).read_text()):
+    text = (ROOT / document).read_text()
+    for command in re.findall(r"^<!-- before: (.*?) -->$", text, re.MULTILINE):
+        subprocess.run(["bash", "-euc", command], cwd=place, env=environment, check=True)
+    for command, expected in steps(text):
         result = subprocess.run(
             ["bash", "-c", command],
             cwd=place,
