@@ -110,7 +110,9 @@ def main() -> None:
         inputs = x.clone().requires_grad_()  # as in a model whose first adapted layer is not its first
         return lambda: model(inputs).sum().backward()
 
-    print(f"torch {torch.__version__}, peft {peft.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"torch {torch.__version__}, peft {peft.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+    )
     print(f"{args.layers} layers of {args.width}, r {args.rank}, {args.positions} positions, float32")
     print("\nkept for the backward pass")
     for name, model in (("vera-tools", ours), ("PEFT", peers)):
