@@ -60,7 +60,11 @@ class HubServer:
         self._uploads: dict[str, bytes] = {}
         (storage / "blobs").mkdir(parents=True)
         self._servers = [ThreadingHTTPServer(("127.0.0.1", 0), _handler(self, routes)) for routes in (API, CDN)]
-        self.url, self.cdn_url = (f"http://127.0.0.1:{server.server_port}" for server in self._servers)
+        # Another host, not only another port, for clients that tell origins apart by the host's name.
+        self.url, self.cdn_url = (
+            f"http://{host}:{server.server_port}"
+            for host, server in zip(("127.0.0.1", "localhost"), self._servers, strict=True)
+        )
 
     def __enter__(self) -> HubServer:
         for server in self._servers:
