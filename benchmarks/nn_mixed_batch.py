@@ -2,9 +2,9 @@
 
     python benchmarks/nn_mixed_batch.py [--layers 12] [--width 512] [--rank 256] [--rows 16] [--adapters 8]
 
-"in one pass" gives `adapter_names`, one for each row. "one after another" is what PEFT can do for VeRA: choose an adapter,
-run its rows, choose the next. "one adapter for all" is the bound: the same batch without any choice. The variants take
-turns; medians are printed.
+"in one pass" gives `adapter_names`, one for each row. "one after another" is what PEFT can do for VeRA: choose an
+adapter, run its rows, choose the next. "one adapter for all" is the bound: the same batch without any choice. The
+variants take turns; medians are printed.
 """
 
 from __future__ import annotations

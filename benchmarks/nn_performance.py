@@ -111,7 +111,8 @@ def main() -> None:
         return lambda: model(inputs).sum().backward()
 
     print(
-        f"torch {torch.__version__}, peft {peft.__version__}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
+        f"torch {torch.__version__}, peft {peft.__version__}, {torch.get_num_threads()} threads, "
+        f"load {os.getloadavg()[0]:.1f}"
     )
     print(f"{args.layers} layers of {args.width}, r {args.rank}, {args.positions} positions, float32")
     print("\nkept for the backward pass")

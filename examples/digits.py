@@ -43,15 +43,8 @@ def data() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def network() -> nn.Sequential:
     """Three linear layers of two different shapes, and a head that stays as it is."""
     torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Linear(64, 128),
-        nn.ReLU(),
-        nn.Linear(128, 128),
-        nn.ReLU(),
-        nn.Linear(128, 128),
-        nn.ReLU(),
-        nn.Linear(128, 10),
-    )
+    linear = [nn.Linear(n_in, n_out) for n_in, n_out in ((64, 128), (128, 128), (128, 128), (128, 10))]
+    return nn.Sequential(linear[0], nn.ReLU(), linear[1], nn.ReLU(), linear[2], nn.ReLU(), linear[3])
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int, lr: float) -> None:

@@ -298,6 +298,21 @@ def test_load_adapter_on_a_plain_model_and_on_an_adapted_one(tmp_path):
     assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
 
 
+def test_an_adapter_on_the_hub(hub):
+    name = "peft-0.21.2-llama-f32-kept"
+    hub.add_repo("ann/x", {f"adapters/{f.name}": f.read_bytes() for f in (CHECKPOINTS / name).iterdir()})
+    model = VeraModel.from_pretrained(base_model(name), "hf://ann/x/adapters")
+    ids, want = expected(name)
+    got = logits(model, ids).reshape(-1)[-want.numel() :]
+    assert (got - want).abs().max() <= 1e-5
+
+
+def test_neither_transformers_nor_peft_is_needed():
+    code = "import sys, vera_tools.nn.io, vera_tools.nn.peft; print(*({'peft', 'transformers'} & {*sys.modules}))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
 CROSS = """
 import json, sys, warnings
 import torch

@@ -122,7 +122,21 @@ class Float8Linear(nn.Linear):
         self.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
 
 
-@pytest.mark.parametrize("layer", [Linear8bitLt, QuantLinear, Float8Linear])
+class AffineQuantizedTensor(torch.Tensor):
+    """As torchao's weight looks: a tensor that says it is float32."""
+
+    __module__ = "torchao.dtypes"
+
+
+class TorchaoLinear(nn.Linear):
+    """A layer quantised by torchao."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(AffineQuantizedTensor), requires_grad=False)
+
+
+@pytest.mark.parametrize("layer", [Linear8bitLt, QuantLinear, Float8Linear, TorchaoLinear])
 def test_a_quantised_layer_is_refused_by_name(layer):
     model = nn.ModuleDict({"plain": nn.Linear(4, 4), "packed": layer()})
     with pytest.raises(UsageError, match="packed: a quantised layer cannot be adapted"):

@@ -160,7 +160,9 @@ def check(name: str, module: nn.Module, model: nn.Module) -> None:
     weight = getattr(module, "weight", None)
     quantised = hasattr(module, "qweight") or hasattr(module, "quant_state") or callable(weight)
     if isinstance(weight, torch.Tensor):
-        quantised |= weight.dtype not in FLOATS and is_linear(module)
+        # torchao's weights are tensors that claim the dtype they were quantised from.
+        torchao = type(weight).__module__.startswith("torchao")
+        quantised |= is_linear(module) and (torchao or weight.dtype not in FLOATS)
     if quantised:
         dtype = weight.dtype if isinstance(weight, torch.Tensor) else "a packed weight"
         raise UsageError(
