@@ -17,9 +17,9 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, run_cli
-from vera_tools import hub as hub_module
 from vera_tools import schema
 from vera_tools.errors import HubError, VeraToolsError
+from vera_tools.hub import client as hub_module
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -40,7 +40,7 @@ def leftovers(folder):
 def quick(monkeypatch):
     """Retries without the waits between them."""
     without = type("time", (), {"sleep": staticmethod(lambda seconds: None)})
-    for module in ("vera_tools.hub", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
+    for module in ("vera_tools.hub.client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", without)
 
 

@@ -22,9 +22,9 @@ import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
 from tests.hub_state import git_sha1
 from vera_tools import schema
-from vera_tools._transfer import check_arrived
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
-from vera_tools.hub import RemoteFile
+from vera_tools.hub.client import RemoteFile
+from vera_tools.hub.transfer import check_arrived
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -348,7 +348,7 @@ def test_embed(hub, tmp_path):
 
 
 def test_the_revision_may_not_move_meanwhile(hub, tmp_path, monkeypatch):
-    from vera_tools import hub as hub_module
+    from vera_tools.hub import client as hub_module
 
     repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
     resolve, moves = hub_module.resolve, [1]

@@ -11,7 +11,7 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from vera_tools import card, schema
+from vera_tools import schema
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -22,6 +22,7 @@ from vera_tools.errors import (
     UnrecordedWarning,
     UsageError,
 )
+from vera_tools.hub import card
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -301,16 +302,16 @@ def test_a_commit_in_between_is_a_conflict(ann, transport, checkpoint, monkeypat
     folder = checkpoint(NAME)
     (folder / "LICENSE").write_text("free")
     with ann.fault("POST /api/models/ann/x/preupload", delay=0.0):
-        from vera_tools import _push
+        from vera_tools.hub import push as pushing
 
-        upload = _push._upload
+        upload = pushing._upload
 
         def meanwhile(*args, **kwargs):
             files = {**repo.head.files, "other.txt": ann.store(b"other", large=False)}
             ann.commit(repo, "refs/heads/main", repo.head.oid, files, "meanwhile", "bob")
             return upload(*args, **kwargs)
 
-        monkeypatch.setattr(_push, "_upload", meanwhile)
+        monkeypatch.setattr(pushing, "_upload", meanwhile)
         with pytest.raises(HubError, match="somebody else pushed"):
             vera_tools.push(folder, "ann/x")
     assert repo.head.title == "meanwhile"

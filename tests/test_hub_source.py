@@ -11,12 +11,13 @@ import pytest
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_json
 from tests.hub_state import git_sha1
-from vera_tools import hub as hub_module
-from vera_tools import hub_source, source
+from vera_tools import source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.errors import HubError, UsageError
-from vera_tools.hub import Reference
+from vera_tools.hub import client as hub_module
+from vera_tools.hub import source as hub_source
+from vera_tools.hub.client import Reference
 
 NAME = "peft-0.21.2-llama-f32-kept"
 

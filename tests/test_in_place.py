@@ -16,7 +16,7 @@ import pytest
 
 from tests.conftest import CHECKPOINTS, ROOT, base_of, run_cli, run_json
 from vera_tools import atomic, embed_projections, strip_projections, to_lora, verify
-from vera_tools._batch import convert_all
+from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
 from vera_tools.prng import PairShape
 

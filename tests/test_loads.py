@@ -16,13 +16,22 @@ import pytest
 from tests import peft_loads, torch_draws
 from tests.conftest import CHECKPOINTS, base_of
 from vera_tools import tensorfile, verify
-from vera_tools._loads import BASE_DTYPES, OLD_PEFT, OPTIONS, PEFT, ROUNDINGS, VERA_TOOLS, Trained, loader_table
-from vera_tools._record import record
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.prng import generate
 from vera_tools.recipe import Recipe
 from vera_tools.tensorfile import TensorFile
+from vera_tools.verifying.loads import (
+    BASE_DTYPES,
+    OLD_PEFT,
+    OPTIONS,
+    PEFT,
+    ROUNDINGS,
+    VERA_TOOLS,
+    Trained,
+    loader_table,
+)
+from vera_tools.verifying.record import record
 
 # The seed-only ones are recorded first, with what they were trained with; that is all that sets them apart from "kept".
 RECIPES = {

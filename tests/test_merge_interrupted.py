@@ -20,9 +20,9 @@ import pytest
 import vera_tools
 from tests.conftest import ROOT, run_cli, run_json
 from tests.merging import make_adapter, make_base, weights
-from vera_tools import _merge
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.merging import copying, execution, staging
+from vera_tools.merging import merge as merging
 
 SHAPES = {f"model.layers.{n}.{p}": (512, 384) for n in range(8) for p in ("up", "gate")}
 
@@ -326,14 +326,14 @@ class TestChangingBase:
     def merge_while(self, own, tmp_path, monkeypatch, happen):
         """Merge, and let something happen to the base once the plan is made."""
         base, adapter = own
-        original = _merge.make
+        original = merging.make
 
         def make(*args, **options):
             plan = original(*args, **options)
             happen(sorted(base.glob("*.safetensors"))[-1])
             return plan
 
-        monkeypatch.setattr(_merge, "make", make)
+        monkeypatch.setattr(merging, "make", make)
         return vera_tools.merge(adapter, base=base, output=tmp_path / "out")
 
     def test_a_shard_that_is_truncated(self, own, tmp_path, monkeypatch):
@@ -375,7 +375,7 @@ class TestChangingBase:
 class TestVerify:
     @pytest.mark.parametrize("victim", ["model.rest.3", "model.layers.2.up.weight"])
     def test_one_wrong_bit_is_found_and_nothing_appears(self, victim, made, tmp_path, monkeypatch):
-        original = _merge.verification.verify
+        original = merging.verification.verify
 
         def corrupt(plan, folder, **options):
             shard = next(s for s in plan.shards if any(e.info.name == victim for e in s.entries))
@@ -386,7 +386,7 @@ class TestVerify:
             path.write_bytes(data)
             return original(plan, folder, **options)
 
-        monkeypatch.setattr(_merge.verification, "verify", corrupt)
+        monkeypatch.setattr(merging.verification, "verify", corrupt)
         with pytest.raises(CheckFailedError, match=victim.replace(".", r"\.")):
             vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", verify=True)
         assert list(tmp_path.iterdir()) == []
@@ -415,7 +415,7 @@ def test_the_record_is_the_same_after_a_resume(made, tmp_path):
     for n in (1, 2):
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 2))
     vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
-    assert json.loads((tmp_path / "out/vera_merge.json").read_bytes()) == json.loads(made[2]["vera_merge.json"])
+    assert json.loads((tmp_path / "out/veramerging.json").read_bytes()) == json.loads(made[2]["veramerging.json"])
 
 
 def test_threads_end_and_blas_gets_its_own_back(made, tmp_path):

@@ -13,8 +13,9 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from vera_tools import _registry, schema
+from vera_tools import schema
 from vera_tools.errors import FormatError, HubError, UsageError
+from vera_tools.verifying.registry import run
 
 NAME = "peft-0.21.2-llama-f32-kept"
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
@@ -169,6 +170,6 @@ def test_no_more_than_jobs_at_a_time():
             running[0] -= 1
         return path
 
-    found = dict(_registry.run([f"{n}" for n in range(40)], verify, jobs=3, log=io.StringIO(), base=None))
+    found = dict(run([f"{n}" for n in range(40)], verify, jobs=3, log=io.StringIO(), base=None))
     assert most[0] == 3
     assert [found[n].outcome for n in range(40)] == [f"{n}" for n in range(40)]

@@ -15,7 +15,7 @@ import safetensors.numpy
 from tests.conftest import CHECKPOINTS, NAMES, run_cli, run_json
 from tests.test_lora import base_model, distance
 from vera_tools import strip_projections, verify
-from vera_tools._strip import exact_in_peft
+from vera_tools.converting.strip import exact_in_peft
 from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
 from vera_tools.manifest import Manifest
 from vera_tools.tensorfile import TensorFile

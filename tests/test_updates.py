@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from vera_tools.updates import UpdateComparison
+from vera_tools.comparing.updates import UpdateComparison
 
 
 def adapter(seed, *, r=6, width=20, height=15, dtype=np.float32):

@@ -529,7 +529,7 @@ class TestRegistry:
             shutil.copytree(CHECKPOINTS / KEPT, tmp_path / f"kept-{n}")
             folder = shutil.copytree(CHECKPOINTS / SEED_ONLY, tmp_path / f"seed-{n}")
             vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
-        from vera_tools import _verify
+        from vera_tools.verifying import verify as verifying
 
         calls = {"identify": 0, "digests": 0}
 
@@ -540,8 +540,8 @@ class TestRegistry:
 
             return call
 
-        monkeypatch.setattr(_verify, "identify_pair", counting("identify", _verify.identify_pair))
-        monkeypatch.setattr(_verify, "digests", counting("digests", _verify.digests))
+        monkeypatch.setattr(verifying, "identify_pair", counting("identify", verifying.identify_pair))
+        monkeypatch.setattr(verifying, "digests", counting("digests", verifying.digests))
         report = vera_tools.verify(tmp_path, recursive=True, jobs=3)
         assert report.summary["reproducible"] == 10
         assert calls == {"identify": 1, "digests": 1}

@@ -1,4 +1,4 @@
-"""Where bytes come from: a folder on disk, or (through `vera_tools.hub_source`) a repository on the Hub.
+"""Where bytes come from: a folder on disk, or (through `vera_tools.hub.source`) a repository on the Hub.
 
 Everything above this module reads through `Folder` and `ByteSource`, by ranges, and so never needs to know which.
 Files are read with pread, not mapped: a file that is truncated while it is read becomes an error, not a SIGBUS.
@@ -170,7 +170,7 @@ def locate(reference: str | os.PathLike[str]) -> tuple[Folder, str | None]:
         FormatError: nothing is there.
     """
     if is_remote(reference):
-        from vera_tools import hub_source
+        from vera_tools.hub import source as hub_source
 
         return hub_source.folder(os.fspath(reference)), None
     path = Path(reference)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vera_tools._batch import BatchReport, convert_all
-from vera_tools._conversion import ConversionReport
 from vera_tools.cli.shared import Function, Output, human_bytes
+from vera_tools.converting.batch import BatchReport, convert_all
+from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:

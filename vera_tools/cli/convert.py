@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._foreign import FORMATS, ForeignReport, from_foreign
-from vera_tools._lora import LoraReport, to_lora
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import (
     Output,
@@ -20,6 +18,8 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
+from vera_tools.converting.foreign import FORMATS, ForeignReport, from_foreign
+from vera_tools.converting.lora import LoraReport, to_lora
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vera_tools._diff import DiffReport, TensorDifference, diff
 from vera_tools.cli.shared import Output, base_option, in_features_option, output_options, strict_option
+from vera_tools.comparing.diff import DiffReport, TensorDifference, diff
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._embed import EmbedReport, embed_projections
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import (
     Output,
@@ -18,6 +17,7 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
+from vera_tools.converting.embed import EmbedReport, embed_projections
 
 if TYPE_CHECKING:
     from rich.console import Console

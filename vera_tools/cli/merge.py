@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._merge import MergeReport, merge
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -19,6 +18,7 @@ from vera_tools.cli.shared import (
     strict_option,
 )
 from vera_tools.errors import UsageError
+from vera_tools.merging.merge import MergeReport, merge
 
 if TYPE_CHECKING:
     from rich.console import Console

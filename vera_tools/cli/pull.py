@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._pull import PullReport, pull
-from vera_tools._verify import VerifyReport
 from vera_tools.cli.client import client_output
 from vera_tools.cli.shared import (
     Output,
@@ -19,6 +17,8 @@ from vera_tools.cli.shared import (
     strict_option,
 )
 from vera_tools.cli.verify import show
+from vera_tools.hub.pull import PullReport, pull
+from vera_tools.verifying.verify import VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._record import RecordReport, record
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -17,6 +16,7 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
+from vera_tools.verifying.record import RecordReport, record
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._regenerate import RegenerateReport, regenerate
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -19,6 +18,7 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
+from vera_tools.verifying.regenerate import RegenerateReport, regenerate
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools._strip import REMEDY, StripReport, exact_in_peft, strip_projections
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, human_bytes, labelled, output_options
+from vera_tools.converting.strip import REMEDY, StripReport, exact_in_peft, strip_projections
 
 if TYPE_CHECKING:
     from rich.console import Console

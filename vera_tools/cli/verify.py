@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools import atomic
-from vera_tools._loads import BASE_DTYPES, Load
-from vera_tools._verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
 from vera_tools.cli.shared import Output, base_option, labelled, output_options
 from vera_tools.errors import UsageError
 from vera_tools.identification import Match
 from vera_tools.manifest import PROJECTIONS
+from vera_tools.verifying.loads import BASE_DTYPES, Load
+from vera_tools.verifying.verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
 
 if TYPE_CHECKING:
     from rich.console import Console

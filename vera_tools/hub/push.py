@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vera_tools import card, hub, source
-from vera_tools._transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
-from vera_tools._verify import CheckpointReport, verify
+from vera_tools import source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import WEIGHTS_NAME, Checkpoint
 from vera_tools.config import CONFIG_NAME, VeraConfig
@@ -34,11 +32,15 @@ from vera_tools.errors import (
     UsageError,
     VeraToolsError,
 )
-from vera_tools.hub import Reference, RemoteFile
-from vera_tools.hub_source import HubFile
+from vera_tools.hub import card
+from vera_tools.hub import client as hub
+from vera_tools.hub.client import Reference, RemoteFile
+from vera_tools.hub.source import HubFile
+from vera_tools.hub.transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
 from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
 from vera_tools.projections import resolve
 from vera_tools.report import Report
+from vera_tools.verifying.verify import CheckpointReport, verify
 from vera_tools.writing import describe
 
 if TYPE_CHECKING:
@@ -244,8 +246,8 @@ def _converted(
     strict: bool,
 ) -> Path:
     """The same checkpoint, without or with its projections, and everything that lay beside it."""
-    from vera_tools._embed import embed_projections
-    from vera_tools._strip import strip_projections
+    from vera_tools.converting.embed import embed_projections
+    from vera_tools.converting.strip import strip_projections
 
     converted = staged.with_name("converted")
     if strip:

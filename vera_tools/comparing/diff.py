@@ -14,6 +14,7 @@ import numpy as np
 
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import ROOT, Checkpoint, Layer
+from vera_tools.comparing.updates import Norms, Pair, UpdateComparison, Vectors
 from vera_tools.config import VeraConfig
 from vera_tools.errors import CheckFailedError, UnprovenError, UsageError
 from vera_tools.identification import max_ulp
@@ -21,7 +22,6 @@ from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS
 from vera_tools.projections import arrays, resolve
 from vera_tools.report import Progress, Report
 from vera_tools.tensorfile import Array, TensorFile
-from vera_tools.updates import Norms, Pair, UpdateComparison, Vectors
 
 CARD_NAME = "README.md"
 #: Lists in the config that PEFT treats, and writes, as sets.

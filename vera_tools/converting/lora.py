@@ -20,10 +20,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vera_tools import tensorfile
-from vera_tools._conversion import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint, Layer
 from vera_tools.config import CONFIG_NAME
+from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord

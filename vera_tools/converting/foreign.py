@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vera_tools import atomic, source
-from vera_tools._conversion import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
+from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
 from vera_tools.identification import Pair, identify_pair
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord

@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vera_tools import tensorfile
-from vera_tools._conversion import (
+from vera_tools.base import BaseModel
+from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.config import CONFIG_NAME, parse_json
+from vera_tools.converting.output import (
     ConversionReport,
     Destination,
     common,
@@ -21,9 +24,6 @@ from vera_tools._conversion import (
     foreign_metadata,
     refuse_half_a_pair,
 )
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, parse_json
 from vera_tools.errors import FormatError, NothingToDoError
 from vera_tools.manifest import BaseRecord, Manifest, Original, ProjectionRecord
 from vera_tools.projections import arrays, resolve

@@ -17,11 +17,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vera_tools import _registry, checks, source
-from vera_tools._loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
+from vera_tools import source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import ROOT, Checkpoint, find
-from vera_tools.checks import Check, Scan
 from vera_tools.config import CONFIG_NAME
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError
@@ -31,6 +29,9 @@ from vera_tools.prng import PairShape, digests
 from vera_tools.projections import stored_pair
 from vera_tools.recipe import Recipe
 from vera_tools.report import Progress, Report
+from vera_tools.verifying import checks, registry
+from vera_tools.verifying.checks import Check, Scan
+from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
 
 Verdict = Literal["reproducible", "unproven", "drift", "invalid"]
 
@@ -202,24 +203,24 @@ def verify(
     paths = list(_search(checkpoints)) if recursive else [os.fspath(path) for path in checkpoints]
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(base=model, allow_pickle=allow_pickle, skip_others=recursive)
-    many = len(paths) > 1 or log is not None or any(map(_registry.is_pattern, paths))
-    results: dict[int, list[_registry.Result]] = {}
+    many = len(paths) > 1 or log is not None or any(map(registry.is_pattern, paths))
+    results: dict[int, list[registry.Result]] = {}
     try:
         if many:
             label = None if base is None else os.fspath(base)
-            for place, result in _registry.run(paths, verifier.verify, jobs=jobs, log=log, base=label):
+            for place, result in registry.run(paths, verifier.verify, jobs=jobs, log=log, base=label):
                 results.setdefault(place, []).append(result)
                 if progress:
                     progress(len(results), max(len(paths), len(results)), result.path)
         else:
-            results[0] = [_registry.Result(paths[0], None, verifier.verify(paths[0]))]
+            results[0] = [registry.Result(paths[0], None, verifier.verify(paths[0]))]
     finally:
         if model:
             model.close()
     return _report([result for place in sorted(results) for result in results[place]], require)
 
 
-def _report(results: list[_registry.Result], require: Verdict) -> VerifyReport:
+def _report(results: list[registry.Result], require: Verdict) -> VerifyReport:
     outcomes = [(result.path, result.outcome) for result in results]
     return VerifyReport(
         tuple(outcome for _, outcome in outcomes if isinstance(outcome, CheckpointReport)),

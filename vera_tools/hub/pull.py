@@ -15,8 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vera_tools import atomic, hub
-from vera_tools._transfer import (
+from vera_tools import atomic
+from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
+from vera_tools.config import CONFIG_NAME
+from vera_tools.errors import FormatError, HubError
+from vera_tools.hub import client as hub
+from vera_tools.hub.client import Reference, RemoteFile
+from vera_tools.hub.transfer import (
     PROVENANCE_NAME,
     Digests,
     Transferred,
@@ -26,13 +31,9 @@ from vera_tools._transfer import (
     select,
     speaking_of,
 )
-from vera_tools._verify import CheckpointReport, verify
-from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
-from vera_tools.config import CONFIG_NAME
-from vera_tools.errors import FormatError, HubError
-from vera_tools.hub import Reference, RemoteFile
 from vera_tools.manifest import TOOL
 from vera_tools.report import Report
+from vera_tools.verifying.verify import CheckpointReport, verify
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ def _from_cache(reference: Reference, *, include: tuple[str, ...], allow_pickle:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    from vera_tools.hub_source import CachedFolder
+    from vera_tools.hub.source import CachedFolder
 
     inside = CachedFolder(reference)
     folder = inside.path
@@ -272,7 +273,7 @@ def _verify(folder: Path, target: Path, base: str | os.PathLike[str] | None, *, 
 
 def _embed(folder: Path, *, base: str | os.PathLike[str] | None, in_features: int | None, strict: bool) -> None:
     """Replace the seed-only checkpoint in `folder` by one that holds its projections."""
-    from vera_tools._embed import embed_projections
+    from vera_tools.converting.embed import embed_projections
 
     written = folder / ".embedded"
     embed_projections(folder, written, base=base, in_features=in_features, strict=strict)

@@ -15,18 +15,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vera_tools import hub, schema, source
-from vera_tools._loads import Load
-from vera_tools.checks import Check
+from vera_tools import schema, source
 from vera_tools.config import CONFIG_NAME, parse_json
 from vera_tools.errors import HubError, UsageError, VeraToolsError
-from vera_tools.hub import Reference
+from vera_tools.hub import client as hub
+from vera_tools.hub.client import Reference
 from vera_tools.identification import Match
 from vera_tools.manifest import PROJECTIONS, TOOL
 from vera_tools.recipe import Recipe
+from vera_tools.verifying.checks import Check
+from vera_tools.verifying.loads import Load
 
 if TYPE_CHECKING:
-    from vera_tools._verify import CheckpointReport
+    from vera_tools.verifying.verify import CheckpointReport
 
 #: Verifies one: its report, or, where others are to be skipped, the kind of an adapter that is none of ours.
 Verify = Callable[..., "CheckpointReport | str"]
@@ -220,7 +221,7 @@ class _Log:
 
 def _checkpoint(data: dict[str, Any]) -> CheckpointReport:
     """The inverse of `CheckpointReport.to_dict`, for data that a schema has passed."""
-    from vera_tools._verify import CheckpointReport
+    from vera_tools.verifying.verify import CheckpointReport
 
     def match(name: str) -> Match:
         found = data["projections"][name]

@@ -11,12 +11,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vera_tools import schema
-from vera_tools._loads import BASE_DTYPES, ROUNDINGS, Load
-from vera_tools._verify import CheckpointReport
 from vera_tools.config import VeraConfig
 from vera_tools.errors import FormatError
-from vera_tools.hub import Reference
+from vera_tools.hub.client import Reference
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load
+from vera_tools.verifying.verify import CheckpointReport
 
 BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
 END = "<!-- vera-tools: end -->"

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vera_tools import hub, source
+from vera_tools import source
 from vera_tools.errors import HubError
-from vera_tools.hub import Reference, RemoteFile
+from vera_tools.hub import client as hub
+from vera_tools.hub.client import Reference, RemoteFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

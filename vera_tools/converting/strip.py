@@ -8,7 +8,8 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools._conversion import (
+from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.converting.output import (
     ConversionReport,
     Destination,
     common,
@@ -16,12 +17,11 @@ from vera_tools._conversion import (
     foreign_metadata,
     refuse_half_a_pair,
 )
-from vera_tools._loads import OLD_PEFT, PEFT, Load, Trained, loader_table
-from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
 from vera_tools.identification import Identification
 from vera_tools.manifest import PROJECTIONS, Original
 from vera_tools.projections import Resolved, resolve
+from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
 from vera_tools.writing import write_checkpoint
 
 REMEDY = (

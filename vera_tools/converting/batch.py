@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vera_tools._conversion import ConversionReport
 from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
 from vera_tools.config import CONFIG_NAME
+from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import NothingToDoError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.manifest import MANIFEST_NAME
 from vera_tools.report import Progress, Report

@@ -1,0 +1,1 @@
+"""Two checkpoints side by side: `diff`, and the norms of their weight `updates`."""

@@ -1,0 +1,1 @@
+"""Looking at a checkpoint: `verify` with its `checks` and `loads` (the loader table), `inspect`, `record`, `regenerate`."""
