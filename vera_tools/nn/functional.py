@@ -110,7 +110,10 @@ def delta_weight(*, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
 def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """The sum, and ``u = A x``."""
     u = F.linear(x.to(A.dtype), A)
-    return torch.addcmul(result, F.linear((u * d).to(B.dtype), B), b), u
+    update = F.linear((u * d).to(B.dtype), B)
+    if not torch.is_grad_enabled() and update.dtype == torch.promote_types(result.dtype, b.dtype):
+        return update.mul_(b).add_(result), u  # the only reference to it is here
+    return result + update * b, u
 
 
 @contextlib.contextmanager
