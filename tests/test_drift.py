@@ -15,13 +15,15 @@ import pytest
 
 from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES, base_of, run_cli, run_json
-from vera_tools import _drift, drift, effect, environments, philox, probe, record, verify
+from vera_tools import drift, record, verify
 from vera_tools.checkpoint import Checkpoint
-from vera_tools.comparison import compare_reports, load
+from vera_tools.drifting import drift as drifting
+from vera_tools.drifting import effect, environments, philox, probe
+from vera_tools.drifting.comparison import compare_reports, load
+from vera_tools.drifting.streams import Draw, identify_stream
 from vera_tools.errors import FormatError, UnprovenError, UsageError
 from vera_tools.prng import generate
 from vera_tools.recipe import Recipe
-from vera_tools.streams import Draw, identify_stream
 
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
 FUSED_X86 = platform.machine() == "x86_64" and torch_draws.rounding() == "fused"
@@ -87,7 +89,7 @@ class TestStreams:
 
     def test_every_dtype_is_identified(self, here):
         for row in here.environments:
-            assert {dtype: stream.error for dtype, stream in row.streams.items()} == dict.fromkeys(_drift.FLOATS)
+            assert {dtype: stream.error for dtype, stream in row.streams.items()} == dict.fromkeys(drifting.FLOATS)
             for dtype, stream in row.streams.items():
                 assert stream.recipe.drawn_dtype == dtype
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.test_drift import x86
-from vera_tools import drift_page
+from vera_tools.drifting import page as drift_page
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib (the extra html)")
 

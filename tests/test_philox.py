@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from vera_tools import philox
+from vera_tools.drifting import philox
 from vera_tools.dtypes import np_dtype
 from vera_tools.prng import PairShape, bound
 

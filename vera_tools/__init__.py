@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from vera_tools._version import __version__
 
 if TYPE_CHECKING:
-    from vera_tools._drift import drift as drift
     from vera_tools.comparing.diff import diff as diff
     from vera_tools.config import VeraConfig as VeraConfig
     from vera_tools.converting.embed import embed_projections as embed_projections
     from vera_tools.converting.foreign import from_foreign as from_foreign
     from vera_tools.converting.lora import to_lora as to_lora
     from vera_tools.converting.strip import strip_projections as strip_projections
+    from vera_tools.drifting.drift import drift as drift
     from vera_tools.hub.pull import pull as pull
     from vera_tools.hub.push import push as push
     from vera_tools.identification import identify as identify
@@ -39,7 +39,7 @@ _HOMES = {
     "VeraModel": "nn",
     "diff": "comparing.diff",
     "embed_projections": "converting.embed",
-    "drift": "_drift",
+    "drift": "drifting.drift",
     "from_foreign": "converting.foreign",
     "identify": "identification",
     "inspect": "verifying.inspect",

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools import atomic
-from vera_tools._drift import DEVICES, TIMEOUT, DriftReport, drift
 from vera_tools.cli.shared import Output, base_option, in_features_option, labelled, output_options, strict_option
+from vera_tools.drifting.drift import DEVICES, TIMEOUT, DriftReport, drift
 from vera_tools.dtypes import FLOATS
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vera_tools.streams import Environment
+    from vera_tools.drifting.streams import Environment
 
 
 @click.command("drift")
@@ -98,7 +98,7 @@ def command(
     one), or where two reports disagree. Forced capabilities inform.
     """
     if page is not None:
-        from vera_tools import drift_page
+        from vera_tools.drifting import page as drift_page
 
         drift_page.require()
     with output.progress("probing") as progress:

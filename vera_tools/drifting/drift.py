@@ -19,13 +19,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vera_tools import atlas, environments, source
+from vera_tools import atlas, source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint, assumed_rounding
-from vera_tools.comparison import Comparison, compare_reports, load
+from vera_tools.drifting import environments
+from vera_tools.drifting.comparison import Comparison, compare_reports, load
+from vera_tools.drifting.effect import Effect, logits_change, measure
+from vera_tools.drifting.environments import Answer, Interpreter, ask, this_interpreter, weaker_capabilities
+from vera_tools.drifting.streams import Draw, Environment, identify_stream
 from vera_tools.dtypes import FLOATS, HALVES, np_dtype
-from vera_tools.effect import Effect, logits_change, measure
-from vera_tools.environments import Answer, Interpreter, ask, this_interpreter, weaker_capabilities
 from vera_tools.errors import UsageError
 from vera_tools.identification import Match, Pair, compare
 from vera_tools.manifest import PROJECTIONS
@@ -33,7 +35,6 @@ from vera_tools.prng import Array, generate
 from vera_tools.projections import Resolved, arrays, resolve
 from vera_tools.recipe import Recipe
 from vera_tools.report import Progress, Report
-from vera_tools.streams import Draw, Environment, identify_stream
 
 #: What every environment draws. The first pair is large enough that fused and separate differ in the half types too,
 #: where they differ at all; the second has a key that wraps and odd shapes.

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools import logits
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.drifting import logits
 from vera_tools.prng import Array
 from vera_tools.report import Progress
 
@@ -140,7 +140,7 @@ def logits_change(
 ) -> tuple[dict[str, Any] | None, str | None]:
     """The change in the model's logits on a fixed input, computed in float32, or why there is none.
 
-    A process of its own loads the base with transformers, where that is installed; see `vera_tools.logits`.
+    A process of its own loads the base with transformers, where that is installed; see `vera_tools.drifting.logits`.
 
     Args:
         checkpoint: The adapter.

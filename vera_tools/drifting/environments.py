@@ -1,6 +1,6 @@
 """The interpreters, CPU capabilities and devices that can be tried here, and one run of the probe in each.
 
-What a kernel does is settled when torch is loaded, so each combination is a process of its own (`vera_tools.probe`, run
+What a kernel does is settled when torch is loaded, so each combination is a process of its own (`vera_tools.drifting.probe`, run
 by path). A probe that crashes or hangs is an answer too.
 """
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vera_tools import probe
+from vera_tools.drifting import probe
 from vera_tools.errors import UsageError
 
 #: What ATEN_CPU_CAPABILITY takes on each machine, weakest first.

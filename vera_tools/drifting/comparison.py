@@ -10,8 +10,8 @@ from typing import Any
 
 from vera_tools import atlas, schema
 from vera_tools.config import parse_json
+from vera_tools.drifting.streams import Draw, Environment, shortened
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.streams import Draw, Environment, shortened
 
 #: A saved report: the pairs that were drawn, and the rows.
 Saved = tuple[tuple[Draw, ...], tuple[Environment, ...]]
