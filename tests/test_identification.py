@@ -403,3 +403,28 @@ def test_ulps_are_exact_across_the_whole_range():
     one = np.array([1, 1], ml_dtypes.bfloat16)
     assert max_ulp(one, np.array([1, 1 + 2**-7], ml_dtypes.bfloat16)) == 1
     assert Fraction(float(np.nextafter(np.float32(1), np.float32(2)))) == 1 + Fraction(1, 2**23)
+
+
+@pytest.mark.parametrize("intact", ["vera_A", "vera_B"])
+@pytest.mark.parametrize("recipe", [F32, F32.replace(rounding="separate", rounded_through="float16")])
+@pytest.mark.parametrize("damage", ["random", "zero", "doubled"])
+def test_a_replaced_tensor_says_nothing_about_the_other(intact, recipe, damage):
+    pair = dict(zip(("vera_A", "vera_B"), generate(recipe, SMALL), strict=True))
+    other = "vera_B" if intact == "vera_A" else "vera_A"
+    values = pair[other]
+    pair[other] = {
+        "random": np.random.default_rng(5).uniform(-0.3, 0.3, values.shape).astype(values.dtype),
+        "zero": np.zeros_like(values),
+        "doubled": values * 2,
+    }[damage]
+    found = identify(**pair, prng_key=KEY)
+    assert not found.exact
+    assert found.recipe == recipe
+    assert (found.matches[intact].match, found.matches[other].match) == ("identical", "unrelated")
+
+
+def test_a_replaced_tensor_hides_no_edit_of_the_other():
+    vera_A, vera_B = generate(F32, SMALL)
+    vera_B[3, 4] += 1
+    found = identify(np.zeros_like(vera_A), vera_B, prng_key=KEY)
+    assert (found.recipe, kinds(found)) == (F32, ["unrelated", "edited"])

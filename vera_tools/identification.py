@@ -22,6 +22,8 @@ MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absen
 
 #: Up to so many differing elements are listed one by one.
 MAX_PLACES = 16
+#: float8_e5m2, the coarsest floating-point type in use, keeps values within 1/8; what is farther off is unrelated.
+MAX_ROUNDING = 2.0**-3
 #: Keys that training scripts are known to leave in place of the configured one.
 USUAL_KEYS = (0, 1, 42)
 
@@ -199,21 +201,30 @@ def _canonical_order(recipe: Recipe, stored_dtype: str) -> tuple[int, bool, bool
 
 
 def _nearest(pair: Pair, recipes: tuple[Recipe, ...]) -> Recipe:
-    differing = dict.fromkeys(recipes, 0)
-    distance = dict.fromkeys(recipes, 0.0)
+    """The recipe that gives a tensor exactly, else the one with most elements right, else the one least far off.
+
+    The tensors are weighed one by one, so that one that was replaced says nothing about what made the other.
+    """
+    differing = {recipe: dict.fromkeys(PROJECTIONS, 0) for recipe in recipes}
+    distance = {recipe: dict.fromkeys(PROJECTIONS, 0.0) for recipe in recipes}
     for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype):
         stored = pair.read(block.tensor, block.start, block.stop)
         for recipe, values in block.values.items():
-            differing[recipe] += int(np.count_nonzero(_bits(values) != _bits(stored)))
+            differing[recipe][block.tensor] += int(np.count_nonzero(_bits(values) != _bits(stored)))
             if block.start == 0:  # enough to tell near from far where no element is the same
-                difference = _finite(values.astype(np.float64) - stored.astype(np.float64))
-                distance[recipe] += float(np.dot(difference, difference))
-    # Coarse values coincide by chance; below a half, how near the rest is says more than how many are the same.
-    most = 0.5 * pair.shape.elements
+                wide = values.astype(np.float64)
+                difference = np.linalg.norm(_finite(wide - stored.astype(np.float64)))
+                distance[recipe][block.tensor] = float(difference / np.linalg.norm(wide))
 
-    def remoteness(recipe: Recipe) -> tuple[float, float, tuple[int, bool, bool]]:
-        order = _canonical_order(recipe, pair.dtype)
-        return min(float(differing[recipe]), most), distance[recipe], order
+    def remoteness(recipe: Recipe) -> tuple[int, float, float, tuple[int, bool, bool]]:
+        wrong = [count / math.prod(pair.shape.of(name)) for name, count in differing[recipe].items()]
+        return (
+            sum(share > 0 for share in wrong),
+            # Coarse values coincide by chance; below a half, how near the rest is says more than how many are the same.
+            sum(min(share, 0.5) for share in wrong),
+            sum(min(far, MAX_ROUNDING) for far in distance[recipe].values()),
+            _canonical_order(recipe, pair.dtype),
+        )
 
     return min(recipes, key=remoteness)
 
@@ -288,8 +299,7 @@ class _Totals:
             return "edited"
         if self.finite and self.max_abs <= bound * 2.0**-22:
             return "ulp"
-        # float8_e5m2, the coarsest floating-point type in use, keeps values within 1/8.
-        if self.finite and norm <= 2.0**-3 and self.max_abs <= bound * 2.0**-3:
+        if self.finite and norm <= MAX_ROUNDING and self.max_abs <= bound * MAX_ROUNDING:
             return "rounded"
         return "edited" if self.count <= size // 2 else "unrelated"
 
