@@ -62,7 +62,7 @@ def test_the_checkpoint_is_that_of_a_single_process(trained, engine):
         for part in ("recipe", "projections", "base", "metadata"):
             assert manifests[0][part] == manifests[1][part]
     moved = load_file(trained / engine / "adapter_model.safetensors")
-    assert any(tensor.abs().max() > 0.01 for name, tensor in moved.items() if name.endswith("lambda_b"))
+    assert any(tensor.abs().max() > 0.1 for name, tensor in moved.items() if name.endswith("lambda_b"))
 
 
 def test_ddp_does_not_send_the_pair(trained):
