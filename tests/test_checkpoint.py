@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -273,3 +274,41 @@ def test_reading_a_checkpoint_and_its_base_imports_no_torch():
     )
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split("\n")[:2] == ["96", "[]"]
+
+
+def test_a_search_follows_links_and_enters_each_folder_once(tmp_path):
+    for name in ("registry/own", "elsewhere/real"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "adapter_config.json").write_text("{}")
+    registry = tmp_path / "registry"
+    (registry / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    (registry / "loop").symlink_to(registry, target_is_directory=True)
+    (registry / "own" / "again").symlink_to(tmp_path / "elsewhere" / "real")
+    (registry / "itself").symlink_to("itself")
+    assert [str(path.relative_to(registry)) for path in find(registry)] == ["linked/real", "own"]
+
+
+def broken_link(path):
+    path.symlink_to("/nowhere/at/all")
+
+
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (broken_link, "this is a broken link to /nowhere/at/all, not a file"),
+        (os.mkfifo, "this is a named pipe, not a file"),
+        (os.mkdir, "this is a folder, not a file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, MANIFEST_NAME])
+def test_what_is_no_file_is_called_what_it_is(checkpoint, make, what, name):
+    folder = checkpoint(KEPT)
+    (folder / name).unlink(missing_ok=True)
+    make(folder / name)
+    if name != MANIFEST_NAME:
+        with pytest.raises(FormatError, match=re.escape(f"{folder / name}: {what}")):
+            Checkpoint.open(folder)
+        return
+    with Checkpoint.open(folder) as opened:
+        assert opened.manifest is None
+        assert str(opened.manifest_error) == f"{folder / name}: {what}"

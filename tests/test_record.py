@@ -9,7 +9,8 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
-from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools import tensorfile
+from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.manifest import MANIFEST_NAME, Manifest
 
 KEPT = "peft-0.21.2-llama-f32-kept"
@@ -116,3 +117,24 @@ def test_hub_reference_is_refused():
     code, document = run_json("record", "hf://owner/name")
     assert code == 2
     assert "pull it first" in document["error"]["hint"]
+
+
+def test_a_folder_in_the_manifests_place_is_named(checkpoint):
+    folder = checkpoint(KEPT)
+    (folder / MANIFEST_NAME).mkdir()
+    with pytest.raises(FormatError, match=f"{MANIFEST_NAME}: this is a folder, not a file"):
+        vera_tools.record(folder)
+    code, document = run_json("verify", folder)
+    assert code == 1
+    (check,) = [check for check in document["checkpoints"][0]["checks"] if check["id"].startswith("manifest.")]
+    assert check["status"] == "fail"
+    assert "this is a folder, not a file" in check["message"]
+
+
+def test_a_checkpoint_without_an_adapted_layer_has_nothing_to_record(checkpoint):
+    folder = checkpoint(SEED_ONLY)
+    tensorfile.save(folder / "adapter_model.safetensors", {}, {"format": "pt"})
+    code, document = run_json("record", folder)
+    assert code == 4
+    assert document["error"]["what"] == "there is no adapted layer"
+    assert MANIFEST_NAME not in files(folder)

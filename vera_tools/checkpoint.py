@@ -67,7 +67,7 @@ class Checkpoint:
         self, folder: source.Folder, weights_name: str | None, *, label: str, allow_pickle: bool = False
     ) -> None:
         self.label, self.folder = label, folder
-        names = folder.names()
+        names = source.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
         self.config_text = source.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
         if self.config_text is not None:
             # Refuse other adapters by their config before anything is said about their weights.
@@ -260,6 +260,8 @@ def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | No
 def find(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
 
+    Links are followed, and each folder is entered once, by whichever of its names comes first.
+
     Raises:
         FormatError: no such folder, or one below it that cannot be listed.
     """
@@ -269,7 +271,13 @@ def find(root: Path) -> Iterator[Path]:
 
     if not root.is_dir():
         raise FormatError("no such folder", where=root)
-    for folder, subfolders, files in os.walk(root, onerror=refuse):
+    seen: set[str] = set()
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if CONFIG_NAME in files:
             yield Path(folder)

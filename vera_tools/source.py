@@ -7,6 +7,8 @@ Files are read with pread, not mapped: a file that is truncated while it is read
 from __future__ import annotations
 
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -48,6 +50,8 @@ class LocalFile:
     def __init__(self, path: Path) -> None:
         self.label = str(path)
         self.path = path
+        if kind := not_a_file(path):
+            raise FormatError(f"this is {kind}, not a file", where=path)
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
         except OSError as error:
@@ -155,6 +159,23 @@ class LocalFolder:
         return LocalFile(self.path / name)
 
 
+def not_a_file(path: Path) -> str | None:
+    """What stands in the place of a file, in words; None for a file, or where there is nothing."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return f"a broken link to {os.readlink(path)}" if path.is_symlink() else None
+    kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return None if stat.S_ISREG(mode) else kinds.get(stat.S_IFMT(mode), "a device")
+
+
+def present(folder: Folder, names: Iterable[str]) -> list[str]:
+    """Those of `names` that anything in the folder has, so that what is no file is not taken for missing."""
+    files = folder.names()
+    local = folder.path if isinstance(folder, LocalFolder) else None
+    return [name for name in names if name in files or (local and os.path.lexists(local / name))]
+
+
 def is_remote(reference: str | os.PathLike[str]) -> bool:
     """Whether the argument names something on the Hub."""
     return os.fspath(reference).startswith("hf://")
@@ -178,6 +199,8 @@ def locate(reference: str | os.PathLike[str]) -> tuple[Folder, str | None]:
         return LocalFolder(path), None
     if path.is_file():
         return LocalFolder(path.parent), path.name
+    if kind := not_a_file(path):
+        raise FormatError(f"this is {kind}, not a file or a folder", where=path)
     raise FormatError("no such file or folder", where=path)
 
 

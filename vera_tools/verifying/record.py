@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from vera_tools import atomic, source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
-from vera_tools.errors import UsageError
+from vera_tools.errors import FormatError, UsageError
 from vera_tools.manifest import MANIFEST_NAME, Manifest
 from vera_tools.projections import Resolved, resolve
 from vera_tools.report import Report
@@ -82,7 +82,7 @@ def record(
         strict: Refuse to assume a recipe.
 
     Raises:
-        FormatError: unreadable, malformed, or not VeRA.
+        FormatError: unreadable, malformed, not VeRA, or without an adapted layer.
         CheckFailedError: the base does not fit, or an earlier record is wrong about the projections.
         UnprovenError: seed-only with nothing recorded, and `strict`.
         UsageError: a checkpoint on the Hub, or a seed-only one for which nothing says in_max.
@@ -95,6 +95,15 @@ def record(
         )
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint))
+        if not opened.layers:
+            raise FormatError(
+                "there is no adapted layer", where=opened.weights.label, expected="vera_lambda_b and vera_lambda_d"
+            )
+        folder = opened.folder
+        assert isinstance(folder, source.LocalFolder)
+        path = folder.path / MANIFEST_NAME
+        if kind := source.not_a_file(path):
+            raise FormatError(f"this is {kind}, not a file", where=path, hint="take it away")
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         resolved = resolve(
             opened,
@@ -106,9 +115,6 @@ def record(
         )
         digest_base = base is not None and not source.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
-        folder = opened.folder
-    assert isinstance(folder, source.LocalFolder)
-    path = folder.path / MANIFEST_NAME
     data = manifest.to_json().encode()
     before = path.read_bytes() if path.exists() else None
     atomic.write_bytes(path, data)

@@ -395,6 +395,7 @@ class _Once:
 
 
 def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
+    seen: set[str] = set()
     for root in roots:
         if source.is_remote(root):
             yield os.fspath(root)
@@ -404,8 +405,10 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
             yield os.fspath(root)
             continue
         for folder in find(path):
-            yield str(folder)
             empty = False
+            if (real := os.path.realpath(folder)) not in seen:
+                seen.add(real)
+                yield str(folder)
         if empty:
             raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=path)
 
