@@ -193,7 +193,7 @@ BAD_VALUES = {
     "layers text": ({"layers_to_transform": "0"}, "layers_to_transform", "a list of integers", '"0"'),
     "pattern number": ({"layers_pattern": 1, "layers_to_transform": 0}, "layers_pattern", "a list of strings", "1"),
     "pattern no expression": ({"layers_pattern": "[", "layers_to_transform": 0}, "layers_pattern", "one (", "'['"),
-    "task number": ({"task_type": 3}, "task_type", "a string or null", "3"),
+    "task number": ({"task_type": 3}, "task_type", "a task that PEFT knows", "3"),
     "base list": ({"base_model_name_or_path": []}, "base_model_name_or_path", "a string or null", "[]"),
     "revision number": ({"revision": 1}, "revision", "a string or null", "1"),
     "mapping list": ({"auto_mapping": []}, "auto_mapping", "an object or null", "[]"),

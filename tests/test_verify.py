@@ -20,6 +20,7 @@ import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
 from vera_tools import tensorfile
 from vera_tools.checkpoint import Checkpoint
+from vera_tools.config import VeraConfig
 from vera_tools.manifest import MANIFEST_NAME
 from vera_tools.prng import PairShape, generate
 from vera_tools.recipe import Recipe
@@ -200,11 +201,13 @@ class TestDamage:
         assert entry["projections"]["vera_A"]["max_abs"] is None
         assert entry["projections"]["vera_A"]["places"] == [[0, 1]]
 
-    def test_idle_adapter_is_a_warning_only(self, checkpoint):
+    @pytest.mark.parametrize("vector", ["lambda_b", "lambda_d"])
+    @pytest.mark.parametrize("zero", [0.0, -0.0])
+    def test_idle_adapter_is_a_warning_only(self, checkpoint, vector, zero):
         folder = checkpoint(KEPT)
-        edit(folder, lambda arrays: [a.fill(0) for n, a in arrays.items() if n.endswith("vera_lambda_b")])
+        edit(folder, lambda arrays: [a.fill(zero) for n, a in arrays.items() if n.endswith(f"vera_{vector}")])
         report = one(folder)
-        assert statuses(report)["tensors.lambda_b"] == "warn"
+        assert statuses(report)[f"tensors.{vector}"] == "warn"
         assert report.ok
         assert vera_tools.verify(folder).exit_code == 0
 
@@ -314,13 +317,20 @@ class TestStructure:
     def test_unused_target_module(self, checkpoint):
         folder = checkpoint(KEPT)
         edit(folder, lambda arrays: [arrays.pop(n) for n in list(arrays) if ".v_proj." in n])
-        assert failed(one(folder)) == {"tensors.layers"}
+        assert statuses(one(folder))["tensors.layers"] == "warn"
+        assert failed(one(folder, base=base_of(KEPT))) == {"base.modules"}
+
+    def test_target_module_that_the_model_does_not_have(self, checkpoint):
+        """PEFT takes lists that serve several architectures."""
+        folder = checkpoint(KEPT)
+        set_config(folder, target_modules=["q_proj", "v_proj", "query_key_value"])
+        assert not failed(one(folder, base=base_of(KEPT)))
 
     def test_missing_widest_layer(self, checkpoint):
         folder = checkpoint(KEPT)
         edit(folder, lambda arrays: [arrays.pop(n) for n in list(arrays) if ".q_proj." in n])
         report = one(folder)
-        assert failed(report) == {"tensors.layers", "tensors.out_max"}
+        assert failed(report) == {"tensors.out_max"}
         assert report.verdict == "reproducible"
 
     @pytest.mark.parametrize(
@@ -382,6 +392,14 @@ class TestStructure:
         assert failed(report) == {"base.modules"}
         assert report.verdict == "reproducible"
 
+    @pytest.mark.parametrize(("key", "value"), [("peft_type", ["VERA"]), ("task_type", "FOO")])
+    def test_what_peft_refuses_is_invalid(self, checkpoint, key, value):
+        folder = checkpoint(KEPT)
+        set_config(folder, **{key: value})
+        report = one(folder)
+        assert report.verdict == "invalid"
+        assert key in report.checks[0].message
+
     def test_config_of_the_wrong_kind_names_the_key(self, checkpoint):
         folder = checkpoint(KEPT)
         set_config(folder, projection_prng_key=True)
@@ -404,7 +422,158 @@ class TestStructure:
         assert one(folder).verdict == "reproducible"
 
 
+BERT, GPT2 = "peft-0.21.2-bert-seqcls-kept", "peft-0.21.2-gpt2-conv1d-kept"
+
+
+class TestSavedModules:
+    """Biases and saved modules, which PEFT keeps beside the vectors."""
+
+    def test_a_missing_head_is_seen_against_the_base(self, checkpoint):
+        folder = checkpoint(BERT)
+        edit(folder, lambda arrays: [arrays.pop(n) for n in list(arrays) if "classifier" in n])
+        assert statuses(one(folder))["tensors.saved"] == "warn"
+        assert failed(one(folder, base=base_of(BERT))) == {"base.parameters"}
+
+    def test_half_a_head(self, checkpoint):
+        folder = checkpoint(BERT)
+        edit(folder, lambda arrays: arrays.pop("base_model.model.classifier.bias"))
+        report = one(folder, base=base_of(BERT))
+        assert failed(report) == {"base.parameters"}
+        assert "classifier.bias" in next(c.message for c in report.checks if c.id == "base.parameters")
+
+    def test_a_missing_saved_module(self, checkpoint):
+        folder = checkpoint(KEPT)
+        set_config(folder, modules_to_save=["lm_head"])
+        assert failed(one(folder)) == {"tensors.saved"}
+        weight = np.zeros((128, 64), np.float32)
+        edit(folder, lambda arrays: arrays.__setitem__("base_model.model.lm_head.weight", weight))
+        assert not failed(one(folder, base=base_of(KEPT)))
+
+    def test_a_missing_bias(self, checkpoint):
+        folder = checkpoint(GPT2)
+        name = "base_model.model.transformer.h.1.mlp.c_fc.base_layer.bias"
+        edit(folder, lambda arrays: arrays.pop(name))
+        assert failed(one(folder, base=base_of(GPT2))) == {"base.parameters"}
+
+    def test_a_bias_of_another_length(self, checkpoint):
+        folder = checkpoint(GPT2)
+        name = "base_model.model.transformer.h.1.mlp.c_fc.base_layer.bias"
+        edit(folder, lambda arrays: arrays.__setitem__(name, np.zeros(7, np.float32)))
+        assert failed(one(folder, base=base_of(GPT2))) == {"base.parameters"}
+
+    def test_a_bias_that_no_layer_has(self, checkpoint):
+        folder = checkpoint(GPT2)
+        set_config(folder, bias="all")
+        edit(folder, lambda arrays: arrays.__setitem__("base_model.model.nonsense.bias", np.zeros(7, np.float32)))
+        assert "base.parameters" in failed(one(folder, base=base_of(GPT2)))
+
+    @pytest.mark.parametrize(("rows", "status"), [(128, "pass"), (130, "warn")])
+    def test_resized_embeddings(self, checkpoint, rows, status):
+        folder = checkpoint(KEPT)
+        weight = np.zeros((rows, 64), np.float32)
+        edit(folder, lambda arrays: arrays.__setitem__("base_model.model.model.embed_tokens.weight", weight))
+        report = one(folder, base=base_of(KEPT))
+        assert not failed(report)
+        assert statuses(report)["tensors.unexpected"] == "warn"
+        assert statuses(report)["base.parameters"] == status
+
+    def test_adapted_output_layer(self, tmp_path):
+        """PEFT saves its weight too."""
+        peft = pytest.importorskip("peft")
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+        config = peft.VeraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+        with pytest.warns(UserWarning, match="embedding layers"):
+            peft.get_peft_model(base, config).save_pretrained(tmp_path)
+        assert not failed(one(tmp_path, base=base_of(KEPT)))
+
+    def test_modules_that_are_both_saved_and_targets(self, checkpoint):
+        """SEQ_CLS saves the classifier whole, and "all-linear" names its parts as targets."""
+        folder = checkpoint(BERT)
+        set_config(folder, target_modules=["query", "value", "classifier.dense", "classifier.out_proj"])
+        assert not failed(one(folder))
+        assert statuses(one(folder))["tensors.layers"] == "pass"
+
+    def test_second_adapter_shares_the_first_ones_wider_pair(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        from transformers import AutoModelForCausalLM
+
+        base = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+        wide = peft.VeraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+        narrow = peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base, wide)
+        model.add_adapter("second", narrow)
+        model.save_pretrained(tmp_path)
+        report = one(tmp_path / "second", base=base_of(KEPT))
+        assert failed(report) == {"base.pair"}
+        assert "saved this adapter beside a first, wider one" in str([check.message for check in report.checks])
+        assert not any(load.exact for load in report.loads if load.loader.startswith("peft"))
+        fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+        with pytest.raises(RuntimeError, match="size mismatch"):
+            peft.PeftModel.from_pretrained(fresh, tmp_path / "second")
+
+
 class TestManifest:
+    def test_relabelled_dtypes_and_shapes_are_seen(self, checkpoint):
+        """The bytes are the same, the numbers are not."""
+        folder = checkpoint(BERT)
+        vera_tools.record(folder)
+        path = folder / "adapter_model.safetensors"
+        original = path.read_bytes()
+        path.write_bytes(original.replace(b'"shape":[2,48]', b'"shape":[48,2]'))
+        assert failed(one(folder)) == {"manifest.tensors"}
+        folder = checkpoint("peft-0.11.1-llama-bf16-kept")
+        vera_tools.record(folder)
+        path = folder / "adapter_model.safetensors"
+        path.write_bytes(path.read_bytes().replace(b'"BF16","shape":[16],', b'"F16","shape":[16], '))
+        assert "manifest.tensors" in failed(one(folder))
+
+    @pytest.mark.parametrize(
+        ("old", "new"),
+        [
+            ('"name": "mt19937-f32-fused"', '"name": "mt19937-f32-separate"'),
+            ('"prng_key": 101', '"prng_key": 99'),
+        ],
+    )
+    def test_recipe_that_did_not_make_the_stored_pair(self, checkpoint, old, new):
+        folder = checkpoint(KEPT)
+        vera_tools.record(folder)
+        path = folder / MANIFEST_NAME
+        text = path.read_text().replace(old, new, 1)
+        path.write_text(text.replace('"rounding": "fused"', '"rounding": "separate"') if "separate" in new else text)
+        assert "manifest.recipe" in failed(one(folder))
+
+    def test_digest_of_a_stored_projection_stands_there_twice(self, checkpoint):
+        folder = checkpoint(KEPT)
+        vera_tools.record(folder)
+        path = folder / MANIFEST_NAME
+        manifest = json.loads(path.read_text())
+        manifest["tensors"]["base_model.vera_A"]["sha256"] = "0" * 64
+        path.write_text(json.dumps(manifest))
+        assert failed(one(folder)) == {"manifest.tensors"}
+
+    def test_one_changed_vector_of_two_is_no_training(self, tmp_path):
+        tensors = {
+            "base_model.model.q_proj.vera_lambda_b": np.ones(8, np.float32),
+            "base_model.model.q_proj.vera_lambda_d": np.ones(4, np.float32),
+        }
+        tensors["base_model.vera_A"], tensors["base_model.vera_B"] = generate(Recipe(prng_key=0), PairShape(4, 8, 8))
+        tensorfile.save(tmp_path / "adapter_model.safetensors", tensors, {})
+        VeraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
+        vera_tools.record(tmp_path)
+        edit(tmp_path, lambda arrays: arrays["base_model.model.q_proj.vera_lambda_b"].__setitem__(3, 2))
+        assert failed(one(tmp_path)) == {"manifest.tensors"}
+
+    def test_saved_again_unchanged_by_peft(self, checkpoint):
+        """PEFT fills in the base's name; nothing that the adapter computes with has changed."""
+        folder = checkpoint(KEPT)
+        vera_tools.record(folder)
+        set_config(folder, base_model_name_or_path="somewhere/base", inference_mode=False, revision="main")
+        report = one(folder)
+        assert not failed(report)
+        assert statuses(report)["manifest.config"] == "warn"
+
     def test_saved_again_after_training_on_is_stale(self, checkpoint):
         """Real PEFT loads, changes the vectors, and saves into the same folder."""
         folder = checkpoint(KEPT)

@@ -143,23 +143,53 @@ class BaseModel:
     def locate(self, modules: Iterable[str]) -> Renaming:
         """The renaming under which the most of the adapter's modules have a weight here.
 
-        No renaming wins over any other, so a model that fits as it is, is taken as it is.
+        A model that fits as it is, is taken as it is. Otherwise the leading part of a module's name may be another
+        here: none ("layers.0" for "model.layers.0"), one more, or one in place of another
+        ("language_model.model.layers.0" for "model.language_model.layers.0").
+
+        Raises:
+            CheckFailedError: the modules fit as well in several places.
         """
         weights = {name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")}
         modules = list(modules)
-        options = {Renaming()}
-        for module in modules[:1]:
-            parts = module.split(".")
-            options |= {
-                Renaming(strip=".".join(parts[:n]) + ".")
-                for n in range(1, len(parts))
-                if ".".join(parts[n:]) in weights
-            }
-            options |= {Renaming(add=name.removesuffix(module)) for name in weights if name.endswith(f".{module}")}
-        return max(
-            sorted(options, key=lambda option: (option != Renaming(), len(option.strip), option.add)),
-            key=lambda option: sum(option(module) in weights for module in modules),
-        )
+        found = sum(module in weights for module in modules)
+        if found == len(modules):
+            return Renaming()
+        best, fits = {Renaming()}, found
+        deepest = max(modules, key=lambda module: module.count("."))
+        for option in self._renamings(deepest, weights):
+            found = sum(option(module) in weights for module in modules)
+            if found > fits:
+                best, fits = {option}, found
+            elif found == fits and fits:
+                best.add(option)
+        if Renaming() in best:
+            return Renaming()
+        # "model." taken off is the same as "model.language_model." become "language_model.": the shortest says it.
+        places = {option(deepest): option for option in sorted(best, key=lambda o: -len(o.strip + o.add))}
+        # Of a text and a vision tower, the one whose name the module bears is meant.
+        shared = {place: len(set(place.split(".")) & set(deepest.split("."))) for place in places}
+        places = {place: option for place, option in places.items() if shared[place] == max(shared.values())}
+        if len(places) > 1:
+            raise CheckFailedError(
+                "the adapter's modules fit in several places of the base",
+                where=self.label,
+                found=" and ".join(sorted(places)[:3]),
+                hint="name the part of the base that was adapted",
+            )
+        return next(iter(places.values()))
+
+    @staticmethod
+    def _renamings(module: str, weights: set[str]) -> set[Renaming]:
+        """The renamings under which one module has a weight."""
+        parts = module.split(".")
+        found = set()
+        for n in range(len(parts)):
+            strip, rest = ".".join(parts[:n]) + "." * (n > 0), ".".join(parts[n:])
+            # A bare "q_proj" is no evidence; a path with a number in it, such as "layers.0.self_attn.q_proj", is.
+            if n == 0 or rest in weights or any(part.isdigit() for part in parts[n:]):
+                found |= {Renaming(strip, w.removesuffix(rest)) for w in weights if w == rest or w.endswith(f".{rest}")}
+        return found
 
     def linear(self, module: str, *, out_features: int, transposed: bool, renaming: Renaming) -> Linear:
         """The weight of an adapted module.

@@ -115,6 +115,10 @@ class VeraConfig:
         if not isinstance(data, dict):
             raise FormatError("not an adapter config", where=where, expected="a JSON object", found=type(data).__name__)
         kind = data.get("peft_type")
+        if kind is not None and not isinstance(kind, str):
+            raise FormatError(
+                "has a wrong value", where=f"{where}: peft_type", expected='"VERA"', found=json.dumps(kind)
+            )
         if isinstance(kind, str) and kind.upper() != "VERA":
             raise NotVeraError(f"this is a {kind} adapter, not VeRA", kind=kind, where=where)
         if kind is None:

@@ -1,1 +1,1 @@
-"""Other forms of a checkpoint: `strip`, `embed`, `lora`, and `foreign` ones brought in; `batch` does whole registries."""
+"""Other forms of a checkpoint: `strip`, `embed`, `lora`; `foreign` ones brought in; `batch` does whole registries."""

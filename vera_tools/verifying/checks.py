@@ -1,7 +1,8 @@
-"""The list of checks that `verify` works through: each looks at one thing and says pass, fail, warn or skip.
+"""The checks that `verify` works through: each looks at one thing and says pass, fail, warn or skip.
 
 A failed check makes a checkpoint not ok, whatever its verdict; a warning changes nothing. Checks never raise for what
-they find in a checkpoint that could be opened.
+they find in a checkpoint that could be opened. Those of config, header and values are here; `recorded` has those
+against a manifest, `fit` those against a base model.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import MODULES, ROOT, Checkpoint
+from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.config import VeraConfig
 from vera_tools.dtypes import FLOATS, np_dtype
-from vera_tools.errors import CheckFailedError, VeraToolsError
-from vera_tools.manifest import PROJECTIONS, Manifest, ProjectionRecord
 from vera_tools.tensorfile import TensorInfo
 
 Status = Literal["pass", "fail", "warn", "skip"]
@@ -46,13 +45,15 @@ class Scan:
     zero: bool
 
 
-# The heads that PEFT trains and saves for these tasks, whether or not the config names them.
-_TASK_HEADS = {
-    "SEQ_CLS": ["classifier", "score"],
-    "TOKEN_CLS": ["classifier", "score"],
-    "QUESTION_ANS": ["qa_outputs"],
+# The heads that PEFT trains and saves for these tasks, whether or not the config names them; a model has one of them.
+TASK_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
 }
-_EMBEDDINGS = re.compile(r"\.(embed_tokens|lm_head|wte|wpe|word_embeddings|embed_in|embed_out|shared)\.weight$")
+EMBEDDINGS = re.compile(
+    r"(?:^|\.)(embed_tokens|lm_head|wte|wpe|word_embeddings|embed_in|embed_out|shared)(\.base_layer)?\.weight$"
+)
 
 
 def scan(checkpoint: Checkpoint) -> dict[str, Scan]:
@@ -71,6 +72,7 @@ def structure(checkpoint: Checkpoint) -> Iterator[Check]:
     if shapes.status == "pass":
         yield _out_max(checkpoint)
     yield _dtypes(checkpoint)
+    yield _saved(checkpoint)
     yield _unexpected(checkpoint)
 
 
@@ -78,74 +80,16 @@ def values(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
     """What the tensors hold."""
     bad = [f"{name}{_place(checkpoint.weights.tensors[name], s.bad)}" for name, s in scans.items() if s.bad is not None]
     if bad:
-        yield Check("tensors.finite", "fail", f"NaN or infinity in {_some(bad)}")
+        yield Check("tensors.finite", "fail", f"NaN or infinity in {some(bad)}")
     else:
         yield Check("tensors.finite", "pass", f"no NaN and no infinity in {len(scans)} tensors")
-    vectors = [layer.lambda_b.name for layer in checkpoint.layers.values() if layer.lambda_b]
-    zero = [name for name in vectors if scans[name].zero]
-    if vectors and len(zero) == len(vectors):
-        message = "every vera_lambda_b is all zeros: the adapter does nothing yet, so equal outputs would prove nothing"
-        yield Check("tensors.lambda_b", "warn", message)
-    else:
-        yield Check(
-            "tensors.lambda_b", "pass", f"{len(vectors) - len(zero)} of {len(vectors)} vera_lambda_b are non-zero"
-        )
-
-
-def recorded(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
-    """The checkpoint against its manifest, and against its file's own record."""
-    if checkpoint.embedded_error:
-        yield Check("metadata.schema", "fail", str(checkpoint.embedded_error))
-    elif checkpoint.embedded:
-        yield _projection_digests("metadata.projections", checkpoint.embedded, scans)
-    manifest = checkpoint.manifest
-    if manifest is None:
-        if checkpoint.manifest_error:
-            yield Check("manifest.schema", "fail", str(checkpoint.manifest_error))
-        else:
-            yield Check("manifest.schema", "skip", "no manifest: vectors and config are not covered (see `record`)")
-        return
-    yield Check("manifest.schema", "pass", f"written by {manifest.tool['name']} {manifest.tool['version']}")
-    if manifest.projections.assumed:
-        message = "the recipe was assumed when the manifest was written, not proven from stored projections"
-        yield Check("manifest.assumed", "warn", message)
-    yield _projection_digests("manifest.projections", manifest.projections, scans)
-    if checkpoint.embedded and checkpoint.embedded != manifest.projections:
-        message = "the file's own metadata records another recipe, shape or digest than the manifest"
-        yield Check("metadata.manifest", "fail", message)
-    tensors = _vectors(manifest, checkpoint, scans)
-    yield tensors
-    yield _config(manifest, checkpoint, stale=tensors.id == "manifest.stale")
-    yield _metadata(manifest, checkpoint)
-
-
-def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
-    """The checkpoint against its base model, from headers alone."""
-    try:
-        linears = checkpoint.linears(base)
-    except VeraToolsError as error:
-        yield Check("base.modules", "fail", str(error))
-        return
-    missing = _not_adapted(checkpoint, base)
-    if missing:
-        message = f"the config adapts modules of the base for which there are no vectors: {_some(missing)}"
-        yield Check("base.modules", "fail", message)
-    else:
-        yield Check("base.modules", "pass", f"all {len(linears)} adapted modules exist, with fitting shapes")
-    try:
-        known, follows = checkpoint.pair_shape(), _pair_shape_of(checkpoint, base)
-    except VeraToolsError as error:
-        yield Check("base.pair", "fail", str(error))
-        return
-    dimensions = f"in_max {follows[0]} and out_max {follows[1]}"
-    if known and (known.in_max, known.out_max) != follows:
-        message = f"the base gives {dimensions}, the projections have in_max {known.in_max} and out_max {known.out_max}"
-        yield Check("base.pair", "fail", message)
-    elif known:
-        yield Check("base.pair", "pass", f"{dimensions} follow from the base")
-    else:
-        yield Check("base.pair", "pass", f"the projections can be regenerated: {dimensions} follow from the base")
-    yield from _recorded_base(checkpoint, base)
+    for vector in ("vera_lambda_b", "vera_lambda_d"):
+        names = [name for name in scans if name.endswith(f".{vector}")]
+        zero = sum(scans[name].zero for name in names)
+        message = f"{len(names) - zero} of {len(names)} {vector} are non-zero"
+        if names and zero == len(names):
+            message = f"every {vector} is all zeros: the adapter does nothing yet, so equal outputs would prove nothing"
+        yield Check(f"tensors.{vector[5:]}", "warn" if names and zero == len(names) else "pass", message)
 
 
 def _key(checkpoint: Checkpoint) -> Check:
@@ -178,14 +122,20 @@ def _layers(checkpoint: Checkpoint) -> Check:
         if info is None
     ]
     if missing:
-        return Check("tensors.layers", "fail", f"missing: {_some(missing)}")
+        return Check("tensors.layers", "fail", f"missing: {some(missing)}")
     targets = checkpoint.config.target_modules
-    if isinstance(targets, list):
-        modules = list(checkpoint.layers)
-        idle = [t for t in targets if not any(m == t or m.endswith(f".{t}") for m in modules)]
-        if idle:
-            message = f"target_modules names modules for which there are no vectors: {_some(idle)}"
-            return Check("tensors.layers", "fail", message)
+    saved = saved_modules(checkpoint.config)
+    idle = [
+        target
+        for target in (targets if isinstance(targets, list) else [])
+        if not any(module == target or module.endswith(f".{target}") for module in checkpoint.layers)
+        and not any(re.match(rf"(^|.*\.){re.escape(name)}($|\.)", target) for name in saved)
+    ]
+    if idle:
+        message = (
+            f"target_modules names {some(idle)}, for which there are no vectors: --base tells whether any is missing"
+        )
+        return Check("tensors.layers", "warn", message)
     return Check(
         "tensors.layers", "pass", f"{len(checkpoint.layers)} layers, each with vera_lambda_b and vera_lambda_d"
     )
@@ -204,10 +154,14 @@ def _shapes(checkpoint: Checkpoint) -> Check:
         if name in pair and (len(pair[name].shape) != 2 or pair[name].shape[axis] != r or 0 in pair[name].shape):
             expected = f"[{r}, in_max]" if name == "vera_A" else f"[out_max, {r}]"
             wrong.append(f"{name} {list(pair[name].shape)}, expected {expected}")
+    if wrong and len(pair) == 2 and len(pair["vera_A"].shape) == 2 and pair["vera_A"].shape[0] > r:
+        wrong.append(
+            "PEFT saves the pair of the model's first adapter with every other one, which then cannot be loaded"
+        )
     if not pair and checkpoint.recorded and checkpoint.recorded.shape.r != r:
         wrong.append(f"recorded r {checkpoint.recorded.shape.r}, expected {r}")
     if wrong:
-        return Check("tensors.shapes", "fail", _some(wrong))
+        return Check("tensors.shapes", "fail", some(wrong))
     return Check("tensors.shapes", "pass", f"every shape fits r = {r} and the others")
 
 
@@ -220,7 +174,10 @@ def _out_max(checkpoint: Checkpoint) -> Check:
     else:
         return Check("tensors.out_max", "pass", f"out_max is {widest}, by the longest vera_lambda_b")
     if out_max != widest:
-        message = f"vera_B has {out_max} rows, the longest vera_lambda_b {widest} elements: is a layer missing?"
+        message = (
+            f"vera_B has {out_max} rows, the longest vera_lambda_b {widest} elements: a layer is missing, or PEFT "
+            "saved this adapter beside a first, wider one, whose pair it then shares"
+        )
         return Check("tensors.out_max", "fail", message)
     return Check("tensors.out_max", "pass", f"vera_B has {out_max} rows, as the longest vera_lambda_b has elements")
 
@@ -231,7 +188,7 @@ def _dtypes(checkpoint: Checkpoint) -> Check:
     ours |= {i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}
     wrong = [f"{name} {infos[name].dtype}" for name in infos if name in ours and infos[name].dtype not in FLOATS]
     if wrong:
-        return Check("tensors.dtypes", "fail", f"not a floating-point dtype that VeRA computes in: {_some(wrong)}")
+        return Check("tensors.dtypes", "fail", f"not a floating-point dtype that VeRA computes in: {some(wrong)}")
     pair = {info.dtype for info in checkpoint.projections.values()}
     if len(pair) > 1:
         return Check("tensors.dtypes", "fail", f"vera_A and vera_B have different dtypes: {' and '.join(sorted(pair))}")
@@ -248,13 +205,13 @@ def _unexpected(checkpoint: Checkpoint) -> Check:
     unknown: list[str] = []
     for name in checkpoint.other_tensors:
         if not _is_expected(name.removeprefix(MODULES), checkpoint) or not name.startswith(MODULES):
-            (embeddings if _EMBEDDINGS.search(name) else unknown).append(name)
+            (embeddings if EMBEDDINGS.search(name) else unknown).append(name)
     if outside or unknown:
-        parts = [f"no part of this adapter by its config: {_some(unknown)}"] if unknown else []
-        parts += [f"not in target_modules: {_some(outside)}"] if outside else []
+        parts = [f"no part of this adapter by its config: {some(unknown)}"] if unknown else []
+        parts += [f"not in target_modules: {some(outside)}"] if outside else []
         return Check("tensors.unexpected", "fail", "; ".join(parts))
     if embeddings:
-        message = f"embeddings are saved too, as PEFT does after resizing them: {_some(embeddings)}"
+        message = f"embeddings are saved too, as PEFT does after resizing them: {some(embeddings)}"
         return Check("tensors.unexpected", "warn", message)
     return Check("tensors.unexpected", "pass", "no tensor that the config does not explain")
 
@@ -262,133 +219,43 @@ def _unexpected(checkpoint: Checkpoint) -> Check:
 def _is_expected(parameter: str, checkpoint: Checkpoint) -> bool:
     config = checkpoint.config
     module, _, kind = parameter.rpartition(".")
-    if kind == "bias" and config.bias == "all":
+    adapted = module.removesuffix(".base_layer") in checkpoint.layers
+    if kind == "bias" and (config.bias == "all" or (config.bias == "vera_only" and adapted)):
         return True
-    if kind == "bias" and config.bias == "vera_only" and module.removesuffix(".base_layer") in checkpoint.layers:
-        return True
-    saved = [*(config.modules_to_save or []), *_TASK_HEADS.get(config.task_type or "", [])]
-    parts = module.split(".")
-    return any(".".join(parts[: n + 1]).endswith(name) for n in range(len(parts)) for name in saved)
+    if adapted and EMBEDDINGS.search(parameter):
+        return True  # PEFT saves the weight of an embedding or output layer that is adapted, too
+    return any(belongs(parameter, name) for name in saved_modules(config))
 
 
-def _projection_digests(check: str, record: ProjectionRecord, scans: dict[str, Scan]) -> Check:
-    stored = {name: scans[ROOT + name].sha256 for name in PROJECTIONS if ROOT + name in scans}
-    wrong = [name for name, digest in stored.items() if digest != record.sha256[name]]
-    if wrong:
-        message = f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not what was recorded: changed since"
-        return Check(check, "fail", message)
-    if not stored:
-        return Check(check, "pass", "recipe and digests of the projections are recorded")
-    return Check(check, "pass", "the stored projections have the recorded digests")
+def saved_modules(config: VeraConfig) -> tuple[str, ...]:
+    """The modules that PEFT trains and saves whole: those that the config names, and the task's heads."""
+    return tuple(dict.fromkeys([*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ())]))
 
 
-def _vectors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
-    pair = {ROOT + name for name in PROJECTIONS}
-    recorded, found = set(manifest.tensors) - pair, set(scans) - pair
-    if recorded != found:
-        parts = [f"missing {_some(sorted(recorded - found))}"] if recorded - found else []
-        parts += [f"not recorded {_some(sorted(found - recorded))}"] if found - recorded else []
-        return Check("manifest.tensors", "fail", "; ".join(parts))
-    changed = sorted(name for name in found if manifest.tensors[name].sha256 != scans[name].sha256)
-    if not changed:
-        return Check("manifest.tensors", "pass", f"all {len(found)} tensors have the recorded digests")
-    vectors = [i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
-    moved = sum(name in set(changed) for name in vectors)
-    if 2 * moved >= len(vectors) and not any(_is_changed(manifest, scans, name) for name in pair):
-        message = (
-            f"{moved} of {len(vectors)} vectors are not the recorded ones, while the projections are: saved again "
-            "after training on? Renew the manifest with `record`"
-        )
-        return Check("manifest.stale", "fail", message)
-    message = (
-        f"{len(changed)} of {len(found)} tensors are not the recorded ones, too few for training on (which moves all "
-        f"vectors), so this looks like corruption: {_some(changed)}"
-    )
-    return Check("manifest.tensors", "fail", message)
+def belongs(parameter: str, saved: str) -> bool:
+    """Whether a parameter lies in a module of that name, by PEFT's rule: any module whose full name ends so."""
+    parts = parameter.split(".")
+    return any(".".join(parts[:n]).endswith(saved) for n in range(1, len(parts)))
 
 
-def _is_changed(manifest: Manifest, scans: dict[str, Scan], name: str) -> bool:
-    short = name.removeprefix(ROOT)
-    return name in scans and scans[name].sha256 != manifest.projections.sha256[short]
-
-
-def _config(manifest: Manifest, checkpoint: Checkpoint, *, stale: bool) -> Check:
-    then, now = _comparable(manifest.config), _comparable(checkpoint.raw_config)
-    keys = sorted(
-        key for key in then.keys() | now.keys() if then.get(key) != now.get(key) or (key in then) != (key in now)
-    )
-    if not keys:
-        return Check("manifest.config", "pass", "adapter_config.json says what was recorded")
-    changes = [f"{key} {then.get(key, 'absent')!r} became {now.get(key, 'absent')!r}" for key in keys]
-    return Check("manifest.config", "warn" if stale else "fail", _some(changes))
-
-
-def _comparable(config: dict[str, Any]) -> dict[str, Any]:
-    # PEFT keeps these as sets, so their order changes from one saving to the next.
-    return {
-        key: sorted(map(str, value))
-        if key in ("target_modules", "modules_to_save") and isinstance(value, list)
-        else value
-        for key, value in config.items()
-    }
-
-
-def _metadata(manifest: Manifest, checkpoint: Checkpoint) -> Check:
-    then, now = manifest.metadata, checkpoint.weights.metadata
-    changed = sorted(key for key in then.keys() & now.keys() if then[key] != now[key])
-    if changed:
-        return Check("manifest.metadata", "fail", f"the file's metadata changed: {_some(changed)}")
-    gone, new = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
-    if gone and new:
-        return Check("manifest.metadata", "fail", f"the file's metadata has {_some(new)} in place of {_some(gone)}")
-    if gone or new:  # PEFT saving into the same folder drops what it does not know
-        what = f"lost {_some(gone)}" if gone else f"gained {_some(new)}"
-        return Check("manifest.metadata", "warn", f"the file's metadata {what}: another program saved it")
-    return Check("manifest.metadata", "pass", "the file's metadata is the recorded one")
-
-
-def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
-    """Modules of the base that the config would adapt and the checkpoint does not."""
-    config = checkpoint.config
-    if config.target_modules is None or config.target_modules == "all-linear":
-        return []
-    renaming = base.locate(checkpoint.layers)
-    known = {renaming(module) for module in checkpoint.layers}
-    return sorted(
-        module
-        for name, (_, info) in base.tensors.items()
-        if name.endswith(".weight") and len(info.shape) == 2 and not _EMBEDDINGS.search(f".{name}")
-        for module in [name.removesuffix(".weight")]
-        if module not in known and config.targets(_unrename(module, renaming.strip, renaming.add))
-    )
-
-
-def _unrename(module: str, strip: str, add: str) -> str:
-    return strip + module.removeprefix(add)
-
-
-def _pair_shape_of(checkpoint: Checkpoint, base: BaseModel) -> tuple[int, int]:
-    linears = checkpoint.linears(base)
-    if not linears:
-        raise CheckFailedError("nothing is adapted", where=checkpoint.label)
-    return max(linear.in_features for linear in linears), max(linear.out_features for linear in linears)
-
-
-def _recorded_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
-    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
-    if not weights:
-        return
-    found = {linear.weight: linear for linear in checkpoint.linears(base)}
-    wrong = [
+def _saved(checkpoint: Checkpoint) -> Check:
+    parameters = [name.removeprefix(MODULES) for name in checkpoint.other_tensors]
+    # PEFT names the usual heads itself, and a model may have others: their absence proves nothing.
+    heads = {head for names in TASK_HEADS.values() for head in names}
+    absent = [
         name
-        for name, record in weights.items()
-        if name not in found or (found[name].info.shape, found[name].info.dtype) != (record.shape, record.dtype)
+        for name in checkpoint.config.modules_to_save or []
+        if not any(belongs(parameter, name) for parameter in parameters)
     ]
-    if wrong:
-        message = f"not the base that was recorded: {_some(sorted(wrong))}"
-        yield Check("base.recorded", "warn", message)
-    else:
-        yield Check("base.recorded", "pass", f"{len(weights)} adapted weights have the recorded shapes and dtypes")
+    missing = [name for name in absent if name not in heads]
+    if missing:
+        return Check("tensors.saved", "fail", f"modules_to_save names {some(missing)}, of which nothing is in the file")
+    if absent and not any(belongs(parameter, head) for parameter in parameters for head in heads):
+        message = (
+            f"modules_to_save names {some(absent)}, and no head is in the file: --base tells whether one is missing"
+        )
+        return Check("tensors.saved", "warn", message)
+    return Check("tensors.saved", "pass", f"{len(parameters)} tensors of biases and saved modules")
 
 
 def _scan(checkpoint: Checkpoint, info: TensorInfo) -> Scan:
@@ -396,9 +263,12 @@ def _scan(checkpoint: Checkpoint, info: TensorInfo) -> Scan:
     dtype = np_dtype(info.dtype) if info.dtype in FLOATS else None
     for chunk in checkpoint.weights.chunks(info):
         digest.update(chunk)
-        zero = zero and not np.frombuffer(chunk, np.uint8).any()
-        if dtype is not None and bad is None:
-            finite = np.isfinite(np.frombuffer(chunk, dtype))
+        if dtype is None:
+            continue
+        values = np.frombuffer(chunk, dtype)
+        zero = zero and not (values != 0).any()
+        if bad is None:
+            finite = np.isfinite(values)
             if not finite.all():
                 bad = done + int(np.argmin(finite))
             done += finite.size
@@ -410,7 +280,8 @@ def _place(info: TensorInfo, index: int | None) -> str:
     return str([int(i) for i in place])
 
 
-def _some(items: Iterable[object], most: int = 3) -> str:
+def some(items: Iterable[object], most: int = 3) -> str:
+    """The first few of many, in a sentence."""
     texts = [str(item) for item in items]
     rest = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + rest

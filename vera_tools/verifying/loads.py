@@ -71,6 +71,7 @@ class Trained:
         recipes: Every recipe that gives exactly their bits, the canonical one first; empty where none does; None where
             nothing is known (seed-only, nothing recorded).
         dtype: The dtype they are stored or recorded in.
+        fits: The pair has the size that the adapter's own layers give, which is the size PEFT makes room for.
         representable: Whether casting the stored values to a half dtype changes none of them.
     """
 
@@ -80,6 +81,7 @@ class Trained:
     recipes: Collection[Recipe] | None
     dtype: str
     representable: Callable[[str], bool]
+    fits: bool = True
 
 
 def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
@@ -106,6 +108,8 @@ def _row(
 ) -> tuple[bool | None, str]:
     if loader == VERA_TOOLS:
         return _vera_tools(trained)
+    if loader == PEFT and trained.stored and trained.save_projection and not trained.fits:
+        return False, "refuses the stored pair, which does not have the size that this adapter's own layers give"
     if loader == PEFT and trained.stored and trained.save_projection:
         return _restored(trained, options, base_dtype)
     exact, why = _redraw(trained, rounding, base_dtype)
@@ -139,6 +143,8 @@ def _restored(trained: Trained, options: dict[str, bool], base_dtype: str) -> tu
 def _redraw(trained: Trained, rounding: str, base_dtype: str) -> tuple[bool | None, str]:
     if trained.recipes is None:
         return None, "draws it from the key, and nothing records what it was trained with"
+    if not trained.fits:
+        return False, "draws a pair of another size from the key: that which this adapter's own layers give"
     if not trained.recipes:
         return False, "draws it from the key, which does not give the trained pair"
     key = trained.prng_key

@@ -206,9 +206,7 @@ class _Log:
     def write(self, result: Result) -> None:
         """Append a result, unless it comes from here."""
         if self._stream and (result.commit is None or self.get(result.path, result.commit) is not result):
-            self._stream.write(
-                json.dumps({**result.to_dict(), "base": self._base}, ensure_ascii=False, allow_nan=False) + "\n"
-            )
+            self._stream.write(json.dumps({**result.to_dict(), "base": self._base}, allow_nan=False) + "\n")
             self._stream.flush()
 
     def _remember(self, line: bytes, *, where: str) -> None:

@@ -28,8 +28,8 @@ from vera_tools.manifest import PROJECTIONS, ProjectionRecord
 from vera_tools.prng import PairShape, digests
 from vera_tools.projections import stored_pair
 from vera_tools.recipe import Recipe
-from vera_tools.report import Progress, Report
-from vera_tools.verifying import checks, registry
+from vera_tools.report import Progress, Report, printable
+from vera_tools.verifying import checks, fit, recorded, registry
 from vera_tools.verifying.checks import Check, Scan
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
 
@@ -162,6 +162,9 @@ class VerifyReport(Report):
             suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
         for key in ("tests", "failures", "skipped"):
             root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
+        for element in root.iter():  # XML 1.0 has no way at all to write most control characters
+            element.attrib.update({key: printable(value) for key, value in element.attrib.items()})
+            element.text = element.text and printable(element.text)
         ElementTree.indent(root)
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
@@ -263,9 +266,9 @@ class Verifier:
                 projections_stored=len(checkpoint.projections) == 2,
             )
         scans = checks.scan(checkpoint)
-        found += [*checks.values(checkpoint, scans), *checks.recorded(checkpoint, scans)]
+        found += [*checks.values(checkpoint, scans), *recorded.against_manifest(checkpoint, scans)]
         if self._base:
-            found += checks.against_base(checkpoint, self._base)
+            found += fit.against_base(checkpoint, self._base)
         pair = stored_pair(checkpoint)
         if pair:
             return self._stored(path, checkpoint, pair, scans, found)
@@ -280,13 +283,15 @@ class Verifier:
         identified = self._memory(("identify", key, *identity), lambda: identify_pair(pair, prng_key=key))
         identified = with_digests(identified, sha256)
         verdict: Verdict = "reproducible" if identified.made_by(key) else "drift"
-        found.append(_projections_check(identified, key))
+        found += [*recorded.recipe(checkpoint, identified), _projections_check(identified, key)]
+        fits = not _failed(found, {"tensors.out_max", "base.pair"})
         trained = Trained(
             stored=True,
             save_projection=checkpoint.config.save_projection,
             prng_key=key,
             recipes=identified.all_recipes,
             dtype=pair.dtype,
+            fits=fits,
             representable=lambda dtype: self._memory(("held", dtype, *identity), lambda: _representable(pair, dtype)),
         )
         return CheckpointReport(
@@ -298,7 +303,7 @@ class Verifier:
             recipe=identified.recipe,
             also_matches=identified.also_matches,
             projections=(identified.matches["vera_A"], identified.matches["vera_B"]),
-            loads=self._memory(("loads", trained.save_projection, key, *identity), lambda: loader_table(trained)),
+            loads=self._memory(("loads", trained.save_projection, fits, key, *identity), lambda: loader_table(trained)),
             scope=_scope(checkpoint, found),
         )
 

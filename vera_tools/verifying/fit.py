@@ -1,0 +1,140 @@
+"""The checkpoint against its base model, from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vera_tools.base import BaseModel, Renaming
+from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.errors import CheckFailedError, VeraToolsError
+from vera_tools.verifying.checks import EMBEDDINGS, TASK_HEADS, Check, belongs, saved_modules, some
+
+_RENAMED = (
+    " (transformers 5 renames the modules of some models on loading, ViT's for one: then files and modules differ)"
+)
+
+
+def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
+    """The checkpoint against its base model, from headers alone."""
+    try:
+        linears = checkpoint.linears(base)
+    except VeraToolsError as error:
+        hint = "" if "no such module" not in str(error) else _RENAMED
+        yield Check("base.modules", "fail", f"{error}{hint}")
+        return
+    missing = _not_adapted(checkpoint, base)
+    if missing:
+        message = f"the config adapts modules of the base for which there are no vectors: {some(missing)}"
+        yield Check("base.modules", "fail", message)
+    else:
+        yield Check("base.modules", "pass", f"all {len(linears)} adapted modules exist, with fitting shapes")
+    try:
+        known, follows = checkpoint.pair_shape(), _pair_shape_of(checkpoint, base)
+    except VeraToolsError as error:
+        yield Check("base.pair", "fail", str(error))
+        return
+    dimensions = f"in_max {follows[0]} and out_max {follows[1]}"
+    if known and (known.in_max, known.out_max) != follows:
+        message = (
+            f"the base gives {dimensions}, the projections have in_max {known.in_max} and out_max {known.out_max}: "
+            "another base, or PEFT saved this adapter beside a first, wider one, whose pair it then shares"
+        )
+        yield Check("base.pair", "fail", message)
+    elif known:
+        yield Check("base.pair", "pass", f"{dimensions} follow from the base")
+    else:
+        yield Check("base.pair", "pass", f"the projections can be regenerated: {dimensions} follow from the base")
+    yield _parameters(checkpoint, base)
+    yield from _recorded_base(checkpoint, base)
+
+
+def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
+    """Modules of the base that the config would adapt and the checkpoint does not."""
+    config = checkpoint.config
+    if config.target_modules is None or config.target_modules == "all-linear":
+        return []
+    renaming = base.locate(checkpoint.layers)
+    known = {renaming(module) for module in checkpoint.layers}
+    return sorted(
+        module
+        for name, (_, info) in base.tensors.items()
+        if name.startswith(renaming.add)
+        and name.endswith(".weight")
+        and len(info.shape) == 2
+        and not EMBEDDINGS.search(f".{name}")
+        for module in [name.removesuffix(".weight")]
+        if module not in known and config.targets(_unrename(module, renaming.strip, renaming.add))
+    )
+
+
+def _unrename(module: str, strip: str, add: str) -> str:
+    return strip + module.removeprefix(add)
+
+
+def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
+    """Biases and saved modules against the base's parameters: none missing, none too many, each of the same shape."""
+    renaming = base.locate(checkpoint.layers)
+    heads = TASK_HEADS.get(checkpoint.config.task_type or "", ())
+    resized: list[str] = []
+    wrong: list[str] = []
+    for name, info in checkpoint.other_tensors.items():
+        parameter = name.removeprefix(MODULES)
+        place = base.tensors.get(renaming(parameter.replace(".base_layer.", ".")))
+        free = EMBEDDINGS.search(parameter) or any(belongs(parameter, head) for head in heads)
+        if place is None:
+            # A base saved without its head has none, and a tied output layer is not stored.
+            wrong += [] if free else [f"{parameter} is none of the base's"]
+        elif place[1].shape != info.shape:
+            fits_otherwise = free and place[1].shape[1:] == info.shape[1:]
+            text = f"{parameter} {list(info.shape)}, the base has {list(place[1].shape)}"
+            (resized if fits_otherwise else wrong).append(text)
+    missing = sorted(
+        _trained_parameters(checkpoint, base, renaming) - {n.removeprefix(MODULES) for n in checkpoint.other_tensors}
+    )
+    if missing or wrong:
+        parts = [f"trained, but not in the file: {some(missing)}"] if missing else []
+        return Check("base.parameters", "fail", "; ".join([*parts, *([some(wrong)] if wrong else [])]))
+    if resized:
+        return Check("base.parameters", "warn", f"resize the base before loading: {some(resized)}")
+    return Check("base.parameters", "pass", f"{len(checkpoint.other_tensors)} biases and saved parameters fit")
+
+
+def _trained_parameters(checkpoint: Checkpoint, base: BaseModel, renaming: Renaming) -> set[str]:
+    """The base's parameters, by the adapter's names, that this config trains and saves besides the vectors."""
+    config, saved = checkpoint.config, saved_modules(checkpoint.config)
+    names = set()
+    for tensor, (_, info) in base.tensors.items():
+        parameter = _unrename(tensor, renaming.strip, renaming.add)
+        module, _, kind = parameter.rpartition(".")
+        if any(belongs(parameter, name) for name in saved):
+            names.add(parameter)
+        elif kind == "bias" and len(info.shape) == 1:  # GPT-2's old files hold its causal mask as attn.bias
+            if module in checkpoint.layers and config.bias != "none":
+                names.add(f"{module}.base_layer.bias")
+            elif config.bias == "all":
+                names.add(parameter)
+    return names
+
+
+def _pair_shape_of(checkpoint: Checkpoint, base: BaseModel) -> tuple[int, int]:
+    linears = checkpoint.linears(base)
+    if not linears:
+        raise CheckFailedError("nothing is adapted", where=checkpoint.label)
+    return max(linear.in_features for linear in linears), max(linear.out_features for linear in linears)
+
+
+def _recorded_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
+    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
+    if not weights:
+        return
+    found = {linear.weight: linear for linear in checkpoint.linears(base)}
+    wrong = [
+        name
+        for name, record in weights.items()
+        if name not in found or (found[name].info.shape, found[name].info.dtype) != (record.shape, record.dtype)
+    ]
+    if wrong:
+        message = f"not the base that was recorded: {some(sorted(wrong))}"
+        yield Check("base.recorded", "warn", message)
+    else:
+        yield Check("base.recorded", "pass", f"{len(weights)} adapted weights have the recorded shapes and dtypes")

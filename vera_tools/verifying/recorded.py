@@ -1,0 +1,157 @@
+"""The checkpoint against its manifest, and against the record in its own file's metadata.
+
+Where the manifest does not hold, this tells a checkpoint that was saved again after training on (stale) from one that
+was damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from vera_tools.checkpoint import ROOT, Checkpoint
+from vera_tools.identification import Identification
+from vera_tools.manifest import PROJECTIONS, Manifest, ProjectionRecord
+from vera_tools.verifying.checks import EMBEDDINGS, Check, Scan, some
+
+# What PEFT fills in or changes when it saves an adapter again. None of it changes what the adapter computes.
+_FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
+_RENEW = "renew the manifest with `record` if this was meant"
+
+
+def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
+    """The checkpoint against its manifest, and against its file's own record."""
+    if checkpoint.embedded_error:
+        yield Check("metadata.schema", "fail", str(checkpoint.embedded_error))
+    elif checkpoint.embedded:
+        yield _projection_digests("metadata.projections", checkpoint.embedded, checkpoint, scans)
+    manifest = checkpoint.manifest
+    if manifest is None:
+        if checkpoint.manifest_error:
+            yield Check("manifest.schema", "fail", str(checkpoint.manifest_error))
+        else:
+            yield Check("manifest.schema", "skip", "no manifest: vectors and config are not covered (see `record`)")
+        return
+    yield Check("manifest.schema", "pass", f"written by {manifest.tool['name']} {manifest.tool['version']}")
+    if manifest.projections.assumed:
+        message = "the recipe was assumed when the manifest was written, not proven from stored projections"
+        yield Check("manifest.assumed", "warn", message)
+    yield _projection_digests("manifest.projections", manifest.projections, checkpoint, scans)
+    if checkpoint.embedded and checkpoint.embedded != manifest.projections:
+        message = "the file's own metadata records another recipe, shape or digest than the manifest"
+        yield Check("metadata.manifest", "fail", message)
+    tensors = _tensors(manifest, checkpoint, scans)
+    yield tensors
+    yield _config(manifest, checkpoint, stale=tensors.id == "manifest.stale")
+    yield _metadata(manifest, checkpoint)
+
+
+def recipe(checkpoint: Checkpoint, identified: Identification) -> Iterator[Check]:
+    """The recorded recipe against what a stored pair was found to be."""
+    record = checkpoint.recorded
+    if record is None or (record.recipe is None and not identified.exact):
+        return
+    named = record.recipe.name if record.recipe else "no recipe"
+    if record.recipe in identified.all_recipes:
+        yield Check("manifest.recipe", "pass", f"the stored pair is what {named} gives")
+    else:
+        found = identified.recipe.name if identified.exact and identified.recipe else "no known recipe"
+        message = f"{named} is recorded, the stored pair is what {found} gives; {_RENEW}"
+        yield Check("manifest.recipe", "fail" if record.recipe else "warn", message)
+
+
+def _projection_digests(check: str, record: ProjectionRecord, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
+    stored = {name: scans[ROOT + name].sha256 for name in PROJECTIONS if ROOT + name in scans}
+    wrong = [
+        name
+        for name, digest in stored.items()
+        if digest != record.sha256[name]
+        or checkpoint.projections[name].shape != record.shape.of(name)
+        or checkpoint.projections[name].dtype != record.dtype
+    ]
+    if wrong:
+        message = f"{' and '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} not what was recorded: changed since"
+        return Check(check, "fail", message)
+    if not stored:
+        return Check(check, "pass", "recipe and digests of the projections are recorded")
+    return Check(check, "pass", "the stored projections have the recorded digests")
+
+
+def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
+    infos = checkpoint.weights.tensors
+    gone, new = sorted(manifest.tensors.keys() - infos.keys()), sorted(infos.keys() - manifest.tensors.keys())
+    changed = sorted(
+        name
+        for name in manifest.tensors.keys() & infos.keys()
+        if (scans[name].sha256, infos[name].shape, infos[name].dtype)
+        != (manifest.tensors[name].sha256, manifest.tensors[name].shape, manifest.tensors[name].dtype)
+    )
+    if not (gone or new or changed):
+        return Check(
+            "manifest.tensors", "pass", f"all {len(infos)} tensors have the recorded shapes, dtypes and digests"
+        )
+    vectors = [i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
+    moved = [
+        name
+        for name in vectors
+        if name in changed
+        and (infos[name].shape, infos[name].dtype) == (manifest.tensors[name].shape, manifest.tensors[name].dtype)
+    ]
+    pair_holds = not any(ROOT + name in (*changed, *gone) for name in PROJECTIONS)
+    others_explained = all(EMBEDDINGS.search(name) for name in (*gone, *new))
+    # Training moves the vectors of all layers that it trains; damage hits a place. One vector can be either.
+    if len(moved) > 1 and 2 * len(moved) >= len(vectors) and pair_holds and others_explained:
+        message = (
+            f"{len(moved)} of {len(vectors)} vectors are not the recorded ones, while the projections are: saved again "
+            "after training on? Renew the manifest with `record`"
+        )
+        return Check("manifest.stale", "fail", message)
+    parts = [f"{len(names)} {what} ({some(names)})" for what, names in _kinds(gone, new, changed) if names]
+    return Check(
+        "manifest.tensors",
+        "fail",
+        f"of {len(manifest.tensors)} {', '.join(parts)}: damaged, unless only these were trained on; {_RENEW}",
+    )
+
+
+def _kinds(gone: list[str], new: list[str], changed: list[str]) -> tuple[tuple[str, list[str]], ...]:
+    return (("changed", changed), ("are missing", gone), ("were not recorded", new))
+
+
+def _config(manifest: Manifest, checkpoint: Checkpoint, *, stale: bool) -> Check:
+    then, now = _comparable(manifest.config), _comparable(checkpoint.raw_config)
+    keys = sorted(
+        key for key in then.keys() | now.keys() if then.get(key) != now.get(key) or (key in then) != (key in now)
+    )
+    if not keys:
+        return Check("manifest.config", "pass", "adapter_config.json says what was recorded")
+    changes = some([f"{key} {then.get(key, 'absent')!r} became {now.get(key, 'absent')!r}" for key in keys])
+    # A value that was filled in cannot come from a changed bit, a value that became another can.
+    harmless = all(key in _FILLED_IN and (then.get(key) is None or isinstance(then[key], bool)) for key in keys)
+    if stale or harmless:
+        return Check("manifest.config", "warn", f"{changes}: saved again; renew the manifest with `record`")
+    return Check("manifest.config", "fail", f"{changes}; {_RENEW}")
+
+
+def _comparable(config: dict[str, Any]) -> dict[str, Any]:
+    # PEFT keeps these as sets, so their order changes from one saving to the next.
+    return {
+        key: sorted(map(str, value))
+        if key in ("target_modules", "modules_to_save") and isinstance(value, list)
+        else value
+        for key, value in config.items()
+    }
+
+
+def _metadata(manifest: Manifest, checkpoint: Checkpoint) -> Check:
+    then, now = manifest.metadata, checkpoint.weights.metadata
+    changed = sorted(key for key in then.keys() & now.keys() if then[key] != now[key])
+    if changed:
+        return Check("manifest.metadata", "fail", f"the file's metadata changed: {some(changed)}")
+    gone, new = sorted(then.keys() - now.keys()), sorted(now.keys() - then.keys())
+    if gone and new:
+        return Check("manifest.metadata", "fail", f"the file's metadata has {some(new)} in place of {some(gone)}")
+    if gone or new:  # PEFT saving into the same folder drops what it does not know
+        what = f"lost {some(gone)}" if gone else f"gained {some(new)}"
+        return Check("manifest.metadata", "warn", f"the file's metadata {what}: another program saved it")
+    return Check("manifest.metadata", "pass", "the file's metadata is the recorded one")
