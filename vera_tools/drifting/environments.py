@@ -1,7 +1,7 @@
 """The interpreters, CPU capabilities and devices that can be tried here, and one run of the probe in each.
 
-What a kernel does is settled when torch is loaded, so each combination is a process of its own (`vera_tools.drifting.probe`, run
-by path). A probe that crashes or hangs is an answer too.
+What a kernel does is settled when torch is loaded, so each combination is a process of its own, which runs
+`vera_tools.drifting.probe` by path. A probe that crashes or hangs is an answer too.
 """
 
 from __future__ import annotations

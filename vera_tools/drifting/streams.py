@@ -91,7 +91,7 @@ class Environment:
         exact: The projections come out bit for bit as they should; None where nothing was drawn.
         gets: What a seed-only checkpoint would get there, in words.
         projections: The pair that came out against the one that should have, where it is not exact.
-        effect: What the difference does to the adapter (see `vera_tools.drifting.effect`), where a checkpoint was given.
+        effect: What the difference does to the adapter (see `drifting.effect`), where a checkpoint was given.
         known: {"entry", "agrees"}: the atlas's build of the same release and kernels; None where there is none.
     """
 
