@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -124,3 +125,53 @@ def test_module_and_script_are_the_same():
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == (
         run_cli("--version").stdout
     )
+
+
+def test_a_full_disk_behind_stdout_is_one_line():
+    for arguments in (
+        ["verify", str(KEPT)],
+        ["verify", str(KEPT), "--json"],
+        ["inspect", "/nothing", "--json"],
+        ["-h"],
+    ):
+        with open("/dev/full", "w") as full:
+            command = [sys.executable, "-m", "vera_tools", *arguments]
+            result = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+        assert result.returncode == 1
+        lines = result.stderr.splitlines()
+        assert lines[-1] == "error: the output could not be written: No space left on device"
+        assert len(lines) == (2 if "/nothing" in arguments else 1)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize(
+    "name", ["\u00fcmlaut \u4e00", os.fsdecode(b"b\xff\xfe d"), "esc\x1b[31mred", "bidi\u202eknil\nx: REPRODUCIBLE"]
+)
+def test_any_path_is_shown_on_any_terminal_and_written_as_json(tmp_path, name, encoding):
+    folder = shutil.copytree(KEPT, tmp_path / name)
+    env = {"PYTHONIOENCODING": encoding}
+    for arguments in (["verify"], ["verify", "-v"], ["inspect"]):
+        shown = run_bytes(*arguments, folder, env=env).decode(encoding)
+        assert all(line.isprintable() for line in shown.splitlines())
+        assert "\nx: REPRODUCIBLE" not in shown
+    document = json.loads(run_bytes("verify", folder, "--json", env=env).decode(encoding))
+    assert document["checkpoints"][0]["path"] == str(folder)
+    shown = run_bytes("inspect", folder / "gone", env=env).decode(encoding)
+    assert shown.startswith("error: ")
+    assert shown[:-1].isprintable()
+
+
+def test_what_looks_like_markup_is_text(tmp_path):
+    folder = shutil.copytree(KEPT, tmp_path / "[red]run[")
+    assert "[red]run[: VeRA" in run_cli("inspect", folder).stdout
+    (tmp_path / "[").mkdir()
+    shutil.copytree(KEPT, tmp_path / "[" / "b]")
+    assert "[/b]: VeRA" in run_cli("inspect", tmp_path / "[" / "b]").stdout
+
+
+def run_bytes(*arguments: object, env: dict[str, str]) -> bytes:
+    """What a command writes, stderr included."""
+    command = [sys.executable, "-m", "vera_tools", *map(str, arguments)]
+    return subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **env}, check=False
+    ).stdout

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, run_json
-from vera_tools import verify
+from tests.conftest import CHECKPOINTS, plain, run_cli, run_json, run_terminal
+from vera_tools import tensorfile, verify
 from vera_tools.errors import FormatError
+from vera_tools.tensorfile import TensorFile
 
 KEPT = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
 
@@ -37,3 +42,48 @@ def test_a_recursive_search_names_a_config_that_leads_nowhere(tmp_path):
 def test_a_folder_without_any_is_said(tmp_path):
     with pytest.raises(FormatError, match=r"no adapter_config\.json"):
         verify(tmp_path, recursive=True)
+
+
+HOSTILE = "base_model.model.\x1b[2J\x00\ufffe\u202e\r\nx: REPRODUCIBLE"
+
+
+@pytest.fixture
+def hostile(checkpoint):
+    """A checkpoint with a tensor whose name would steer a terminal, in a folder whose name is not UTF-8."""
+    folder = checkpoint(KEPT.name)
+    folder = folder.rename(folder.parent / os.fsdecode(b"b\xff\x01d"))
+    with TensorFile.open(folder / "adapter_model.safetensors") as file:
+        tensors = {name: file.read(name) for name in file.tensors}
+    tensors[HOSTILE] = np.zeros(1, np.float32)
+    tensorfile.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    return folder
+
+
+def test_junit_is_xml_whatever_the_names_are(hostile, tmp_path):
+    result = run_cli("verify", hostile, "--junit", tmp_path / "junit.xml")
+    assert "Traceback" not in result.stderr
+    suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
+    assert suite.get("name").endswith("b\\udcff\\x01d")
+    assert "\\x1b[2J\\x00\\ufffe\\u202e\\r\\n" in ElementTree.tostring(suite, encoding="unicode")
+
+
+def test_names_steer_no_terminal(hostile):
+    code, shown = run_terminal("verify", hostile, "-v", columns=300)
+    assert code == 1
+    assert "\\x1b[2J\\x00" in shown
+    assert all(line.isprintable() for line in plain(shown).splitlines())
+    assert not [line for line in shown.splitlines() if line.startswith("x: ")]
+
+
+def test_a_log_takes_any_path(hostile, tmp_path):
+    run_cli("verify", hostile, hostile, "--log", tmp_path / "log")
+    lines = (tmp_path / "log").read_text("utf-8").splitlines()
+    assert [json.loads(line)["path"] for line in lines] == [str(hostile)] * 2
+
+
+def test_on_a_narrow_terminal_each_loader_has_a_line_of_its_own():
+    _, shown = run_terminal("verify", KEPT, columns=40)
+    text = " ".join(plain(shown).split())
+    assert "vera-tools: float32 yes, bfloat16" in text
+    _, wide = run_terminal("verify", KEPT, columns=80)
+    assert "loads exactly, by dtype of the base  float32  bfloat16" in plain(wide)

@@ -39,14 +39,21 @@ class Report(ABC):
         return result
 
     def to_json(self) -> str:
-        """The document as text."""
-        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        """The document as text: ASCII, because a path may be no UTF-8 and an output no Unicode."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
 
 
 def error_document(error: VeraToolsError) -> str:
-    """The ``error/v1`` document, as text."""
+    """The ``error/v1`` document, as ASCII text."""
     document = {"schema": "vera-tools/error/v1", "tool": dict(TOOL), "error": error.to_dict()}
-    return json.dumps(document, indent=2, ensure_ascii=False)
+    return json.dumps(document, indent=2)
+
+
+def printable(text: str) -> str:
+    """The text with what would steer a terminal or hide itself (controls, bidi marks, lone surrogates) as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _finite(value: Any) -> Any:

@@ -7,6 +7,7 @@ One module a command, loaded when it is called; what they share is in `shared`. 
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -67,38 +68,57 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: the one place that turns errors into messages and exit codes."""
-    arguments = sys.argv[1:] if args is None else args
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, or a path that is not
+    try:
+        code = _run(sys.argv[1:] if args is None else args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _abandon_stdout()
+        code = 141
+    except OSError as error:
+        if error.filename is not None or os.environ.get("VERA_TOOLS_DEBUG") == "1":
+            raise
+        _abandon_stdout()
+        write_line(f"error: the output could not be written: {error.strerror}")
+        code = VeraToolsError.exit_code
+    sys.exit(code)
+
+
+def _run(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     try:
         code: Any = cli.main(args=arguments, prog_name="vera-tools", standalone_mode=False)
-        sys.stdout.flush()
-        sys.exit(code if isinstance(code, int) else 0)
+        return code if isinstance(code, int) else 0
     except VeraToolsError as error:
-        _fail(error, as_json=as_json)
+        return _fail(error, as_json=as_json)
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "vera-tools"
-        _fail(UsageError(error.format_message(), hint=f"see `{command} --help`"), as_json=as_json)
+        return _fail(UsageError(error.format_message(), hint=f"see `{command} --help`"), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         write_line("interrupted")
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        return 130
     except Exception as error:
-        if os.environ.get("VERA_TOOLS_DEBUG") == "1":
+        # An error without a file's name is the output's own: every other file is read and written through the library.
+        if (isinstance(error, OSError) and error.filename is None) or os.environ.get("VERA_TOOLS_DEBUG") == "1":
             raise
         what = f"internal error: {type(error).__name__}: {error}"
-        _fail(
+        return _fail(
             VeraToolsError(what, hint="please report it, with the traceback that VERA_TOOLS_DEBUG=1 shows"),
             as_json=as_json,
         )
 
 
-def _fail(error: VeraToolsError, *, as_json: bool) -> NoReturn:
+def _fail(error: VeraToolsError, *, as_json: bool) -> int:
     if os.environ.get("VERA_TOOLS_DEBUG") == "1":
         raise error
+    write_line(f"error: {error}")
     if as_json:
         print(error_document(error))
-    write_line(f"error: {error}")
-    sys.exit(error.exit_code)
+    return error.exit_code
+
+
+def _abandon_stdout() -> None:
+    # Nobody takes our output any more; Python would complain once more when it flushes at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

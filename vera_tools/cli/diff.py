@@ -9,6 +9,7 @@ import click
 
 from vera_tools.cli.shared import Output, base_option, in_features_option, output_options, strict_option
 from vera_tools.comparing.diff import DiffReport, TensorDifference, diff
+from vera_tools.report import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,7 +53,8 @@ def command(
 
 
 def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
-    console.print(f"A {report.a}\nB {report.b}")
+    console.print(f"A {report.a}")
+    console.print(f"B {report.b}")
     lines = [f"{key}: {_value(one)} -> {_value(two)}" for key, one, two in report.config]
     lines += [f"{key}: only in {side}" for side, keys in zip("AB", report.config_only, strict=True) for key in keys]
     count = "1 key differs" if len(lines) == 1 else f"{len(lines)} keys differ"
@@ -92,7 +94,7 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
 
 def _list(lines: list[str], console: Console, limit: int | None) -> None:
     for line in lines[:limit]:
-        console.print(f"  {line}")
+        console.print(*f"  {line}".split("\n"), sep="\n")
     if limit is not None and len(lines) > limit:
         console.print(f"  and {len(lines) - limit} more (-v lists all)")
 
@@ -109,7 +111,7 @@ def _tensor(tensor: TensorDifference) -> str:
         parts.append(f"{tensor.max_ulp} ulp")
     if tensor.cosine is not None:
         parts.append(f"cosine {tensor.cosine:.6f}")
-    return f"{tensor.name}:\n    {', '.join(parts)}"  # with the name on one line, 80 columns would not do
+    return f"{printable(tensor.name)}:\n    {', '.join(parts)}"  # with the name on one line, 80 columns would not do
 
 
 def _value(value: Any) -> str:

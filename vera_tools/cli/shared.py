@@ -16,7 +16,7 @@ import click
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.recipe import Recipe
-from vera_tools.report import Progress, Report
+from vera_tools.report import Progress, Report, printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,6 @@ class Output:
             yield None
             return
         from rich import progress as bars
-        from rich.console import Console
 
         amount = bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn()
         rate: tuple[bars.ProgressColumn, ...] = (bars.TransferSpeedColumn(),) if unit == "bytes" else ()
@@ -64,7 +63,7 @@ class Output:
             *rate,
             bars.TimeRemainingColumn(),
         )
-        with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        with bars.Progress(*columns, console=_console(stderr=True), transient=True) as bar:
             task = bar.add_task(description, total=None)
 
             def update(done: int, total: int, what: str) -> None:
@@ -75,9 +74,28 @@ class Output:
 
 def console() -> Console:
     """The console for human text on stdout. NO_COLOR and TERM are honoured; the text never depends on colour."""
-    from rich.console import Console
+    return _console(soft_wrap=not sys.stdout.isatty())
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty(), emoji=False)
+
+def _console(**options: Any) -> Console:
+    """A console that takes text as it is, and shows what it cannot show, or what would steer it, as escapes."""
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.segment import Segment
+
+    class PlainConsole(Console):
+        def print(self, *objects: Any, **options: Any) -> None:
+            # A string is one line: a name that holds a line break cannot begin another.
+            super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
+
+        def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control or segment.text.isprintable() or segment.text == "\n":
+                    yield segment
+                else:
+                    lines = "\n".join(map(printable, segment.text.split("\n")))
+                    yield Segment(lines, segment.style)
+
+    return PlainConsole(highlight=False, emoji=False, markup=False, **options)
 
 
 def labelled(console: Console, label: str, message: str, *, style: str = "dim") -> None:
@@ -85,7 +103,7 @@ def labelled(console: Console, label: str, message: str, *, style: str = "dim") 
     from rich.text import Text
 
     width = max(console.width, 40) if not console.soft_wrap else 10**6
-    lines = textwrap.wrap(message, width - 12, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = textwrap.wrap(printable(message), width - 12, break_long_words=False, break_on_hyphens=False) or [""]
     console.print(Text.assemble("  ", (f"{label:9}", style), " ", lines[0]))
     for line in lines[1:]:
         console.print(Text(" " * 12 + line))
@@ -101,7 +119,7 @@ def human_bytes(count: int) -> str:
 
 def write_line(text: str) -> None:
     """One line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 def output_options(function: Function) -> Function:

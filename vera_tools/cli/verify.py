@@ -15,6 +15,7 @@ from vera_tools.cli.shared import Output, base_option, labelled, output_options
 from vera_tools.errors import UsageError
 from vera_tools.identification import Match
 from vera_tools.manifest import PROJECTIONS
+from vera_tools.report import printable
 from vera_tools.verifying.loads import BASE_DTYPES, Load
 from vera_tools.verifying.verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _STYLES = {"reproducible": "bold green", "unproven": "bold yellow", "drift": "bold red", "invalid": "bold red"}
 _MARKS = {"fail": "bold red", "warn": "yellow", "skip": "dim", "pass": "green"}
+_ANSWERS = {True: ("yes", "green"), False: ("NO", "bold red"), None: ("?", "yellow")}
 _COUNTED = (("pass", "passed"), ("warn", "warned"), ("skip", "skipped"), ("fail", "FAILED"))
 
 
@@ -124,7 +126,7 @@ def _headline(checkpoint: CheckpointReport) -> object:
     from rich.text import Text
 
     failed = sum(check.status == "fail" for check in checkpoint.checks)
-    text = Text(f"{checkpoint.path}: ")
+    text = Text(f"{printable(checkpoint.path)}: ")
     text.append(checkpoint.verdict.upper(), style=_STYLES[checkpoint.verdict])
     if failed:
         text.append(f", {failed} check{'s' if failed > 1 else ''} failed", style="bold red")
@@ -197,11 +199,18 @@ def _print_loads(rows: list[tuple[str, tuple[bool | None, ...]]], console: Conso
 
     heading = "loads exactly, by dtype of the base"
     width = max(len(heading), *(len(name) for name, _ in rows)) + 2
+    if not console.soft_wrap and console.width < 2 + width + len("  ".join(BASE_DTYPES)):
+        console.print(Text(f"  {heading}", style="bold"))
+        for name, cells in rows:
+            pairs = zip(BASE_DTYPES, cells, strict=True)
+            answers = ", ".join(f"{dtype} {_ANSWERS[exact][0]}" for dtype, exact in pairs)
+            console.print(Text(f"  {name}: {answers}"))
+        return
     console.print(Text(f"  {heading:{width}}" + "  ".join(BASE_DTYPES), style="bold"))
     for name, cells in rows:
         line = Text(f"  {name:{width}}")
         for dtype, exact in zip(BASE_DTYPES, cells, strict=True):
-            word, style = {True: ("yes", "green"), False: ("NO", "bold red"), None: ("?", "yellow")}[exact]
+            word, style = _ANSWERS[exact]
             line.append(f"{word:{len(dtype) + 2}}", style=style)
         line.rstrip()
         console.print(line)
