@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ import pytest
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
 from vera_tools import tensorfile
-from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError
+from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError, VeraToolsError
 
 KEPT = "peft-0.21.2-llama-f32-kept"
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
@@ -126,6 +128,37 @@ def test_stored_dtype(drawn):
     )
     assert report.record.dtype == "bfloat16"
     assert report.to_dict()["vera_B"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("recipe", ["mt19937-f32-fused", "mt19937-f32-fused-bfirst"])
+def test_the_file_is_written_as_it_is_drawn(tmp_path, recipe):
+    sizes = {"key": 3, "r": 256, "in_features": 8192, "out_features": 8192, "recipe": recipe}
+    tracemalloc.start()
+    report = vera_tools.regenerate(**sizes, output=tmp_path / "pair.safetensors")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 6e6  # the pair is 16.8 MB
+    with tensorfile.TensorFile.open(tmp_path / "pair.safetensors") as file:
+        assert {name: file.sha256(f"base_model.{name}") for name in ("vera_A", "vera_B")} == report.record.sha256
+
+
+@pytest.mark.parametrize("output", [None, "pair.safetensors"])
+def test_no_pair_is_begun_that_no_adapter_has(tmp_path, output):
+    arguments = ("--key", 1, "--rank", 9000000, "--in-features", 9000000, "--out-features", 9000000)
+    code, document = run_json("regenerate", *arguments, *(("-o", tmp_path / output) if output else ()))
+    assert code == 2
+    assert "648000000000000 bytes" in document["error"]["found"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_known_before_the_draw(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
+    monkeypatch.setattr("vera_tools.verifying.regenerate.digests", None)
+    with pytest.raises(VeraToolsError, match=r"not enough room on the disk \(expected 64 bytes .*, found 5 free\)"):
+        vera_tools.regenerate(key=1, r=2, in_features=4, out_features=4, output=tmp_path / "pair.safetensors")
+    monkeypatch.undo()
+    with pytest.raises(VeraToolsError, match="could not be written: No such file or directory"):
+        vera_tools.regenerate(key=1, r=2, in_features=4, out_features=4, output=tmp_path / "no" / "pair.safetensors")
 
 
 def _name(drawn: str) -> str:

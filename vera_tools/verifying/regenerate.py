@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any, ClassVar, Literal
 from vera_tools import atomic, tensorfile
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import ROOT, Checkpoint
-from vera_tools.errors import AssumedRecipeWarning, UsageError
+from vera_tools.dtypes import np_dtype
+from vera_tools.errors import AssumedRecipeWarning, UsageError, VeraToolsError
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord, TensorRecord
-from vera_tools.prng import PairShape, digests, generate
+from vera_tools.prng import PairShape, blocks, digests
 from vera_tools.projections import resolve
 from vera_tools.recipe import Recipe
 from vera_tools.report import Report
+
+#: Bytes: far above the projections of any model there is, and a good while to draw.
+MAX_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -79,12 +84,13 @@ def regenerate(
         base: The checkpoint's base model, for in_max and for the dtype that PEFT rounds through.
         recipe: A recipe's name. Default: what is stored or recorded; otherwise PEFT's.
         stored_dtype: Dtype of the result. Default: the checkpoint's, or float32.
-        output: A safetensors file to write, with PEFT's tensor names. Without it nothing is held in memory.
+        output: A safetensors file to write, with PEFT's tensor names. Nothing is held in memory.
         overwrite: Replace an existing file.
         strict: Refuse to assume a recipe for a seed-only checkpoint with nothing recorded.
 
     Raises:
-        UsageError: both or neither of checkpoint and key, or nothing says in_max.
+        UsageError: both or neither of checkpoint and key, nothing says in_max, or a pair beyond `MAX_BYTES`.
+        VeraToolsError: the disk has no room for `output`.
         CheckFailedError: a recorded digest is not met, or the base does not fit.
         UnprovenError: nothing recorded, and `strict`.
         FormatError: the checkpoint cannot be read.
@@ -92,16 +98,39 @@ def regenerate(
     if output is not None:
         atomic.refuse_existing(Path(output), overwrite=overwrite)
     record, origin = (
-        _of_key(key, r, in_features, out_features, recipe, stored_dtype)
+        _of_key(key, r, in_features, out_features, recipe, stored_dtype, output)
         if checkpoint is None
         else _of_checkpoint(checkpoint, (key, r, out_features), in_features, base, recipe, stored_dtype, strict)
     )
     if output is not None:
-        assert record.recipe is not None
-        vera_A, vera_B = generate(record.recipe, record.shape, stored_dtype=record.dtype)
+        _refuse_size(record.shape, record.dtype, output)
         with atomic.file(Path(output)) as path:
-            tensorfile.save(path, {ROOT + "vera_A": vera_A, ROOT + "vera_B": vera_B}, record.to_metadata())
+            _write(path, record)
     return RegenerateReport(record, origin, None if output is None else os.fspath(output))
+
+
+def _write(path: Path, record: ProjectionRecord) -> None:
+    """Write the pair as it is drawn, block by block and in the order of the draw."""
+    recipe = record.recipe
+    assert recipe is not None
+    names = reversed(PROJECTIONS) if recipe.b_first else PROJECTIONS
+    tensors = {ROOT + name: (record.dtype, record.shape.of(name)) for name in names}
+    header = tensorfile.encode_header(tensorfile.layout(tensors, order=list(tensors)), record.to_metadata())
+    drawn = blocks([recipe], record.shape, stored_dtype=record.dtype)
+    tensorfile.write(path, header, (block.values[recipe] for block in drawn))
+
+
+def _refuse_size(shape: PairShape, dtype: str, output: str | os.PathLike[str] | None) -> None:
+    """Refuse what would be drawn for days, or would not fit on the disk, before it is begun."""
+    size = shape.elements * np_dtype(dtype).itemsize
+    sizes = f"{size} bytes for vera_A {list(shape.vera_A)} and vera_B {list(shape.vera_B)} in {dtype}"
+    if size > MAX_BYTES:
+        raise UsageError("no adapter has projections of this size", expected=f"at most {MAX_BYTES} bytes", found=sizes)
+    if output is not None:
+        with atomic.errors(Path(output)):
+            free = shutil.disk_usage(Path(output).parent).free
+        if size > free:
+            raise VeraToolsError("not enough room on the disk", where=output, expected=sizes, found=f"{free} free")
 
 
 def _of_key(
@@ -111,11 +140,14 @@ def _of_key(
     out_features: int | None,
     name: str | None,
     stored_dtype: str | None,
+    output: str | os.PathLike[str] | None,
 ) -> tuple[ProjectionRecord, Literal["given"]]:
     if key is None or r is None or in_features is None or out_features is None:
         raise UsageError("name a checkpoint, or all of --key, --rank, --in-features and --out-features")
     recipe = Recipe.parse(name, prng_key=key) if name else Recipe(prng_key=key)
-    return _draw(recipe, PairShape(r, in_features, out_features), stored_dtype or "float32"), "given"
+    shape, dtype = PairShape(r, in_features, out_features), stored_dtype or "float32"
+    _refuse_size(shape, dtype, output)
+    return _draw(recipe, shape, dtype), "given"
 
 
 def _of_checkpoint(
