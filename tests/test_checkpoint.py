@@ -116,7 +116,7 @@ def test_another_kind_is_refused_before_its_weights_are_looked_at(checkpoint):
     folder = checkpoint(KEPT)
     (folder / WEIGHTS).write_bytes(b"nonsense")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    with pytest.raises(NotVeraError, match="this is a LORA adapter"):
+    with pytest.raises(NotVeraError, match="this is an adapter of kind LORA"):
         Checkpoint.open(folder)
 
 

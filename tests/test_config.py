@@ -81,7 +81,7 @@ def test_rewriting_keeps_every_key_and_value(path):
 
 @pytest.mark.parametrize("path", OTHERS, ids=lambda path: path.stem)
 def test_pvera_is_refused_by_name(path):
-    with pytest.raises(NotVeraError, match=f"{path.name}: this is a PVERA adapter, not VeRA") as caught:
+    with pytest.raises(NotVeraError, match=f"{path.name}: this is an adapter of kind PVERA, not VeRA") as caught:
         VeraConfig.from_json(path.read_text(), where=path.name)
     assert caught.value.kind == "PVERA"
     assert caught.value.exit_code == 4
@@ -89,7 +89,7 @@ def test_pvera_is_refused_by_name(path):
 
 @pytest.mark.parametrize("kind", ["LORA", "LoRA", "RANDLORA", "VBLORA", "IA3", ""])
 def test_other_kinds_are_refused_by_name_whatever_else_they_hold(kind):
-    with pytest.raises(NotVeraError, match=f"this is a {kind} adapter, not VeRA"):
+    with pytest.raises(NotVeraError, match=f"this is an adapter of kind {kind}, not VeRA"):
         VeraConfig.from_dict({"peft_type": kind, "r": "sixteen", "target_modules": 7})
 
 
@@ -232,15 +232,17 @@ BAD_TEXTS = {
     "half": (b'{"peft_type": "VERA"', "line 1, column"),
     "comment": (b'{"r": 8} // rank', "not JSON: Extra data"),
     "two documents": (b'{"peft_type": "VERA"}{}', "not JSON: Extra data"),
-    "a list": (b"[]", "not an adapter config (expected a JSON object, found list)"),
+    "a list": (b"[]", "not an adapter config (expected a JSON object, found [])"),
+    "null": (b"null", "found null"),
     "a number": (b"5", "not an adapter config"),
     "a key twice": (b'{"peft_type": "VERA", "r": 8, "r": 9}', "the key 'r' stands there twice"),
     "NaN": (b'{"peft_type": "VERA", "d_initial": NaN}', "NaN is not JSON"),
     "infinity": (b'{"peft_type": "VERA", "d_initial": -Infinity}', "-Infinity is not JSON"),
     "infinity in digits": (b'{"peft_type": "VERA", "d_initial": 1e999}', "a number is too large"),
-    "too many digits": (b'{"peft_type": "VERA", "r": ' + b"9" * 5000 + b"}", "not JSON: Exceeds the limit"),
-    "deep nesting": (b'{"peft_type": "VERA", "a": ' + b"[" * 100_000, "not JSON"),
-    "half a character": (b'{"peft_type": "VERA", "a": "\\uD83D"}', "not JSON: 'utf-8' codec"),
+    "too many digits": (b'{"peft_type": "VERA", "r": ' + b"9" * 5000 + b"}", ": r: a number is too large"),
+    "too many digits in lists": (b'{"r": 1, "a": [1, [' + b"9" * 5000 + b"]]}", ": a: a number is too large"),
+    "deep nesting": (b'{"peft_type": "VERA", "a": ' + b"[" * 100_000, "nested too deeply"),
+    "half a character": (b'{"peft_type": "VERA", "a": "\\uD83D"}', "not JSON: half a character"),
     "not UTF-8": (b'{"peft_type": "VERA", "a": "\xff"}', "cannot be read: 'utf-8' codec"),
     "UTF-16": ('{"peft_type": "VERA"}'.encode("utf-16"), "cannot be read: 'utf-8' codec"),
 }

@@ -138,3 +138,23 @@ def test_a_checkpoint_without_an_adapted_layer_has_nothing_to_record(checkpoint)
     assert code == 4
     assert document["error"]["what"] == "there is no adapted layer"
     assert MANIFEST_NAME not in files(folder)
+
+
+def test_a_manifest_that_an_editor_marked_is_read(checkpoint):
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder)
+    path = folder / MANIFEST_NAME
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    report = vera_tools.verify(folder)
+    assert report.exit_code == 0
+    assert report.checkpoints[0].scope == "projections, vectors and config are covered"
+
+
+def test_unknown_keys_of_a_manifest_are_named_in_plain_words(checkpoint):
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder)
+    path = folder / MANIFEST_NAME
+    path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1, "more": 2}))
+    shown = " ".join(run_cli("verify", folder).stdout.split())
+    assert "unknown key 'extra', 'more'" in shown
+    assert "nevaluated" not in shown

@@ -678,7 +678,7 @@ class TestRegistry:
     def test_named_other_adapter_is_refused_by_name(self, registry):
         result = run_cli("verify", registry / "b" / "lora")
         assert result.returncode == 4
-        assert "this is a LORA adapter, not VeRA" in " ".join(result.stdout.split())
+        assert "this is an adapter of kind LORA, not VeRA" in " ".join(result.stdout.split())
 
     def test_empty_registry(self, tmp_path):
         code, document = run_json("verify", "-R", tmp_path)

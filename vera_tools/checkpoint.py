@@ -71,7 +71,7 @@ class Checkpoint:
         self.config_text = source.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
         if self.config_text is not None:
             # Refuse other adapters by their config before anything is said about their weights.
-            self.config = VeraConfig.from_json(self._strip_mark(self.config_text), where=folder.path_of(CONFIG_NAME))
+            self.config = VeraConfig.from_json(self.config_text, where=folder.path_of(CONFIG_NAME))
         self.weights = _open_weights(folder, names, weights_name, allow_pickle=allow_pickle)
         try:
             self._refuse_other_kinds()
@@ -127,9 +127,7 @@ class Checkpoint:
         """adapter_config.json as it was parsed, nothing filled in."""
         if self.config_text is None:
             return self.config.to_dict()
-        document: dict[str, Any] = parse_json(
-            self._strip_mark(self.config_text), where=self.folder.path_of(CONFIG_NAME)
-        )
+        document: dict[str, Any] = parse_json(self.config_text, where=self.folder.path_of(CONFIG_NAME))
         return document
 
     @cached_property
@@ -242,10 +240,6 @@ class Checkpoint:
             projection_prng_key=self._embedded.recipe.prng_key,
             save_projection=bool(self.projections),
         )
-
-    @staticmethod
-    def _strip_mark(text: str) -> str:
-        return text.removeprefix("\ufeff")
 
 
 def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:

@@ -17,6 +17,8 @@ from typing import Any
 from vera_tools import atomic, schema
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 
+_MAX_DIGITS = 4000  # Python refuses to parse a few more
+
 CONFIG_NAME = "adapter_config.json"
 
 
@@ -113,14 +115,14 @@ class VeraConfig:
             FormatError: a key has a wrong value; the message names it.
         """
         if not isinstance(data, dict):
-            raise FormatError("not an adapter config", where=where, expected="a JSON object", found=type(data).__name__)
+            raise FormatError("not an adapter config", where=where, expected="a JSON object", found=schema.shown(data))
         kind = data.get("peft_type")
         if kind is not None and not isinstance(kind, str):
             raise FormatError(
                 "has a wrong value", where=f"{where}: peft_type", expected='"VERA"', found=json.dumps(kind)
             )
         if isinstance(kind, str) and kind.upper() != "VERA":
-            raise NotVeraError(f"this is a {kind} adapter, not VeRA", kind=kind, where=where)
+            raise NotVeraError(f"this is an adapter of kind {kind}, not VeRA", kind=kind, where=where)
         if kind is None:
             raise FormatError(
                 "the key 'peft_type' is missing",
@@ -207,12 +209,16 @@ class VeraConfig:
 def parse_json(text: str, *, where: str) -> Any:
     """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, numbers and text that cannot be.
 
+    A byte-order mark before it is no part of it.
+
     Raises:
         FormatError: not JSON.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
+        if oversized:
+            refuse_oversized(next((f": {name}" for name, value in pairs if _holds_infinity(value)), ""))
         if len(result) != len(pairs):
             ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
             raise FormatError(f"the key {twice!r} stands there twice", where=where)
@@ -221,13 +227,31 @@ def parse_json(text: str, *, where: str) -> Any:
     def refuse(constant: str) -> None:
         raise FormatError(f"{constant} is not JSON", where=where)
 
-    def finite(number: str) -> float:
+    oversized: list[str] = []  # the numbers that Python cannot hold; infinity stands for them until their key is known
+
+    def whole(number: str) -> int | float:
+        return int(number) if len(number) <= _MAX_DIGITS else real("1e999", number)
+
+    def real(number: str, written: str | None = None) -> float:
         if math.isinf(value := float(number)):
-            raise FormatError("a number is too large", where=where, expected="at most 1.8e308", found=number[:40])
+            oversized.append(written or number)
         return value
 
+    def refuse_oversized(key: str) -> None:
+        raise FormatError(
+            "a number is too large", where=where + key, expected="at most 1.8e308", found=f"{oversized[0][:40]}..."
+        )
+
     try:
-        document = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
+        document = json.loads(
+            text.removeprefix("\ufeff"),
+            object_pairs_hook=unique,
+            parse_constant=refuse,
+            parse_int=whole,
+            parse_float=real,
+        )
+        if oversized:
+            refuse_oversized("")
         if "\\ud" in text.lower():  # an escaped surrogate; half a pair is no character and could not be written again
             json.dumps(document, ensure_ascii=False).encode()
         return document
@@ -235,8 +259,17 @@ def parse_json(text: str, *, where: str) -> Any:
         raise FormatError(
             f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"
         ) from error
-    except (RecursionError, ValueError) as error:
-        raise FormatError(f"not JSON: {error}", where=where) from error
+    except RecursionError as error:
+        raise FormatError("not JSON that can be read: nested too deeply", where=where) from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise FormatError("not JSON: half a character", where=where, expected="a pair", found=half) from error
+
+
+def _holds_infinity(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(map(_holds_infinity, value))
+    return isinstance(value, float) and math.isinf(value)
 
 
 def _look_alike(data: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,12 @@ def load(name: str) -> dict[str, Any]:
 def problems(document: object, name: str) -> list[FormatError]:
     """Everything in which `document` breaks the schema called `name`, most telling first."""
     return [_as_error(error) for error in sorted(_leaves(document, name), key=lambda e: [str(p) for p in e.path])]
+
+
+def shown(value: object) -> str:
+    """A parsed value as it stood in the file, cut short."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def validate(document: object, name: str, *, where: str) -> None:
@@ -84,17 +91,18 @@ def _as_error(error: ValidationError) -> FormatError:
     path = ".".join(map(str, error.absolute_path))
     description = error.schema.get("description") if isinstance(error.schema, dict) else None
     instance: Any = error.instance
-    found = json.dumps(instance)
     if error.validator == "required":
         required: Any = error.validator_value
         missing = next(key for key in required if key not in instance)
         return FormatError(f"the key {missing!r} is missing", where=path or None)
     if error.validator in ("additionalProperties", "unevaluatedProperties"):
-        return FormatError(error.message, where=path or None)
+        # Which ones they are, jsonschema says in its message alone: "... ('a', 'b' were unexpected)".
+        names = re.search(r"\((.*) (?:was|were) unexpected\)", error.message, re.DOTALL)
+        return FormatError(f"unknown key {names[1]}" if names else "has unknown keys", where=path or None)
     expected = description or f"{error.validator} {json.dumps(error.validator_value)}"
     return FormatError(
         "has a wrong value",
         where=path or None,
         expected=expected,
-        found=found if len(found) <= 60 else found[:57] + "...",
+        found=shown(instance),
     )

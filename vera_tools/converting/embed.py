@@ -134,7 +134,7 @@ class _Restoration:
         if original is None:
             return cls()
         weights = _file_sha256(original, tensors) == original.sha256
-        before = parse_json(original.config.removeprefix("\ufeff"), where="the original adapter_config.json")
+        before = parse_json(original.config, where="the original adapter_config.json")
         config = {**before, "save_projection": False} == checkpoint.raw_config
         notes = []
         if not weights:

@@ -146,7 +146,7 @@ def from_foreign(
 
 
 def _refuse_adapter_hub(folder: source.Folder) -> None:
-    config = parse_json(source.read_text(folder, CONFIG_NAME).removeprefix("\ufeff"), where=folder.path_of(CONFIG_NAME))
+    config = parse_json(source.read_text(folder, CONFIG_NAME), where=folder.path_of(CONFIG_NAME))
     if isinstance(config, dict) and "peft_type" not in config and {"config", "model_class"} <= config.keys():
         raise NotVeraError(
             "no exact mapping to VeRA: adapter-hub draws its matrices from the global generator",
