@@ -27,6 +27,7 @@ FOUNDATION = [
     "schema",
     "source",
     "atomic",
+    "expressions",
     "config",
     "tensorfile",
     "manifest",

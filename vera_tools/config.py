@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from vera_tools import atomic, schema
+from vera_tools import atomic, expressions, schema
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 
 _MAX_DIGITS = 4000  # Python refuses to parse a few more
@@ -174,13 +174,19 @@ class VeraConfig:
 
         A name in the list matches as a whole or as a suffix after a dot; a string is a regular expression for the
         whole name; "all-linear" and None match anything here, because only the model itself can say more.
+
+        Raises:
+            FormatError: a regular expression takes too long.
         """
-        if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in self.modules_to_save or ()):
-            return False
+        for name in self.modules_to_save or ():
+            expression = rf"(^|.*\.){name}($|\..*)"
+            if expressions.match(expression, module, where=f"{CONFIG_NAME}: modules_to_save") is not None:
+                return False
         if self.target_modules is None or self.target_modules == "all-linear":
             return self._in_layers(module)
         if isinstance(self.target_modules, str):
-            return re.fullmatch(self.target_modules, module) is not None
+            where = f"{CONFIG_NAME}: target_modules"
+            return expressions.match(self.target_modules, module, where=where, whole=True) is not None
         if module in self.target_modules:
             return True
         return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
@@ -198,10 +204,13 @@ class VeraConfig:
         if indices is None or indices == []:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or ()]
-        for expression in expressions if self.layers_pattern else [r".*?\.[^.]*\.(?P<index>\d+)\."]:
-            if match := re.match(expression, module):
-                index = match["index"].lstrip("0") or "0"  # as text: a name may hold more digits than an int takes
+        tried = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or ()]
+        for expression in tried if self.layers_pattern else [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+            found = expressions.match(expression, module, where=f"{CONFIG_NAME}: layers_pattern")
+            if found is not None:
+                index = (found["index"] or "").lstrip(
+                    "0"
+                ) or "0"  # as text: a name may hold more digits than an int takes
                 return index in map(str, [indices] if isinstance(indices, int) else indices)
         return False
 
