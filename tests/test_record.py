@@ -129,6 +129,7 @@ def test_a_folder_in_the_manifests_place_is_named(checkpoint):
     (check,) = [check for check in document["checkpoints"][0]["checks"] if check["id"].startswith("manifest.")]
     assert check["status"] == "fail"
     assert "this is a folder, not a file" in check["message"]
+    assert "no manifest" not in document["checkpoints"][0]["scope"]
 
 
 def test_a_checkpoint_without_an_adapted_layer_has_nothing_to_record(checkpoint):

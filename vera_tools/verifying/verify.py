@@ -445,6 +445,8 @@ def _scope(checkpoint: Checkpoint, found: list[Check]) -> str:
         return "projections, vectors and config are covered"
     if checkpoint.manifest:
         return "the manifest does not hold for this checkpoint (see the failed checks)"
+    if checkpoint.manifest_error:
+        return "vectors not covered: the manifest cannot be used (see the failed checks)"
     if checkpoint.projections or checkpoint.recorded:
         return "vectors not covered: no manifest"
     return "nothing is covered: run `record` where it was trained, so that it can be proven from then on"
