@@ -415,7 +415,7 @@ def test_the_record_is_the_same_after_a_resume(made, tmp_path):
     for n in (1, 2):
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 2))
     vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
-    assert json.loads((tmp_path / "out/veramerging.json").read_bytes()) == json.loads(made[2]["veramerging.json"])
+    assert json.loads((tmp_path / "out/vera_merge.json").read_bytes()) == json.loads(made[2]["vera_merge.json"])
 
 
 def test_threads_end_and_blas_gets_its_own_back(made, tmp_path):
