@@ -63,10 +63,27 @@ def test_an_owner(registry):
     assert report.exit_code == 4
     schema.validate(report.to_dict(), "verify.v1", where="report")
     assert [found.path for found in vera_tools.verify("hf://ann/g*").checkpoints] == ["hf://ann/good"]
-    assert vera_tools.verify("hf://ann/none*").checkpoints == ()
     for wrong in ("hf://*", "hf://*/good", "hf://ann/*/en", "hf://ann/*@main"):
         with pytest.raises(UsageError, match="a wildcard stands for repositories of one owner"):
             vera_tools.verify(wrong)
+
+
+def test_a_pattern_without_an_adapter_does_not_pass(registry, tmp_path):
+    for pattern in ("hf://nobody/*", "hf://ann/none*", "hf://ann/model*"):  # the last holds a model and no adapter
+        with pytest.raises(FormatError, match="no adapter") as caught:
+            vera_tools.verify(pattern)
+        assert caught.value.where == pattern
+    result = run_cli("verify", "hf://nobody/*")
+    assert result.returncode == 4
+    assert "hf://nobody/*: no adapter" in result.stderr
+    # beside patterns that hold something, whose every result is in the log all the same, and on the next run too
+    log = tmp_path / "log.jsonl"
+    for _ in range(2):
+        with pytest.raises(FormatError, match=r"hf://ann/mod\*, hf://nobody/\*: no adapter"):
+            vera_tools.verify("hf://nobody/*", "hf://ann/mod*", "hf://ann/g*", log=log)
+        assert {line["path"] for line in lines_of(log.read_text())} == {"hf://ann/model", "hf://ann/good"}
+    # adapters of other kinds are counted as skipped, as in a search of folders
+    assert vera_tools.verify("hf://ann/lora*").skipped == (("hf://ann/lora", "LORA"),)
 
 
 def test_one_that_cannot_be_reached_does_not_stop_the_others(registry):

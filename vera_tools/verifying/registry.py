@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from vera_tools import schema, source
 from vera_tools.config import CONFIG_NAME, parse_json
-from vera_tools.errors import HubError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, HubError, UsageError, VeraToolsError
 from vera_tools.hub import client as hub
 from vera_tools.hub.client import Reference
 from vera_tools.identification import Match
@@ -90,21 +90,31 @@ def run(
 
     Raises:
         HubError: a pattern's owner cannot be listed.
-        FormatError: `log` holds something else.
+        FormatError: `log` holds something else; or a pattern stands for no adapter, which is told after the others.
     """
     with _Log(log, base) as known, ThreadPoolExecutor(max(jobs, 1)) as pool:
-        tasks: dict[Future[list[Result]], int] = {}
+        tasks: dict[Future[list[Result]], tuple[int, str]] = {}
+        empty: set[str] = set()
         try:
             for path in paths:
                 work, items = (_repository, matching(path)) if is_pattern(path) else (_explicit, [path])
-                tasks.update((pool.submit(work, item, verify, known), len(tasks) + n) for n, item in enumerate(items))
+                first = len(tasks)
+                tasks.update(
+                    (pool.submit(work, item, verify, known), (first + n, path)) for n, item in enumerate(items)
+                )
+                empty.update([path] if is_pattern(path) else [])
             for task in as_completed(tasks):
+                place, path = tasks[task]
                 for result in task.result():
                     known.write(result)
-                    yield tasks[task], result
+                    if result.outcome != NO_ADAPTER:
+                        empty.discard(path)
+                    yield place, result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        if empty:  # a mistyped owner must not pass for one whose every adapter is sound
+            raise FormatError("no adapter in any repository that this stands for", where=", ".join(sorted(empty)))
 
 
 def matching(pattern: str) -> list[str]:

@@ -195,7 +195,7 @@ def verify(
         progress: Called after each checkpoint.
 
     Raises:
-        FormatError: the base cannot be read, or a recursive search finds no adapter.
+        FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
         UsageError: no checkpoint given, or an unknown `require`.
         HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
     """
