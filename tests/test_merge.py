@@ -356,6 +356,13 @@ class TestRefusals:
         with pytest.raises(UsageError, match="would replace an input"):
             vera_tools.merge(adapter, base=base, output=tmp_path / where, overwrite=True)
 
+    @pytest.mark.parametrize("where", ["base/out", "adapter/deep/out"])
+    def test_an_output_inside_an_input(self, where, base, adapter, tmp_path):
+        before = snapshot(tmp_path)
+        with pytest.raises(UsageError, match="inside an input's folder"):
+            vera_tools.merge(adapter, base=base, output=tmp_path / where)
+        assert snapshot(tmp_path) == before
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -151,7 +151,7 @@ def merge(
     Raises:
         CheckFailedError: the base is quantised, lacks a target or does not fit; NaN or infinity; `verify` failed.
         FormatError: something is unreadable, malformed or not VeRA, or the base was changed meanwhile.
-        UsageError: the output exists, another merge is at work on it, or the arguments contradict each other.
+        UsageError: the output exists or lies in an input, another merge is at work on it, or the arguments contradict each other.
         UnprovenError: seed-only with nothing recorded, and `strict`.
         VeraToolsError: the file system refused, or the disk has too little room.
     """
@@ -231,7 +231,7 @@ def _check_arguments(
 
 
 def _refuse_output(path: Path, inputs: Sequence[str | os.PathLike[str]], *, overwrite: bool) -> None:
-    """Refuse an output that exists, or that would replace an input or a folder with an input in it."""
+    """Refuse an output that exists, lies in an input, or would replace an input or a folder with an input in it."""
     resolved = path.resolve()
     for reference in inputs:
         if source.is_remote(reference):
@@ -243,6 +243,13 @@ def _refuse_output(path: Path, inputs: Sequence[str | os.PathLike[str]], *, over
                 where=path,
                 found=os.fspath(reference),
                 hint="choose another output",
+            )
+        if given in resolved.parents and given.is_dir():
+            raise UsageError(
+                "the output lies inside an input's folder",
+                where=path,
+                found=os.fspath(reference),
+                hint="choose an output outside it",
             )
     atomic.refuse_existing(path, overwrite=overwrite)
 
