@@ -186,6 +186,59 @@ def test_seed_only_against_its_kept_twin_takes_its_width(checkpoint, tmp_path):
     assert report.equal_in_effect
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", [Q0 + "vera_lambda_b", Q0 + "vera_lambda_d", "base_model.vera_A", "base_model.vera_B"])
+def test_values_that_are_not_finite_leave_the_effect_unknown(name, value, checkpoint):
+    source = checkpoint(LLAMA)
+    change(source, lambda tensors: tensors[name].reshape(-1).__setitem__(3, value))
+    for sides in ((CHECKPOINTS / LLAMA, source), (source, CHECKPOINTS / LLAMA)):
+        report = diff(*sides)
+        assert report.equal_in_effect is None
+        assert report.why_not == f"{source}: {name}: holds NaN or infinity"
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_projections_that_are_lost_leave_the_effect_unknown(swapped, checkpoint, tmp_path):
+    source = checkpoint(LLAMA)
+    change(source, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
+    strip_projections(source, tmp_path / "lost", force=True)
+    sides = (source, tmp_path / "lost")
+    report = diff(*(sides[::-1] if swapped else sides))
+    assert report.equal_in_effect is None
+    assert "the record names no recipe" in str(report.why_not)
+
+
+def bare(folder: Path) -> None:
+    """Leave nothing of the pair, and nothing recorded: what PEFT writes with save_projection=False."""
+    change(folder, lambda tensors: [tensors.pop(f"base_model.{name}") for name in ("vera_A", "vera_B")])
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_seed_only_takes_the_recipe_of_the_other(swapped, checkpoint):
+    """A pair that was drawn otherwise than PEFT does today; the twin says how."""
+    name = LLAMA + "-noavx"
+    source = checkpoint(name)
+    bare(source)
+    sides = (CHECKPOINTS / name, source)
+    with pytest.warns(AssumedRecipeWarning, match=r"assuming mt19937-f32-separate, which made those of"):
+        report = diff(*(sides[::-1] if swapped else sides))
+    assert report.equal_in_effect is True
+    assert "nothing records" in str(diff(*sides, strict=True).why_not)
+
+
+def test_a_difference_that_rests_on_an_assumption_is_not_certain(checkpoint, tmp_path):
+    source = checkpoint(LLAMA)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    change(other, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
+    bare(source)
+    with pytest.warns(AssumedRecipeWarning):
+        report = diff(source, other)
+    assert report.equal_in_effect is None
+    assert report.relative_norm
+    assert "the recipe is assumed" in str(report.why_not)
+    assert "not certain: " in run_cli("diff", source, other).stdout
+
+
 def test_an_unknown_pair_leaves_the_effect_unknown():
     name = "peft-0.21.2-llama-f32-seedonly"
     report = diff(CHECKPOINTS / name, CHECKPOINTS / LLAMA)

@@ -83,6 +83,8 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
             if layer.difference
         ]
         _list(figures, console, limit)
+        if report.why_not:
+            console.print(f"  not certain: {report.why_not}")
         if not report.others_equal:
             console.print("  biases or saved modules differ too")
     states = ", ".join(f"{name} {state}" for name, state in report.beside.items() if state not in ("equal", "absent"))

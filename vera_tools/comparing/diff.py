@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,14 +17,16 @@ from vera_tools.base import BaseModel
 from vera_tools.checkpoint import ROOT, Checkpoint, Layer
 from vera_tools.comparing.updates import Norms, Pair, UpdateComparison, Vectors
 from vera_tools.config import VeraConfig
-from vera_tools.errors import CheckFailedError, UnprovenError, UsageError
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
 from vera_tools.identification import max_ulp
-from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS
+from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS, ProjectionRecord
 from vera_tools.projections import arrays, resolve
 from vera_tools.report import Progress, Report
 from vera_tools.tensorfile import Array, TensorFile
 
 CARD_NAME = "README.md"
+#: Each layer's updates, and why what they show is not certain.
+Effect = tuple[tuple["LayerDifference", ...], str | None]
 #: Lists in the config that PEFT treats, and writes, as sets.
 _UNORDERED = ("target_modules", "modules_to_save")
 _CHUNK = 1 << 18  # elements compared at a time
@@ -111,7 +114,7 @@ class DiffReport(Report):
         tensors: Those that are not.
         tensors_only: Names that only A has, and that only B has.
         layers: Each adapted layer's updates, or None where they cannot be compared.
-        why_not: Why they cannot.
+        why_not: Why they cannot, or why what they show is not certain.
         others_equal: Biases and saved modules are the same in both.
         beside: For the metadata, manifest and card, which decide nothing: "equal", "different", "only in a",
             "only in b" or "absent".
@@ -143,7 +146,11 @@ class DiffReport(Report):
             return True
         if not self.others_equal:
             return False
-        return None if self.layers is None else all(layer.difference == 0 for layer in self.layers)
+        if self.layers is None:
+            return None
+        if all(layer.difference == 0 for layer in self.layers):
+            return True
+        return None if self.why_not else False
 
     @property
     def relative_norm(self) -> float | None:
@@ -222,7 +229,7 @@ def diff(
         layers: tuple[LayerDifference, ...] | None = None
         why_not = None
         try:
-            layers = tuple(_effects(one, two, model, in_features=in_features, strict=strict, progress=progress))
+            layers, why_not = _effects(one, two, model, in_features=in_features, strict=strict, progress=progress)
         except (CheckFailedError, UnprovenError, UsageError, ValueError) as error:
             why_not = str(error)
         return DiffReport(
@@ -324,53 +331,113 @@ def _effects(
     in_features: int | None,
     strict: bool,
     progress: Progress | None,
-) -> Iterator[LayerDifference]:
+) -> Effect:
     """Each layer's updates side by side."""
-    known = in_features
-    if known is None and a.layers.keys() == b.layers.keys():  # then both have the same in_max
-        known = next((shape.in_max for x in (a, b) if (shape := x.pair_shape())), None)
-    pair_a = _pair(a, base, known, strict=strict)
-    pair_b = pair_a if _same_pair(a, b) else _pair(b, base, known, strict=strict)
+    one, two = (_Side.of(x, other, base, in_features, strict=strict) for x, other in ((a, b), (b, a)))
+    pair_a = one.pair()
+    pair_b = pair_a if one.bits == two.bits else two.pair()
+    for side, pair in ((a, pair_a), (b, pair_b)):
+        for name, matrix in zip(PROJECTIONS, pair, strict=True):
+            _refuse_nonfinite(side, ROOT + name, matrix)
     comparison = UpdateComparison(pair_a, pair_b)
-    widths = {}
-    if base is not None:
-        widths = {linear.module: linear.in_features for linear in (*a.linears(base), *b.linears(base))}
+    assumed = [x.label for x, side in ((a, one), (b, two)) if side.assumed]
+    why_not = (
+        f"{' and '.join(assumed)}: the recipe is assumed, and another would make another difference"
+        if assumed and not comparison.same_pair
+        else None
+    )
     modules = list(dict.fromkeys([*a.layers, *b.layers]))
     vectors = {module: (_vectors(a, module), _vectors(b, module)) for module in modules}
     if all(comparison.same(*sides) for sides in vectors.values()):
-        yield from (LayerDifference(module, None) for module in modules)
-        return
+        return tuple(LayerDifference(module, None) for module in modules), None
+    widths = {}
+    if base is not None:
+        widths = {linear.module: linear.in_features for linear in (*a.linears(base), *b.linears(base))}
+    layers = []
     for done, (module, sides) in enumerate(vectors.items()):
         width = widths.get(module, min(pair_a[0].shape[1], pair_b[0].shape[1]))
-        yield LayerDifference(module, comparison.layer(width, *sides))
+        layers.append(LayerDifference(module, comparison.layer(width, *sides)))
         if progress:
             progress(done + 1, len(modules), module)
+    return tuple(layers), why_not
 
 
-def _pair(checkpoint: Checkpoint, base: BaseModel | None, in_features: int | None, *, strict: bool) -> Pair:
-    if len(checkpoint.projections) == 2:
-        checkpoint.pair_shape()  # refuses two that do not fit each other
-        return checkpoint.weights.read(ROOT + "vera_A"), checkpoint.weights.read(ROOT + "vera_B")
-    width = None if base is not None else in_features
-    return arrays(checkpoint, resolve(checkpoint, base=base, in_features=width, strict=strict))
+@dataclass(frozen=True)
+class _Side:
+    """Where one checkpoint's pair comes from.
+
+    Attributes:
+        bits: (dtype, shape, sha256) of vera_A and vera_B: equal only where the pairs are.
+        pair: Reads or draws it.
+        assumed: Its recipe is only assumed.
+    """
+
+    bits: tuple[tuple[str, tuple[int, ...], str], ...]
+    pair: Callable[[], Pair]
+    assumed: bool = False
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, other: Checkpoint, base: BaseModel | None, in_features: int | None, *, strict: bool
+    ) -> _Side:
+        weights, infos = checkpoint.weights, checkpoint.projections
+        if len(infos) == 2:
+            checkpoint.pair_shape()  # refuses two that do not fit each other
+            bits = tuple((infos[n].dtype, infos[n].shape, weights.sha256(ROOT + n)) for n in PROJECTIONS)
+            return cls(bits, lambda: (weights.read(ROOT + "vera_A"), weights.read(ROOT + "vera_B")))
+        made_like = None
+        if checkpoint.recorded is None:
+            if in_features is None and base is None and checkpoint.layers.keys() == other.layers.keys():
+                shape = other.pair_shape()
+                in_features = shape.in_max if shape else None  # the same layers, so the same in_max
+            made_like = None if strict else _recipe_of(other, checkpoint)
+        resolved = resolve(
+            checkpoint,
+            base=base,
+            in_features=None if base is not None else in_features,
+            recipe=made_like.recipe.name if made_like and made_like.recipe else None,
+            stored_dtype=made_like.dtype if made_like else "float32",
+            strict=strict,
+        )
+        record = resolved.record
+        if made_like and record.recipe:
+            warnings.warn(
+                f"{checkpoint.label}: nothing records which recipe made the projections; assuming "
+                f"{record.recipe.name}, which made those of {other.label}",
+                AssumedRecipeWarning,
+                stacklevel=2,
+            )
+        bits = tuple((record.dtype, record.shape.of(n), record.sha256[n]) for n in PROJECTIONS)
+        return cls(bits, lambda: arrays(checkpoint, resolved), record.assumed)
 
 
-def _same_pair(a: Checkpoint, b: Checkpoint) -> bool:
-    """Whether the two have the same bits for a pair, as far as digests say."""
-    return (first := _digests(a)) is not None and first == _digests(b)
+def _recipe_of(other: Checkpoint, checkpoint: Checkpoint) -> ProjectionRecord | None:
+    """What made the other's pair, where it is known and may have made this one: for the same key and ranks."""
+    if not other.projections and other.recorded is None:
+        return None
+    record = resolve(other).record
+    keys = {x.config.projection_prng_key % 2**32 for x in (checkpoint, other)}
+    if record.recipe is None or keys != {record.recipe.prng_key % 2**32}:
+        return None
+    heights = [layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b]
+    fits = (checkpoint.config.r, max(heights, default=0)) == (record.shape.r, record.shape.out_max)
+    return record if fits else None
 
 
-def _digests(checkpoint: Checkpoint) -> dict[str, str] | None:
-    if len(checkpoint.projections) == 2:
-        return {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
-    return checkpoint.recorded.sha256 if checkpoint.recorded else None
+def _refuse_nonfinite(checkpoint: Checkpoint, name: str, values: Array) -> None:
+    if not np.isfinite(values).all():
+        raise CheckFailedError("holds NaN or infinity", where=f"{checkpoint.label}: {name}")
 
 
 def _vectors(checkpoint: Checkpoint, module: str) -> Vectors | None:
     layer = checkpoint.layers.get(module, Layer(module, None, None))
     if layer.lambda_b is None or layer.lambda_d is None:
         return None
-    return checkpoint.weights.read(layer.lambda_b.name), checkpoint.weights.read(layer.lambda_d.name)
+    names = layer.lambda_b.name, layer.lambda_d.name
+    lambda_b, lambda_d = (checkpoint.weights.read(name) for name in names)
+    for name, values in zip(names, (lambda_b, lambda_d), strict=True):
+        _refuse_nonfinite(checkpoint, name, values)
+    return lambda_b, lambda_d
 
 
 def _diff_beside(a: Checkpoint, b: Checkpoint) -> dict[str, str]:

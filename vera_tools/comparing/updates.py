@@ -38,14 +38,18 @@ class Norms:
 
 
 class UpdateComparison:
-    """The updates that two adapters make to the same weights, layer by layer; what layers share is computed once."""
+    """The updates that two adapters make to the same weights, layer by layer; what layers share is computed once.
+
+    Attributes:
+        same_pair: Both have the same vera_A and vera_B.
+    """
 
     def __init__(self, a: Pair, b: Pair) -> None:
         self._pairs = a, b
         self._r = max(len(a[0]), len(b[0]))
         width = min(a[0].shape[1], b[0].shape[1])
         self._same_A = len(a[0]) == len(b[0]) and np.array_equal(a[0][:, :width], b[0][:, :width])
-        self._same_pair = a is b or all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+        self.same_pair = a is b or all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         self._grams: dict[tuple[str, int], Array] = {}
 
     def same(self, a: Vectors | None, b: Vectors | None) -> bool:
@@ -53,7 +57,7 @@ class UpdateComparison:
         return (
             a is not None
             and b is not None
-            and self._same_pair
+            and self.same_pair
             and all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
         )
 
@@ -61,7 +65,7 @@ class UpdateComparison:
         """The norms for a layer with in_features `width`; None for an adapter that does not adapt it.
 
         Raises:
-            ValueError: the vectors do not fit the pair, or each other.
+            ValueError: the vectors do not fit the pair, or each other; or a norm is not finite in float64.
         """
         if a and self.same(a, b):
             norm = self._norm(0, width, a)
@@ -130,11 +134,16 @@ def _gram(blocks: Iterable[Array]) -> Array:
     """``x.T @ x`` of a tall matrix that comes in blocks of rows."""
     total: Array | None = None
     for block in blocks:
-        product = block.T @ block
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused at the end
+            product = block.T @ block
         total = product if total is None else total + product
     return np.zeros((0, 0)) if total is None else total
 
 
 def _root(left: Array, right: Array) -> float:
+    with np.errstate(over="ignore", invalid="ignore"):
+        square = float(np.sum(left * right))
+    if not math.isfinite(square):
+        raise ValueError("the norm of an update is not finite in float64")
     # Both are positive semidefinite, so the sum is not negative but for its rounding.
-    return math.sqrt(max(0.0, float(np.sum(left * right))))
+    return math.sqrt(max(0.0, square))
