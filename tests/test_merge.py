@@ -185,6 +185,22 @@ class TestNames:
         assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
 
 
+def test_a_pickle_is_merged_on_request(base, adapter, tmp_path):
+    torch = pytest.importorskip("torch")
+    whole = adapter / "adapter_model.safetensors"
+    torch.save({n: torch.from_numpy(t) for n, t in load_file(whole).items()}, adapter / "adapter_model.bin")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "expected")
+    whole.unlink()
+    code, document = run_json("merge", adapter, "--base", base, "-o", tmp_path / "out")
+    assert code == document["error"]["exit_code"] != 0
+    assert "--allow-pickle" in document["error"]["hint"]
+    code, _ = run_json("merge", adapter, "--base", base, "-o", tmp_path / "out", "--allow-pickle")
+    assert code == 0
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()
+    assert "--allow-pickle" in json.loads((tmp_path / "out/vera_merge.json").read_text())["redo"].split()
+    assert "--allow-pickle" not in json.loads((tmp_path / "expected/vera_merge.json").read_text())["redo"]
+
+
 class TestRecordAndCard:
     def test_the_record_says_how_to_do_it_again(self, base, tmp_path):
         make_adapter(tmp_path / "one")

@@ -44,6 +44,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 @click.option("--shard", metavar="I/N", help="Write only part I of N; other processes write the others.")
 @click.option("--finish", is_flag=True, help="Check what the N processes wrote and make OUT appear.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity too.")
+@click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too, by torch with weights_only.")
 @click.option("--sync", is_flag=True, help="Flush the weights to disk before OUT appears.")
 @click.option(
     "--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: one for each BLAS thread, up to 8."
@@ -66,6 +67,7 @@ def command(
     shard: str | None,
     finish: bool,
     allow_nonfinite: bool,
+    allow_pickle: bool,
     sync: bool,
     jobs: int | None,
     overwrite: bool,
@@ -89,6 +91,7 @@ def command(
             stored_dtype=recipe_options.stored_dtype or "float32",
             strict=strict,
             allow_nonfinite=allow_nonfinite,
+            allow_pickle=allow_pickle,
             verify=verify,
             resume=resume,
             shard=parse_shard(shard) if shard else None,

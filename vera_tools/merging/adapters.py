@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vera_tools.base import Linear
-from vera_tools.checkpoint import Checkpoint, Layer
+from vera_tools.checkpoint import PICKLE_NAME, Checkpoint, Layer
 from vera_tools.dtypes import HALVES
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.merging.arithmetic import Factor, check_finite
@@ -43,8 +43,13 @@ class Adapter:
 
     @cached_property
     def sha256(self) -> str:
-        """Digest of its safetensors file."""
+        """Digest of its safetensors file; of a pickle, digest of the safetensors file that its tensors would make."""
         return self.checkpoint.weights.file_sha256()
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights were read from a legacy adapter_model.bin."""
+        return self.checkpoint.weights.label.endswith(PICKLE_NAME)
 
     @cached_property
     def pair(self) -> tuple[Array, Array]:

@@ -114,6 +114,7 @@ def merge(
     stored_dtype: str = "float32",
     strict: bool = False,
     allow_nonfinite: bool = False,
+    allow_pickle: bool = False,
     verify: bool = False,
     resume: bool = False,
     shard: tuple[int, int] | None = None,
@@ -139,6 +140,7 @@ def merge(
         stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe.
         allow_nonfinite: Merge NaN and infinity too.
+        allow_pickle: Read legacy adapter_model.bin files too, by torch with weights_only.
         verify: Read the result back and prove it, before it appears.
         resume: Go on from the files that an interrupted merge has finished, after checking them.
         shard: (I, N): write only the I-th of N parts of the files, 1 <= I <= N; other processes write the others.
@@ -166,7 +168,7 @@ def merge(
         refuse_quantised(model)
         adapters = []
         for reference, factor in zip(references, factors, strict=True):
-            opened = stack.enter_context(Checkpoint.open(reference))
+            opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
             resolved = resolve(opened, base=model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)

@@ -66,6 +66,8 @@ def redo(plan: Plan) -> str:
         if adapter.resolved.origin == "assumed":
             words += _recipe_options(adapter.resolved.record)
             break
+    if any(adapter.pickled for adapter in plan.adapters):
+        words.append("--allow-pickle")
     if plan.dtype:
         words += ["--dtype", plan.dtype]
     if plan.max_shard_size:
