@@ -267,3 +267,49 @@ def traced_peak(call):
         return tracemalloc.get_traced_memory()[1], result
     finally:
         tracemalloc.stop()
+
+
+LLAMA = "peft-0.21.2-llama-f32-kept"
+Q0 = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize(
+    ("tensor", "named"),
+    [
+        (f"base_model.model.{Q0}.vera_lambda_b", f"{Q0}: vera_lambda_b"),
+        (f"base_model.model.{Q0}.vera_lambda_d", f"{Q0}: vera_lambda_d"),
+        ("base_model.vera_A", "vera_A"),
+        ("base_model.vera_B", "vera_B"),
+    ],
+)
+def test_values_that_are_not_finite_are_refused(tensor, named, value, checkpoint, tmp_path):
+    source = checkpoint(LLAMA)
+    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
+    tensors[tensor].reshape(-1)[5] = value
+    safetensors.numpy.save_file(tensors, source / "adapter_model.safetensors")
+    with pytest.raises(CheckFailedError, match=f"adapter_model.safetensors: {named}: holds NaN or infinity"):
+        to_lora(source, tmp_path / "lora", base=base_of(LLAMA))
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+
+
+def test_values_too_large_for_the_dtype_are_refused(checkpoint, tmp_path):
+    source = checkpoint(LLAMA)
+    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
+    tensors[f"base_model.model.{Q0}.vera_lambda_b"][:] = 1e6
+    safetensors.numpy.save_file(tensors, source / "adapter_model.safetensors")
+    with pytest.raises(CheckFailedError, match=rf"{Q0}: lora_B would hold values too large for float16; .*--dtype"):
+        to_lora(source, tmp_path / "lora", base=base_of(LLAMA), dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == [source.name]
+    to_lora(source, tmp_path / "lora", base=base_of(LLAMA))
+
+
+@pytest.mark.parametrize("stripped", [False, True])
+def test_in_features_that_contradict_what_is_known_are_refused(stripped, tmp_path):
+    source = CHECKPOINTS / LLAMA
+    if stripped:
+        strip_projections(source, tmp_path / "stripped")
+        source = tmp_path / "stripped"
+    with pytest.raises(UsageError, match=r"in_features contradicts the (stored|record).*expected 64, found 128"):
+        to_lora(source, tmp_path / "lora", in_features=128)
+    assert not (tmp_path / "lora").exists()

@@ -87,10 +87,12 @@ def resolve(
         CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's, or the base
             does not fit.
         UnprovenError: seed-only with nothing recorded, and `strict`.
-        UsageError: seed-only with nothing recorded, and nothing says in_max; or `recipe` contradicts the record.
+        UsageError: seed-only with nothing recorded, and nothing says in_max; `recipe` contradicts the record; or
+            `in_features` contradicts what is stored, recorded or the base.
     """
     pair = stored_pair(checkpoint)
     if pair is not None:
+        _refuse_other_width(in_features, pair.shape, "the stored projections", where=checkpoint.label)
         sha256 = {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
         found = with_digests(identify_pair(pair, prng_key=checkpoint.config.projection_prng_key), sha256)
         made_by = found.recipe if found.exact else None
@@ -109,6 +111,7 @@ def resolve(
                 found=recipe,
                 hint="delete the record if it is wrong",
             )
+        _refuse_other_width(in_features, record.shape, "the record", where=checkpoint.label)
         _refuse_stale(record, checkpoint)
         return Resolved(_proven(record, where=checkpoint.label), "recorded")
     if strict and recipe is None:
@@ -141,6 +144,13 @@ def rows(checkpoint: Checkpoint, resolved: Resolved) -> Callable[[str, int, int]
     return lambda name, start, stop: pair.read(name, start * widths[name], stop * widths[name]).reshape(
         stop - start, widths[name]
     )
+
+
+def _refuse_other_width(in_features: int | None, shape: PairShape, what: str, *, where: str) -> None:
+    if in_features is not None and in_features != shape.in_max:
+        raise UsageError(
+            f"in_features contradicts {what}", where=where, expected=str(shape.in_max), found=str(in_features)
+        )
 
 
 def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
@@ -209,13 +219,8 @@ def _assume(
         if not widths:
             raise CheckFailedError("nothing is adapted", where=checkpoint.label, expected="a vera_lambda_b")
         shape = PairShape(checkpoint.config.r, in_features, max(widths))
-    elif in_features is not None and in_features != shape.in_max:
-        raise UsageError(
-            "in_features contradicts the base model",
-            where=checkpoint.label,
-            expected=str(shape.in_max),
-            found=str(in_features),
-        )
+    else:
+        _refuse_other_width(in_features, shape, "the base model", where=checkpoint.label)
     key = checkpoint.config.projection_prng_key
     if name is not None:
         recipe = Recipe.parse(name, prng_key=key)

@@ -111,7 +111,8 @@ def to_lora(
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: the regenerated pair is not the recorded one, or the base does not fit.
+        CheckFailedError: the regenerated pair is not the recorded one, the base does not fit, or a value of lora_A or
+            lora_B would not be finite.
         UnprovenError: something would have to be assumed, and `strict`.
         UsageError: nothing says in_max, or the output cannot be where it was asked for.
     """
@@ -215,8 +216,8 @@ class _Tensors:
         tensors = {name: weights.deferred(name) for name in self.checkpoint.other_tensors}
         for layer in self.checkpoint.layers.values():
             lambda_b, lambda_d, width = self._vectors(layer)
-            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(lambda_d, "vera_A", width)
-            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(lambda_b, "vera_B", self.shape.r)
+            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(layer, lambda_d, "vera_A", width)
+            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(layer, lambda_b, "vera_B", self.shape.r)
         return tensors
 
     def _vectors(self, layer: Layer) -> tuple[Array, Array, int]:
@@ -235,7 +236,7 @@ class _Tensors:
             )
         return b, d, width
 
-    def _scaled(self, vector: Array, name: str, columns: int) -> Deferred:
+    def _scaled(self, layer: Layer, vector: Array, name: str, columns: int) -> Deferred:
         """``vector[:, None] * matrix[: len(vector), :columns]``, some rows at a time."""
         count = max(1, _BLOCK // columns)
         out = np_dtype(self.dtype)
@@ -244,9 +245,26 @@ class _Tensors:
             for start in range(0, vector.size, count):
                 stop = min(start + count, vector.size)
                 matrix = self.rows(name, start, stop)[:, :columns].astype(self.work, copy=False)
-                yield (vector[start:stop, None].astype(self.work) * matrix).astype(out, copy=False)
+                scale = vector[start:stop, None].astype(self.work)
+                with np.errstate(over="ignore", invalid="ignore"):  # refused in words of our own
+                    piece = (scale * matrix).astype(out, copy=False)
+                if not np.isfinite(piece).all():
+                    raise self._nonfinite(layer, name, scale, matrix)
+                yield piece
 
         return Deferred(self.dtype, (vector.size, columns), pieces)
+
+    def _nonfinite(self, layer: Layer, name: str, scale: Array, matrix: Array) -> CheckFailedError:
+        """Which of two factors holds NaN or infinity, or that their product is too large for the dtype."""
+        label, letter = self.checkpoint.weights.label, name[-1]
+        for factor, tensor in ((matrix, name), (scale, f"{layer.module}: vera_lambda_{'d' if letter == 'A' else 'b'}")):
+            if not np.isfinite(factor).all():
+                return CheckFailedError("holds NaN or infinity", where=f"{label}: {tensor}")
+        return CheckFailedError(
+            f"lora_{letter} would hold values too large for {self.dtype}",
+            where=f"{label}: {layer.module}",
+            hint="choose a wider --dtype",
+        )
 
 
 def _write(
