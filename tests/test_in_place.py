@@ -290,3 +290,14 @@ def test_warnings_name_the_checkpoint_under_recursion(registry, tmp_path):
     shutil.rmtree(registry / "broken")
     with pytest.warns(LoadingWarning, match="two: trained on a bfloat16 base"):
         convert_all(registry, tmp_path / "out", strip_projections, command="strip-projections")
+
+
+@pytest.mark.parametrize("options", [[], ["-q"], ["--json"]], ids=str)
+def test_each_failure_is_one_line_on_stderr(registry, tmp_path, options):
+    shutil.copytree(registry / "broken", registry / "team" / "broken")
+    result = run_cli("strip-projections", "-R", registry, "--out-dir", tmp_path / "out", *options)
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert result.returncode == 4
+    assert len(lines) == 2
+    for line, folder in zip(lines, (registry / "broken", registry / "team" / "broken"), strict=True):
+        assert line.startswith(f"error: {folder}: {FILES[0]}: ")

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from vera_tools.cli.shared import Function, Output, human_bytes
-from vera_tools.converting.batch import BatchReport, convert_all
+from vera_tools.cli.shared import Function, Output, human_bytes, write_line
+from vera_tools.converting.batch import BatchItem, BatchReport, convert_all
 from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import UsageError
 
@@ -56,6 +56,9 @@ class Where:
             batch = convert_all(
                 checkpoint, self.out_dir, convert, command=command, overwrite=self.overwrite, progress=progress
             )
+        for item in batch.items:
+            if item.status == "failed":
+                write_line(f"error: {item.path}: {_without_path(item)}")
         return terminal.emit(batch, lambda console: _show_batch(batch, console))
 
 
@@ -99,12 +102,18 @@ def show_common(report: ConversionReport, console: Console) -> None:
         console.print(f"  note      {note}")
 
 
+def _without_path(item: BatchItem) -> str:
+    """The error, with a leading path of its checkpoint taken off."""
+    text = str(item.error)
+    return text.removeprefix(item.path).lstrip("/: ") if text.startswith(item.path) else text
+
+
 def _show_batch(batch: BatchReport, console: Console) -> None:
     for item in batch.items:
         text: str = item.status
         if item.report:
             text += f", {human_bytes(item.report.input_bytes)} -> {human_bytes(item.report.output_bytes)}"
-        elif item.error and item.status != "unchanged":
+        elif item.error and item.status == "skipped":  # a failed one's is on stderr
             text += f": {item.error}"
         console.print(f"{item.path}: {text}")
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in batch.summary.items() if count)
