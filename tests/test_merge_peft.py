@@ -7,14 +7,17 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, VeraConfig, get_peft_model
+from safetensors.numpy import load_file, save_file
 
 import vera_tools
+from vera_tools.errors import FormatError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
     pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
 ]
 
+FILE = "adapter_model.safetensors"
 IDS = [[3, 1, 4, 1, 5, 9, 2, 6]]
 
 
@@ -100,6 +103,31 @@ def test_a_classifier_on_a_base_without_one(tmp_path):
     vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", verify=True)
     merged = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
     assert np.abs(logits(merged) - expected).max() <= 2e-5
+
+
+def bert(model_class, **options):
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, **options
+    )
+    return model_class(config)
+
+
+def test_all_biases_and_a_saved_head(tmp_path):
+    model = bert(transformers.BertForSequenceClassification, num_labels=3)
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    saved = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    wrapped = {n for n in saved if ".modules_to_save." in n or ".original_module." in n}
+    assert wrapped, "PEFT no longer saves these biases twice"
+    check(transformers.BertForSequenceClassification, tmp_path / "base", tmp_path, expected)
+    base = transformers.BertForSequenceClassification.from_pretrained(tmp_path / "base")
+    PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().save_pretrained(tmp_path / "peft")
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "peft"))
+    assert set(ours) == set(theirs)
+    save_file({n: t for n, t in saved.items() if n != "base_model.model.classifier.bias"}, tmp_path / "adapter" / FILE)
+    with pytest.raises(FormatError, match="itself missing"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "other")
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -28,6 +28,9 @@ _PACKED = (
     ".weight_scale_inv",
 )
 
+# With bias="all" PEFT saves the biases of a saved module again, under the names of its wrapper in memory.
+_WRAPPED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
+
 
 @dataclass(frozen=True)
 class Part:
@@ -144,6 +147,10 @@ def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, T
         if not full.startswith(MODULES):
             raise FormatError("not a tensor of a VeRA adapter", where=where)
         path = full.removeprefix(MODULES).replace(".base_layer.", ".")
+        if path not in base.tensors and _WRAPPED.search(path):
+            if MODULES + _WRAPPED.sub("", path) not in checkpoint.other_tensors:
+                raise FormatError("a copy of a saved tensor that is itself missing", where=where)
+            continue
         name = next((option for option in (renaming(path), path) if option in base.tensors), renaming(path))
         if name in base.tensors:
             there = base.tensors[name][1]
