@@ -5,6 +5,7 @@ Which modules a config adapts is decided here too (`VeraConfig.targets`), for th
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import re
@@ -20,6 +21,13 @@ from vera_tools.errors import FormatError, NotVeraError, UsageError
 _MAX_DIGITS = 4000  # Python refuses to parse a few more
 
 CONFIG_NAME = "adapter_config.json"
+
+#: The heads that PEFT trains and saves whole for these tasks, whether or not the config names them. A model has one.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 @dataclass(kw_only=True)
@@ -139,6 +147,28 @@ class VeraConfig:
         except UsageError as error:
             key = f"{where}: {error.where}" if error.where else where
             raise FormatError(error.what, where=key, expected=error.expected, found=error.found) from error
+
+    @classmethod
+    def of(cls, config: Any) -> VeraConfig:
+        """The config itself, or what another library's config object says: ``peft.VeraConfig`` for one.
+
+        Args:
+            config: A `VeraConfig`, or any object whose `to_dict` gives the keys of adapter_config.json.
+
+        Raises:
+            UsageError: (a ValueError) no config of VeRA, or a key has a wrong value.
+        """
+        if isinstance(config, cls):
+            return config
+        kind = f"{type(config).__module__}.{type(config).__qualname__}"
+        if not callable(getattr(config, "to_dict", None)):
+            raise UsageError("not an adapter config", expected="a VeraConfig", found=kind)
+        try:
+            return cls.from_dict(_plain(config.to_dict()), where=kind)
+        except FormatError as error:
+            raise UsageError(
+                error.what, where=error.where, expected=error.expected, found=error.found, hint=error.hint
+            ) from error
 
     @classmethod
     def from_json(cls, text: str, *, where: str = CONFIG_NAME) -> VeraConfig:
@@ -273,6 +303,17 @@ def parse_json(text: str, *, where: str) -> Any:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise FormatError("not JSON: half a character", where=where, expected="a pair", found=half) from error
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it: enums by value, sets sorted."""
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset):
+        return sorted(map(_plain, value))
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _holds_infinity(value: Any) -> bool:

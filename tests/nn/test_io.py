@@ -203,6 +203,30 @@ def test_biases_and_saved_modules_are_trained_saved_and_loaded_as_peft_does(bias
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("task", "head"), [("QuestionAnswering", "qa_outputs"), ("TokenClassification", "classifier")], ids=str
+)
+def test_the_head_of_a_task_is_trained_and_saved_as_peft_does(task, head, tmp_path):
+    import transformers
+
+    task_type = {"QuestionAnswering": "QUESTION_ANS", "TokenClassification": "TOKEN_CLS"}[task]
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
+
+    def bert():
+        torch.manual_seed(0)
+        return getattr(transformers, f"BertFor{task}")(transformers.BertConfig(vocab_size=97, **shape)).eval()
+
+    options = {"task_type": task_type, "target_modules": ["query", "value"]}
+    ours, peers = VeraModel(bert(), VeraConfig(**{**OPTIONS, **options})), peft_model(bert(), **options)
+    assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
+    ours.save_pretrained(tmp_path / "ours")
+    peers.save_pretrained(tmp_path / "peers")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "peers"))
+    assert first.keys() == second.keys()
+    assert f"base_model.model.{head}.weight" in first
+    VeraModel.from_pretrained(bert(), tmp_path / "peers")
+
+
 def test_several_adapters_are_saved_as_peft_lays_them_out(tmp_path):
     model = VeraModel(llama(), VeraConfig(**OPTIONS))
     model.add_adapter("second", VeraConfig(**{**OPTIONS, "target_modules": ["q_proj"]}))

@@ -237,6 +237,16 @@ def test_disable_adapter_computes_the_base_even_where_it_is_merged():
         assert torch.equal(logits(model, some_ids()), want)
 
 
+def test_the_end_of_an_inner_disable_adapter_does_not_end_the_outer_one():
+    model = adapted()
+    base, want = logits(llama(), some_ids()), logits(model, some_ids())
+    with model.disable_adapter():
+        with model.disable_adapter():
+            pass
+        assert torch.equal(logits(model, some_ids()), base)
+    assert torch.equal(logits(model, some_ids()), want)
+
+
 # Merging.
 
 

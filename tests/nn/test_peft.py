@@ -20,7 +20,7 @@ from tests.nn.models import (
     some_ids,
 )
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError
-from vera_tools.nn import VeraConfig, VeraModel, save_adapter
+from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 from vera_tools.nn.peft import load, restore_projections
 from vera_tools.nn.projection import same_bits
 
@@ -114,6 +114,53 @@ def test_loading_and_restoring_in_one_line(tmp_path):
     assert isinstance(model, peft.PeftModel)
     assert same_bits(pair(model)[0], trained.vera_A["default"])
     torch.testing.assert_close(logits(model.eval(), some_ids()), logits(trained, some_ids()), rtol=0, atol=1e-5)
+
+
+def test_merged_adapters_are_refused_because_they_could_not_be_taken_out_again():
+    name = "peft-0.21.2-llama-f32-kept"
+    model = load_peft(base_model(name), CHECKPOINTS / name)
+    model.merge_adapter()
+    draw_again(model)
+    wrong = [tensor.clone() for tensor in pair(model)]
+    with pytest.raises(UsageError, match=r"'default' is merged.*unmerge_adapter"):
+        restore_projections(model, CHECKPOINTS / name)
+    assert all(map(same_bits, pair(model), wrong))
+
+
+def test_a_class_that_makes_the_base_itself_is_refused():
+    with pytest.raises(UsageError, match=r"AutoPeftModelForCausalLM.*restore_projections"):
+        load(peft.AutoPeftModelForCausalLM, llama(), CHECKPOINTS / "peft-0.21.2-llama-f32-kept")
+
+
+def test_a_model_with_pefts_adapters_is_refused(tmp_path):
+    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    model = peft_model(llama())
+    names = list(model.state_dict())
+    for base in (model, model.get_base_model()):
+        with pytest.raises(UsageError, match="already carries PEFT adapters"):
+            load_adapter(base, tmp_path / "a")
+    assert list(model.state_dict()) == names
+    VeraModel.from_pretrained(model.unload(), tmp_path / "a")
+
+
+def test_pefts_own_config_is_taken(tmp_path):
+    options = {**OPTIONS, "target_modules": {"v_proj", "q_proj"}, "task_type": peft.TaskType.CAUSAL_LM}
+    model = VeraModel(llama(), peft.VeraConfig(**options))
+    same = VeraModel(llama(), VeraConfig(**{**options, "task_type": "CAUSAL_LM"}))
+    assert model.peft_config["default"].to_dict() == same.peft_config["default"].to_dict() | {
+        "peft_version": peft.__version__
+    }
+    model.add_adapter("second", peft.VeraConfig(**{**options, "r": 3}))
+    assert model.peft_config["second"].r == 3
+    save_adapter(model, tmp_path / "a")
+    load_peft(llama(), tmp_path / "a")
+
+
+def test_a_config_of_another_kind_is_refused():
+    with pytest.raises(UsageError, match="LORA, not VeRA"):
+        VeraModel(llama(), peft.LoraConfig(r=4))
+    with pytest.raises(UsageError, match=r"not an adapter config.*found builtins.int"):
+        VeraModel(llama(), 4)
 
 
 def test_a_model_without_the_adapter_is_refused(tmp_path):

@@ -34,7 +34,7 @@ class Adapters(nn.Module):
         vera_A, vera_B: The shared projections, by adapter name.
 
     Raises:
-        UsageError: the model carries VeRA adapters already.
+        UsageError: the model carries adapters already, vera-tools' or PEFT's.
     """
 
     model: nn.Module
@@ -44,6 +44,13 @@ class Adapters(nn.Module):
         if any(isinstance(module, VeraLinear | Adapters) for module in model.modules()):
             raise UsageError(
                 "the model carries VeRA adapters already", hint="add another with add_adapter, or unload() it first"
+            )
+        if any(hasattr(module, "base_layer") and hasattr(module, "merged_adapters") for module in model.modules()):
+            raise UsageError(
+                "this model already carries PEFT adapters",
+                expected="a plain model",
+                found=type(model).__name__,
+                hint="take model.unload() of it, or stay with PEFT and use vera_tools.nn.peft.restore_projections",
             )
         self.model = model
         self.training = model.training
@@ -64,6 +71,7 @@ class Adapters(nn.Module):
         Raises:
             UsageError: (a ValueError) the name is taken, the key is not that of the other adapters, or nothing matches.
         """
+        config = VeraConfig.of(config)
         self.check_new(adapter_name, config)
         config = targets.complete(config, self.model)
         modules = targets.find(config, self.model)

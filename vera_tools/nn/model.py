@@ -28,7 +28,8 @@ class VeraModel(Adapters):
 
     Args:
         model: Any `torch.nn.Module` with linear layers.
-        config: What to adapt and how. It is copied; the copy in `peft_config` names what was found.
+        config: What to adapt and how; a ``peft.VeraConfig`` will do. It is copied; the copy in `peft_config` names what
+            was found.
         adapter_name: The first adapter's name.
         low_cpu_mem_usage: Make the adapter's vectors on the meta device, to be loaded later.
 
@@ -47,6 +48,7 @@ class VeraModel(Adapters):
         self, model: nn.Module, config: VeraConfig, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False
     ) -> None:
         super().__init__(model)
+        config = VeraConfig.of(config)
         self.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
         self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
@@ -137,11 +139,12 @@ class VeraModel(Adapters):
         merged = [(layer, list(layer.merged_adapters)) for layer in self.vera_layers().values() if layer.merged]
         for layer, _ in merged:
             layer.unmerge()
+        before = self._disabled
         self._set_disabled(True)
         try:
             yield
         finally:
-            self._set_disabled(False)
+            self._set_disabled(before)
             for layer, names in merged:
                 layer.merge(adapter_names=names)
 

@@ -14,6 +14,7 @@ or both in one line, PEFT's class being handed in because nothing here imports P
 
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from collections.abc import Mapping
@@ -125,7 +126,7 @@ def restore_projections(
         strict: Refuse what can only be assumed.
 
     Raises:
-        UsageError: the model has no VeRA adapter of that name.
+        UsageError: the model has no VeRA adapter of that name, or it is merged.
         CheckFailedError: the checkpoint's projections do not fit the model, or are not the recorded ones.
         UnprovenError: `strict`, and nothing records which recipe made the projections.
         FormatError: the checkpoint is unreadable, malformed, or not VeRA.
@@ -133,6 +134,11 @@ def restore_projections(
     layers: list[Any] = [module for module in peft_model.modules() if _is_vera_layer(module, adapter_name)]
     if not layers:
         raise UsageError(f"the model has no VeRA adapter {adapter_name!r}", hint="load the checkpoint with PEFT first")
+    if any(adapter_name in getattr(layer, "merged_adapters", ()) for layer in layers):
+        raise UsageError(
+            f"the adapter {adapter_name!r} is merged: the base weights hold its projections as they were",
+            hint="call unmerge_adapter() first; once the projections are restored it would subtract others",
+        )
     bases = {str(i): layer.base_layer for i, layer in enumerate(layers)}
     with Checkpoint.open(checkpoint) as opened:
         resolved, pair = projections(opened, bases, strict=strict)
@@ -184,8 +190,16 @@ def load(
         The PEFT model, with the projections that it was trained with.
 
     Raises:
+        UsageError: the class makes the base model itself, as PEFT's Auto classes do.
         As `restore_projections`, and whatever PEFT raises.
     """
+    if "model_id" not in inspect.signature(peft_class.from_pretrained).parameters:
+        raise UsageError(
+            "this class does not put an adapter on a base model that it is given",
+            expected="peft.PeftModel or a subclass",
+            found=getattr(peft_class, "__name__", repr(peft_class)),
+            hint="load with it as ever, then call restore_projections(model, checkpoint)",
+        )
     with warnings.catch_warnings():
         # PEFT warns that regenerated projections may be wrong; in a moment they will not be.
         warnings.filterwarnings("ignore", message="Specified to not (load|save) vera_A and vera_B")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vera_tools.config import VeraConfig
+from vera_tools.config import TASK_HEADS, VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
 from vera_tools.nn.saved_module import SavedModule
@@ -40,9 +40,6 @@ DEFAULT_TARGETS: dict[str, list[str] | str] = {
     for model_type in model_types.split()
 }
 DEFAULT_TARGETS["gemma4"] = r".*language_model\..*\.(q_proj|v_proj)"
-
-#: Heads that are trained and saved whole for these tasks, as PEFT's models for them do.
-TASK_HEADS = {"SEQ_CLS": ["classifier", "score"], "TOKEN_CLS": ["classifier", "score"]}
 
 
 def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
@@ -107,7 +104,7 @@ def unmatched(config: VeraConfig, model: nn.Module) -> list[str]:
     names = [name for name, _ in named_modules(model)]
     entries = [] if isinstance(config.target_modules, str) else list(config.target_modules or [])
     entries += [
-        entry for entry in config.modules_to_save or [] if entry not in TASK_HEADS.get(config.task_type or "", [])
+        entry for entry in config.modules_to_save or [] if entry not in TASK_HEADS.get(config.task_type or "", ())
     ]
     return [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from vera_tools.checkpoint import MODULES, Checkpoint
-from vera_tools.config import VeraConfig
+from vera_tools.config import TASK_HEADS, VeraConfig
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.tensorfile import TensorInfo
 
@@ -45,12 +45,6 @@ class Scan:
     zero: bool
 
 
-# The heads that PEFT trains and saves for these tasks, whether or not the config names them; a model has one of them.
-TASK_HEADS = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 EMBEDDINGS = re.compile(
     r"(?:^|\.)(embed_tokens|lm_head|wte|wpe|word_embeddings|embed_in|embed_out|shared)(\.base_layer)?\.weight$"
 )

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 from vera_tools.base import BaseModel, Renaming
 from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.config import TASK_HEADS
 from vera_tools.errors import CheckFailedError, VeraToolsError
-from vera_tools.verifying.checks import EMBEDDINGS, TASK_HEADS, Check, belongs, saved_modules, some
+from vera_tools.verifying.checks import EMBEDDINGS, Check, belongs, saved_modules, some
 
 _RENAMED = (
     " (transformers 5 renames the modules of some models on loading, ViT's for one: then files and modules differ)"
