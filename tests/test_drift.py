@@ -185,6 +185,15 @@ class TestProbes:
         assert row.error or row.streams["float32"].error
         assert report.exit_code == 1
 
+    def test_a_torch_that_was_not_built_for_the_device_says_so(self):
+        version = __import__("torch").version
+        if version.cuda or version.hip:
+            pytest.skip("this torch has CUDA")
+        result = run_cli("drift", "--device", "cuda", "--dtype", "float32")
+        assert result.returncode == 1
+        assert "unknown: this torch has no CUDA\n" in result.stdout
+        assert "Error" not in result.stdout + result.stderr
+
     def test_a_virtual_environment(self):
         assert environments.venv(sys.prefix).command == (str(Path(sys.prefix) / "bin" / "python"),)
         with pytest.raises(UsageError, match="not a virtual environment"):
@@ -255,8 +264,40 @@ class TestAgainst:
             file.write_text(text)
             with pytest.raises(FormatError, match=r"other\.json"):
                 drift(against=[file])
-        with pytest.raises(FormatError, match=r"absent\.json"):
-            drift(against=[tmp_path / "absent.json"])
+        absent = tmp_path / "absent.json"
+        with pytest.raises(FormatError) as caught:
+            drift(against=[absent])
+        assert str(caught.value) == f"{absent}: no such file"
+
+    def test_a_report_that_shares_no_stream_does_not_agree(self, here, saved, tmp_path):
+        empty, other = json.loads(saved.read_text()), json.loads(saved.read_text())
+        empty["environments"] = []
+        for row in other["environments"]:  # a report of one default dtype, which this run does not draw
+            for streams in (row["streams"], row["digests"]):
+                for dtype in set(streams) - {"float64"}:
+                    del streams[dtype]
+        for name, document in (("empty", empty), ("other", other)):
+            file = tmp_path / f"{name}.json"
+            file.write_text(json.dumps(document))
+            code, found = run_json("drift", "--against", file, "--against", saved, "--dtype", "float32")
+            assert code == 1
+            assert (found["comparison"]["agree"], found["comparison"]["apart"]) == (False, [str(file)])
+        result = run_cli("drift", "--against", file, "--dtype", "float32")
+        assert result.returncode == 1
+        assert f"nothing to compare: {file} shares no stream with this run\n" in result.stdout
+        assert "reports agree" not in result.stdout
+
+    def test_a_baseline_is_not_written_over(self, saved, tmp_path):
+        for option, name in (("--save", "baseline.json"), ("--report", "page.html")):
+            file = tmp_path / name
+            file.write_text("kept")
+            result = run_cli("drift", "--dtype", "float32", option, file)
+            assert result.returncode == 2
+            assert f"{file}: already exists" in result.stderr
+            assert file.read_text() == "kept"
+        arguments = ("drift", "--dtype", "float32", "--capability", "default", "--save", tmp_path / "baseline.json")
+        assert run_cli(*arguments, "--overwrite").returncode == 0
+        load(tmp_path / "baseline.json")
 
 
 class TestEffect:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools import atomic
-from vera_tools.cli.shared import Output, base_option, in_features_option, labelled, output_options, strict_option
+from vera_tools.cli.shared import (
+    Output,
+    base_option,
+    in_features_option,
+    labelled,
+    output_options,
+    overwrite_option,
+    strict_option,
+)
 from vera_tools.drifting.drift import DEVICES, TIMEOUT, DriftReport, drift
 from vera_tools.dtypes import FLOATS
 
@@ -66,6 +74,7 @@ if TYPE_CHECKING:
     metavar="FILE.html",
     help="Write one self-contained page (needs vera-tools[html]).",
 )
+@overwrite_option
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -90,13 +99,17 @@ def command(
     save: Path | None,
     against: tuple[Path, ...],
     page: Path | None,
+    overwrite: bool,
     timeout: float,
 ) -> int:
     """What each torch, CPU capability and device here draws, and what that does to an adapter.
 
     Exits 1 where a row that runs by itself is not exact for the checkpoint's recipe (without a checkpoint: PEFT's usual
-    one), or where two reports disagree. Forced capabilities inform.
+    one), or where two reports disagree or share nothing to compare. Forced capabilities inform.
     """
+    for written in (save, page):
+        if written is not None:
+            atomic.refuse_existing(written, overwrite=overwrite)
     if page is not None:
         from vera_tools.drifting import page as drift_page
 
@@ -189,7 +202,7 @@ def _compare(report: DriftReport, console: Console) -> None:
     comparison = report.comparison
     assert comparison is not None
     console.print()
-    console.print("the reports agree" if comparison.agree else "THE REPORTS DISAGREE", style="bold")
+    console.print(comparison.verdict, style="bold" if comparison.agree else "bold red", soft_wrap=True)
     for dtype, groups in comparison.groups.items():
         for number, group in enumerate(groups):
             label = comparison.rows[group[0]][1].streams[dtype].label

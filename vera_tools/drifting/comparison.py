@@ -13,6 +13,9 @@ from vera_tools.config import parse_json
 from vera_tools.drifting.streams import Draw, Environment, shortened
 from vera_tools.errors import FormatError, UsageError
 
+#: What a run's own rows are called beside those of saved reports.
+THIS_RUN = "this run"
+
 #: A saved report: the pairs that were drawn, and the rows.
 Saved = tuple[tuple[Draw, ...], tuple[Environment, ...]]
 
@@ -34,15 +37,31 @@ class Comparison:
     groups: Mapping[str, tuple[tuple[int, ...], ...]]
 
     @property
+    def apart(self) -> tuple[str, ...]:
+        """The saved reports that hold no stream which this run drew too, so that they say nothing about it."""
+        drawn = [{self.rows[n][0] for group in groups for n in group} for groups in self.groups.values()]
+        return tuple(file for file in self.files if not any({THIS_RUN, file} <= names for names in drawn))
+
+    @property
     def agree(self) -> bool:
-        """No default dtype has more than one stream."""
-        return all(len(groups) <= 1 for groups in self.groups.values())
+        """Every saved report shares a stream with this run, and no default dtype has more than one stream."""
+        return not self.apart and all(len(groups) <= 1 for groups in self.groups.values())
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if any(len(groups) > 1 for groups in self.groups.values()):
+            return "the reports disagree"
+        if self.apart:
+            return f"nothing to compare: {', '.join(self.apart)} shares no stream with this run"
+        return "the reports agree"
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in reports."""
         return {
             "files": list(self.files),
             "agree": self.agree,
+            "apart": list(self.apart),
             "pairs": [draw.to_dict() for draw in self.draws],
             "rows": [
                 {
@@ -60,12 +79,16 @@ def load(file: str | os.PathLike[str]) -> Saved:
     """Read a saved report.
 
     Raises:
-        FormatError: not a drift/v1 document.
+        FormatError: not there, or not a drift/v1 document.
     """
     try:
         text = Path(file).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"cannot be read: {error}", where=file) from error
+    except FileNotFoundError as error:
+        raise FormatError("no such file", where=file) from error
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", where=file) from error
+    except UnicodeDecodeError as error:
+        raise FormatError("not JSON: not UTF-8", where=file) from error
     document = parse_json(text, where=os.fspath(file))
     schema.validate(document, "drift.v1", where=os.fspath(file))
     entry = atlas.Entry.from_document(document, name=os.fspath(file))
@@ -85,7 +108,7 @@ def compare_reports(
     Raises:
         UsageError: no pair was drawn by all.
     """
-    everything = [("this run", (tuple(draws), tuple(rows))), *saved]
+    everything = [(THIS_RUN, (tuple(draws), tuple(rows))), *saved]
     common = tuple(draw for draw in draws if all(draw in drawn for _, (drawn, _) in everything))
     if not common:
         raise UsageError("the reports drew no pair in common", where=", ".join(name for name, _ in saved))

@@ -117,7 +117,7 @@ class DriftReport(Report):
 
     @property
     def exit_code(self) -> int:
-        """1 where a native row is not exact, or two reports disagree."""
+        """1 where a native row is not exact, or the reports do not agree."""
         drifted = any(row.native and row.exact is not True for row in self.environments)
         return int(drifted or (self.comparison is not None and not self.comparison.agree))
 

@@ -239,7 +239,7 @@ def _comparison(report: DriftReport) -> str:
             stream = comparison.rows[group[0]][1].streams[dtype]
             who = "<br>".join(_text(f"{comparison.rows[n][0]}: {comparison.rows[n][1].title}") for n in group)
             lines.append(f'<tr><td>{dtype}</td><td class="stream">{_stream(stream)}</td><td>{who}</td></tr>')
-    state = "✓ the reports agree" if comparison.agree else "✗ the reports disagree"
+    state = f"{'✓' if comparison.agree else '✗'} {_text(comparison.verdict)}"
     return (
         f'<section><h2>Against saved reports</h2><p class="banner {"yes" if comparison.agree else "no"}">{state}</p>'
         '<div class="scroll"><table><thead><tr><th>dtype</th><th>stream</th><th>drawn by</th></tr></thead><tbody>'

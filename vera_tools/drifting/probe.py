@@ -37,6 +37,9 @@ def main() -> None:
     import torch
 
     device = torch.device(request["device"])
+    missing = _missing(torch, device.type)
+    if missing:
+        sys.exit(missing)
     streams: dict[str, Any] = {}
     for name in request["dtypes"]:
         try:
@@ -47,6 +50,21 @@ def main() -> None:
             streams[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
     print(json.dumps(dict(_facts(torch, device), streams=streams)), file=answer, flush=True)
     print(json.dumps({"devices": _devices(torch)}), file=answer, flush=True)
+
+
+def _missing(torch: Any, kind: str) -> str | None:
+    """Why nothing can be drawn on this kind of device, or None where torch sees one."""
+    if kind == "cpu":
+        return None
+    backend = getattr(torch.backends if kind == "mps" else torch, kind, None)
+    if backend is not None and backend.is_available():
+        return None
+    if kind == "mps":
+        built = backend is not None and backend.is_built()
+    else:
+        built = getattr(torch.version, kind, None) or (kind == "cuda" and getattr(torch.version, "hip", None))
+    name = kind.upper()
+    return f"torch finds no {name} device on this machine" if built else f"this torch has no {name}"
 
 
 def _draw(torch: Any, device: Any, name: str, number: int, pair: list[int], folder: str | None) -> dict[str, str]:
