@@ -358,8 +358,9 @@ def test_peft_loads_what_was_pushed(ann):
 def test_a_local_folder_is_needed(ann, tmp_path):
     with pytest.raises(UsageError, match="only a local checkpoint"):
         vera_tools.push("hf://ann/x", "ann/y")
-    with pytest.raises(UsageError, match="owner/name"):
-        vera_tools.push(CHECKPOINTS / NAME, "not a repository")
+    for wrong in ("badname", "not a repository"):
+        with pytest.raises(UsageError, match=r"not a model repository \(expected owner/name or hf://owner/name"):
+            vera_tools.push(CHECKPOINTS / NAME, wrong)
     single = tmp_path / "other.safetensors"
     shutil.copy(CHECKPOINTS / NAME / "adapter_model.safetensors", single)
     with pytest.raises(UsageError, match="folder is pushed"):

@@ -69,7 +69,7 @@ class Reference:
         subfolder = (match["subfolder"] or "").strip("/") if match else ""
         if match is None or any(part in ("", ".", "..") for part in subfolder.split("/") if subfolder):
             raise UsageError(
-                "not a model repository", where=text, expected="hf://owner/name[@revision][/subfolder]", found=text
+                "not a model repository", where=text, expected="owner/name or hf://owner/name[@revision][/subfolder]"
             )
         revision = match["revision"]
         return cls(match["repo"], revision.replace("%2F", "/") if revision else None, subfolder)

@@ -155,6 +155,8 @@ def push(
         HubError: the Hub refused or cannot be reached.
     """
     reference = _target(repo, revision, create_pr=create_pr)
+    if hub.is_offline():
+        raise HubError("offline mode is on", where=str(reference), hint="unset HF_HUB_OFFLINE")
     if strip and embed:
         raise UsageError("strip and embed contradict each other")
     label = os.fspath(checkpoint)
