@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 from vera_tools import source
@@ -59,7 +58,7 @@ class Linear:
     transposed: bool
 
 
-class BaseModel:
+class BaseModel(source.Closing):
     """An open base model.
 
     Attributes:
@@ -125,14 +124,6 @@ class BaseModel:
         """Close all files."""
         for file in self.files.values():
             file.close()
-
-    def __enter__(self) -> BaseModel:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def quantisation(self) -> str | None:

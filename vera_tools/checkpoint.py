@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from vera_tools import source
@@ -50,7 +49,7 @@ class Layer:
     lambda_d: TensorInfo | None
 
 
-class Checkpoint:
+class Checkpoint(source.Closing):
     """An open checkpoint.
 
     Attributes:
@@ -113,14 +112,6 @@ class Checkpoint:
     def close(self) -> None:
         """Close the weights."""
         self.weights.close()
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def raw_config(self) -> dict[str, Any]:

@@ -10,10 +10,12 @@ import os
 import stat
 from collections.abc import Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from vera_tools.errors import FormatError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ByteSource(Protocol):
@@ -44,7 +46,21 @@ class Folder(Protocol):
         """Open one file, or raise `FormatError`."""
 
 
-class LocalFile:
+class Closing:
+    """What is closed at the end of a `with` block."""
+
+    def close(self) -> None:
+        """Release what is held."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.close()
+
+
+class LocalFile(Closing):
     """A file on disk."""
 
     def __init__(self, path: Path) -> None:
@@ -106,14 +122,6 @@ class LocalFile:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
-
-    def __enter__(self) -> LocalFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 class MemoryFile:

@@ -21,7 +21,6 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -30,7 +29,7 @@ import numpy.typing as npt
 from vera_tools.config import parse_json
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
 from vera_tools.errors import FormatError
-from vera_tools.source import ByteSource, LocalFile
+from vera_tools.source import ByteSource, Closing, LocalFile
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +73,7 @@ class Deferred:
     pieces: Callable[[], Iterable[memoryview | Array]]
 
 
-class TensorFile:
+class TensorFile(Closing):
     """An open safetensors file: the header is parsed, the tensors are read on demand.
 
     Attributes:
@@ -108,14 +107,6 @@ class TensorFile:
     def close(self) -> None:
         """Close the underlying file."""
         self._source.close()
-
-    def __enter__(self) -> TensorFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def source(self) -> ByteSource:
