@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
-from vera_tools import tensorfile
+from vera_tools import schema, tensorfile
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.config import VeraConfig
 from vera_tools.manifest import MANIFEST_NAME
@@ -609,6 +609,23 @@ model.save_pretrained({str(folder)!r})
         report = one(folder)
         assert report.verdict == "drift"
         assert "projections.match" in failed(report)
+
+    def test_a_recorded_pair_beyond_the_limit_is_not_drawn(self, checkpoint, monkeypatch):
+        monkeypatch.setattr("vera_tools.verifying.verify.MOST_DRAWN", 1 << 20)
+        folder = checkpoint(SEED_ONLY)
+        vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
+        assert one(folder).verdict == "reproducible"
+        path = folder / MANIFEST_NAME
+        manifest = json.loads(path.read_text())
+        manifest["in_max"] = manifest["projections"]["vera_A"]["shape"][1] = 1 << 18
+        path.write_text(json.dumps(manifest))
+        report = vera_tools.verify(folder)
+        assert report.checkpoints[0].verdict == "unproven"
+        assert report.exit_code == 1
+        (check,) = (check for check in report.checkpoints[0].checks if check.id == "projections.match")
+        assert check.status == "fail"
+        assert "not regenerated: no adapter has the recorded 16781312 bytes" in check.message
+        schema.validate(report.to_dict(), "verify.v1", where="report")
 
     def test_recorded_under_the_wrong_recipe_loads_exactly_where_it_says(self, checkpoint):
         name = "peft-0.21.2-llama-f32-seedonly-noavx"
