@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +13,7 @@ from peft import PeftModel, VeraConfig, get_peft_model
 from safetensors.numpy import load_file, save_file
 
 import vera_tools
-from vera_tools.errors import FormatError
+from vera_tools.errors import FormatError, LoadingWarning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
@@ -100,9 +103,72 @@ def test_a_classifier_on_a_base_without_one(tmp_path):
     model = transformers.LlamaForSequenceClassification(config)
     model.model.save_pretrained(tmp_path / "base")
     expected = adapt(model, tmp_path / "adapter", target_modules=["q_proj"], task_type="SEQ_CLS")
-    vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", verify=True)
+    with pytest.warns(LoadingWarning, match="the base has no score"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", verify=True)
     merged = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path / "out", num_labels=3)
     assert np.abs(logits(merged) - expected).max() <= 2e-5
+
+
+@pytest.mark.parametrize(
+    ("task", "ending", "labels"),
+    [
+        ("SEQ_CLS", "ForSequenceClassification", 3),
+        ("TOKEN_CLS", "ForTokenClassification", 5),
+        ("QUESTION_ANS", "ForQuestionAnswering", 2),
+    ],
+)
+@pytest.mark.parametrize("base_class", ["LlamaForCausalLM", "BertModel"])
+def test_what_a_new_head_needs_in_the_config(base_class, task, ending, labels, tmp_path):
+    family = "Bert" if base_class == "BertModel" else "Llama"
+    model_class = getattr(transformers, family + ending)
+    model = model_class(llama(num_labels=labels)) if family == "Llama" else bert(model_class, num_labels=labels)
+    trunk = getattr(model, model.base_model_prefix)
+    if base_class == "LlamaForCausalLM":
+        base = transformers.LlamaForCausalLM(llama())
+        base.model.load_state_dict(trunk.state_dict())
+    else:  # with the pooler that a classifier needs, and the trunk's names without their prefix
+        base = transformers.BertModel(model.config)
+        base.config.num_labels = 2
+        base.load_state_dict(trunk.state_dict(), strict=False)
+    base.save_pretrained(tmp_path / "base")
+    targets = ["q_proj"] if family == "Llama" else ["query"]
+    adapted = get_peft_model(model, VeraConfig(r=8, target_modules=targets, task_type=task))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad and "lambda" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(LoadingWarning) as caught:
+        report = vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+    assert [str(warning.message) for warning in caught] == [f"{tmp_path / 'out'}: {note}" for note in report.notes]
+    settings = {key: json.loads(value) for key, value in re.findall(r'"(\w+)": (\[[^]]*\]|\d+)', report.notes[0])}
+    assert settings["architectures"] == [family + ending]
+    assert settings.get("num_labels", 2) == labels
+    path = tmp_path / "out/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    # A class that gives the trunk another name is told so.
+    mapping = json.loads(report.notes[1].partition("key_mapping=")[2].rstrip(")")) if report.notes[1:] else None
+    assert (mapping is not None) == (model_class is transformers.LlamaForQuestionAnswering)
+    loaded = getattr(transformers, settings["architectures"][0])
+    merged, info = loaded.from_pretrained(tmp_path / "out", output_loading_info=True, key_mapping=mapping)
+    assert merged.config.num_labels == labels
+    assert not info["missing_keys"]
+    ids = torch.tensor(IDS)
+    with torch.no_grad():
+        found, expected = merged.eval()(ids), adapted.eval()(ids)
+    assert (found[0] - expected[0]).abs().max() <= 2e-5
+
+
+def test_nothing_is_said_of_a_head_that_the_config_describes(tmp_path):
+    model = transformers.LlamaForSequenceClassification(llama(num_labels=3))
+    model.model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    config["architectures"] = ["LlamaForSequenceClassification"]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    adapt(model, tmp_path / "adapter", target_modules=["q_proj"], task_type="SEQ_CLS")
+    report = vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+    assert report.added == ("score.weight",)
+    assert report.notes == ()
 
 
 def bert(model_class, **options):

@@ -151,7 +151,8 @@ def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, T
             if MODULES + _WRAPPED.sub("", path) not in checkpoint.other_tensors:
                 raise FormatError("a copy of a saved tensor that is itself missing", where=where)
             continue
-        name = next((option for option in (renaming(path), path) if option in base.tensors), renaming(path))
+        new = renaming(path) if path.startswith(renaming.strip) else path  # a head stands outside what is renamed
+        name = next((option for option in (renaming(path), path) if option in base.tensors), new)
         if name in base.tensors:
             there = base.tensors[name][1]
             if there.shape != info.shape:
