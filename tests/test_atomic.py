@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import pathlib
 import stat
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import textwrap
 
 import pytest
 
+from tests.conftest import CHECKPOINTS, run_cli
 from vera_tools import atomic
 from vera_tools.errors import UsageError, VeraToolsError
 
@@ -213,3 +215,78 @@ class TestReplacement:
             self.replace(old)
         assert (old / "weights").read_bytes() == b"old"
         assert [path.name for path in old.parent.iterdir()] == ["ckpt"]
+
+
+class TestRefuseOutput:
+    def test_an_empty_one(self):
+        with pytest.raises(UsageError, match="the output is empty"):
+            atomic.refuse_output("", overwrite=True)
+
+    @pytest.mark.parametrize("below", ["out", "a/b/out"])
+    def test_below_a_file(self, below, tmp_path):
+        (tmp_path / "f").write_text("x")
+        with pytest.raises(UsageError, match=r"/f: is not a folder"):
+            atomic.refuse_output(tmp_path / "f" / below, overwrite=False)
+
+    @pytest.mark.parametrize(
+        ("output", "message"),
+        [("in", "would replace"), (".", "would replace"), ("in/out", "lies inside"), ("in/a/out", "lies inside")],
+    )
+    def test_an_input(self, output, message, tmp_path):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / "config.json").write_text("{}")
+        inputs = (None, "hf://owner/name", tmp_path / "in")
+        with pytest.raises(UsageError, match=message):
+            atomic.refuse_output(tmp_path / output, overwrite=True, inputs=inputs)
+        (tmp_path / "link").symlink_to(tmp_path / "in")
+        with pytest.raises(UsageError, match=message):
+            atomic.refuse_output(tmp_path / output, overwrite=True, inputs=(tmp_path / "link",))
+        assert atomic.refuse_output(tmp_path / "other", overwrite=False, inputs=inputs) == tmp_path / "other"
+
+    @pytest.mark.parametrize("name", ["notes.txt", "deep/adapter_config.json"])
+    def test_overwriting_what_no_tool_wrote(self, name, tmp_path):
+        (tmp_path / "out" / name).parent.mkdir(parents=True)
+        (tmp_path / "out" / name).write_text("x")
+        with pytest.raises(UsageError, match="holds neither an adapter nor a model"):
+            atomic.refuse_output(tmp_path / "out", overwrite=True)
+
+    @pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "model-00001-of-00002.safetensors", None])
+    def test_overwriting_what_a_tool_wrote_or_nothing(self, name, tmp_path):
+        (tmp_path / "out").mkdir()
+        if name:
+            (tmp_path / "out" / name).write_text("x")
+        assert atomic.refuse_output(tmp_path / "out", overwrite=True) == tmp_path / "out"
+
+    def test_a_file_by_a_folder_and_a_folder_by_a_file(self, tmp_path):
+        (tmp_path / "file").write_text("x")
+        with pytest.raises(UsageError, match="is a file, and a folder is to be written"):
+            atomic.refuse_output(tmp_path / "file", overwrite=True)
+        with pytest.raises(UsageError, match="is a folder, and a file is to be written"):
+            atomic.refuse_output(tmp_path, overwrite=True, is_file=True)
+        assert atomic.refuse_output(tmp_path / "file", overwrite=True, is_file=True) == tmp_path / "file"
+
+
+def test_a_parent_that_cannot_be_made_is_said_in_plain_words(tmp_path):
+    with (
+        pytest.raises(VeraToolsError, match=r"/sub: could not be made: "),
+        atomic.folder(pathlib.Path("/proc/self/sub/out")),
+    ):
+        pass
+
+
+EVERY_COMMAND = [
+    ["strip-projections", "x"],
+    ["embed-projections", "x"],
+    ["convert", "--to", "lora", "x"],
+    ["merge", "x", "--base", "x"],
+    ["pull", "ann/x"],
+    ["regenerate", "--checkpoint", "x"],
+]
+
+
+@pytest.mark.parametrize("command", EVERY_COMMAND, ids=lambda command: command[0])
+def test_an_empty_output_is_named_by_every_command(command):
+    kept = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    result = run_cli(*(kept if word == "x" else word for word in command), "-o", "")
+    assert result.returncode == 2
+    assert "the output is empty" in result.stderr

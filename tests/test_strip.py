@@ -184,7 +184,7 @@ def test_output_rules(checkpoint, tmp_path):
         strip_projections(source, tmp_path / "out")
     strip_projections(source, tmp_path / "out", overwrite=True)
     for output in (source, tmp_path):
-        with pytest.raises(UsageError, match="would replace the checkpoint itself"):
+        with pytest.raises(UsageError, match="would replace an input"):
             strip_projections(source, output, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", source.name]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -26,9 +25,7 @@ if TYPE_CHECKING:
 
 @click.command("pull")
 @click.argument("repo")
-@click.option(
-    "-o", "--output", "target", required=True, type=click.Path(path_type=Path), metavar="OUT", help="Folder to write."
-)
+@click.option("-o", "--output", "target", required=True, metavar="OUT", help="Folder to write.")
 @click.option("--revision", metavar="REV", help="Branch, tag, commit or refs/pr/N.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Further files to take. Repeatable.")
 @click.option("--allow-pickle", is_flag=True, help="Take adapter_model.bin too; reading it needs torch (weights_only).")
@@ -43,7 +40,7 @@ def command(
     output: Output,
     *,
     repo: str,
-    target: Path,
+    target: str,
     revision: str | None,
     include: tuple[str, ...],
     allow_pickle: bool,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -33,9 +32,7 @@ if TYPE_CHECKING:
 @base_option
 @recipe_options
 @strict_option
-@click.option(
-    "-o", "--output", "path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write them there."
-)
+@click.option("-o", "--output", "path", metavar="FILE", help="Write them there.")
 @overwrite_option
 @output_options
 def command(
@@ -49,7 +46,7 @@ def command(
     base: str | None,
     recipe_options: RecipeOptions,
     strict: bool,
-    path: Path | None,
+    path: str | None,
     overwrite: bool,
 ) -> int:
     """Draw vera_A and vera_B from the key, bit-identical to torch, without torch.

@@ -113,6 +113,8 @@ def convert_all(
         FormatError: no such folder.
         UsageError: no checkpoint is there.
     """
+    if out_dir is not None and not os.fspath(out_dir):
+        raise UsageError("the output is empty", hint="name the folder that the outputs go to")
     top = Path(root)
     own = None if out_dir is None else Path(out_dir).resolve()
     # Listed before anything is written, so that outputs below the root are not taken for inputs.

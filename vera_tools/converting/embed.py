@@ -91,7 +91,7 @@ def embed_projections(
     """
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
-        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         if opened.projections:
             raise NothingToDoError("the projections are stored already", where=opened.label)

@@ -20,7 +20,6 @@ import contextlib
 import json
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 from vera_tools import atomic, source
@@ -123,7 +122,7 @@ def from_foreign(
     _refuse_adapter_hub(folder)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
-        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         _refuse_by_name(opened.weights)
         config, names = _draft_config(opened), _draft_names(opened)
@@ -199,7 +198,7 @@ def _from_anima(
         raise FormatError(
             "not one file", where=label, expected="one safetensors file", found=f"{len(files)}", hint="name the file"
         )
-    atomic.refuse_existing(Path(output), overwrite=overwrite)
+    target = atomic.refuse_output(output, overwrite=overwrite, inputs=(label, base))
     with contextlib.ExitStack() as stack:
         weights = stack.enter_context(TensorFile(folder.open(files[0])))
         _refuse_by_name(weights)
@@ -217,7 +216,7 @@ def _from_anima(
         config = VeraConfig(
             r=record.shape.r, target_modules=sorted(modules.values()), projection_prng_key=key, inference_mode=True
         )
-        with atomic.folder(Path(output), overwrite=overwrite) as out:
+        with atomic.folder(target, overwrite=overwrite) as out:
             manifest = write_checkpoint(out, config, tensors, record, metadata=weights.metadata)
             size = (out / WEIGHTS_NAME).stat().st_size
         return ForeignReport(

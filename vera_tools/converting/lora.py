@@ -120,7 +120,7 @@ def to_lora(
         raise UsageError("not a dtype for LoRA", expected=" or ".join(FLOATS), found=dtype)
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
-        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         resolved = resolve(

@@ -46,12 +46,18 @@ class Destination:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, output: str | os.PathLike[str] | None, *, in_place: bool, overwrite: bool
+        cls,
+        checkpoint: Checkpoint,
+        output: str | os.PathLike[str] | None,
+        *,
+        in_place: bool,
+        overwrite: bool,
+        base: str | os.PathLike[str] | None = None,
     ) -> Destination:
         """Check the arguments that say where to, before any work is done.
 
         Raises:
-            UsageError: neither or both of `output` and `in_place`; the output exists, or is or holds the checkpoint;
+            UsageError: neither or both of `output` and `in_place`; the output cannot be there (`atomic.refuse_output`);
                 in place on the Hub, or on a weights file of another name.
         """
         if (output is None) != in_place:
@@ -68,13 +74,8 @@ class Destination:
                 warnings.warn(message, SignatureWarning, stacklevel=3)
             return cls(path, True, True, tuple(others), (), checkpoint)
         assert output is not None
-        path = Path(output)
-        atomic.refuse_existing(path, overwrite=overwrite)
-        if isinstance(checkpoint.folder, source.LocalFolder):
-            here = checkpoint.folder.path.resolve()
-            if here == path.resolve() or path.resolve() in here.parents:
-                hint = "choose another output, or pass --in-place"
-                raise UsageError("the output would replace the checkpoint itself", where=path, hint=hint)
+        here = checkpoint.folder.path if isinstance(checkpoint.folder, source.LocalFolder) else None
+        path = atomic.refuse_output(output, overwrite=overwrite, inputs=(here, base))
         others = [name for name in others if not name.startswith(".")]  # git's and the system's
         left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
         return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)

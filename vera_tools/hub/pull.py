@@ -131,8 +131,7 @@ def pull(
     reference = Reference.parse(repo)
     if revision is not None:
         reference = Reference(reference.repo, revision, reference.subfolder)
-    target = Path(output)
-    atomic.refuse_existing(target, overwrite=overwrite)
+    target = atomic.refuse_output(output, overwrite=overwrite, inputs=(base,))
     snapshot = _fetch(reference, include=tuple(include), allow_pickle=allow_pickle)
     with atomic.folder(target, overwrite=overwrite) as folder:
         files = tuple(_take(snapshot, path, folder) for path in snapshot.files)
@@ -275,11 +274,13 @@ def _embed(folder: Path, *, base: str | os.PathLike[str] | None, in_features: in
     """Replace the seed-only checkpoint in `folder` by one that holds its projections."""
     from vera_tools.converting.embed import embed_projections
 
-    written = folder / ".embedded"
-    embed_projections(folder, written, base=base, in_features=in_features, strict=strict)
-    for file in written.iterdir():
-        file.replace(folder / file.name)
-    written.rmdir()
+    written = folder.with_name(f"{folder.name}.embedded")
+    try:
+        embed_projections(folder, written, base=base, in_features=in_features, strict=strict)
+        for file in written.iterdir():
+            file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(written, ignore_errors=True)
 
 
 def _provenance(report: PullReport) -> str:

@@ -96,7 +96,7 @@ def regenerate(
         FormatError: the checkpoint cannot be read.
     """
     if output is not None:
-        atomic.refuse_existing(Path(output), overwrite=overwrite)
+        atomic.refuse_output(output, overwrite=overwrite, is_file=True)
     record, origin = (
         _of_key(key, r, in_features, out_features, recipe, stored_dtype, output)
         if checkpoint is None
