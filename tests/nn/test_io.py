@@ -331,6 +331,48 @@ def test_an_adapter_on_the_hub(hub):
     assert (got - want).abs().max() <= 1e-5
 
 
+def test_revision_and_subfolder_are_taken_as_peft_takes_them(hub, tmp_path):
+    name = "peft-0.21.2-llama-f32-kept"
+    hub.add_repo("ann/x", {f"adapters/{f.name}": f.read_bytes() for f in (CHECKPOINTS / name).iterdir()})
+    ids, want = expected(name)
+    for reference, options in (
+        ("hf://ann/x", {"revision": "main", "subfolder": "adapters"}),
+        ("hf://ann/x/adapters", {"revision": "main"}),
+        (CHECKPOINTS, {"subfolder": name}),
+    ):
+        got = logits(load_adapter(base_model(name), reference, **options), ids).reshape(-1)[-want.numel() :]
+        assert (got - want).abs().max() <= 1e-5
+    with pytest.raises(UsageError, match="hf://owner/name@v1/sub"):
+        load_adapter(base_model(name), CHECKPOINTS / name, revision="v1", subfolder="sub")
+
+
+def test_pefts_further_arguments_are_taken_where_they_change_nothing(tmp_path):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    randomise(model)
+    model.save_pretrained(tmp_path, safe_serialization=True, save_embedding_layers="auto")
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": True, "torch_device": "cpu"}
+    again = VeraModel.from_pretrained(llama(), tmp_path, config=None, **options)
+    again.load_adapter(tmp_path, "second", **options)
+    assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
+    for wrong in ({"autocast_adapter_dtype": False}, {"config": VeraConfig(r=3)}, {"key_mapping": {}}):
+        base = llama()
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))}: is not supported"):
+            load_adapter(base, tmp_path, **wrong)
+        VeraModel(base, VeraConfig(**OPTIONS))
+    for wrong in ({"safe_serialization": False}, {"save_embedding_layers": True}):
+        with pytest.raises(UsageError, match=f"{next(iter(wrong))}: is not supported"):
+            model.save_pretrained(tmp_path / "not", **wrong)
+    assert not (tmp_path / "not").exists()
+    with pytest.raises(TypeError, match="low_cpu_mem"):
+        load_adapter(llama(), tmp_path, low_cpu_mem=True)
+
+
+def test_push_to_hub_is_not_the_base_models():
+    with pytest.raises(UsageError, match="vera-tools push"):
+        VeraModel(llama(), VeraConfig(**OPTIONS)).push_to_hub("ann/x")
+
+
 def test_neither_transformers_nor_peft_is_needed():
     code = "import sys, vera_tools.nn.io, vera_tools.nn.peft; print(*({'peft', 'transformers'} & {*sys.modules}))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

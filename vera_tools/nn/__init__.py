@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from torch import nn
 
@@ -20,6 +21,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     strict: bool = False,
+    **options: Any,
 ) -> VeraModel:
     """Put a checkpoint's adapter on a model, with the projections that it was trained with.
 
@@ -29,6 +31,7 @@ def load_adapter(
         adapter_name: The adapter's name here.
         is_trainable: Whether it is to be trained on.
         strict: Refuse what can only be assumed.
+        **options: As `VeraModel.from_pretrained` takes them.
 
     Returns:
         The `VeraModel`, which is `model` itself where that was one.
@@ -37,8 +40,8 @@ def load_adapter(
         FormatError, CheckFailedError, UnprovenError, UsageError: as `VeraModel.from_pretrained`.
     """
     if not isinstance(model, VeraModel):
-        return VeraModel.from_pretrained(model, checkpoint, adapter_name, is_trainable, strict=strict)
-    model.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict)
+        return VeraModel.from_pretrained(model, checkpoint, adapter_name, is_trainable, strict=strict, **options)
+    model.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict, **options)
     return model
 
 

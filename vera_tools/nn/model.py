@@ -7,8 +7,9 @@ on to the model that it wraps.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -16,9 +17,38 @@ from torch import nn
 from vera_tools.config import VeraConfig
 from vera_tools.errors import UsageError
 from vera_tools.manifest import PROJECTIONS
+from vera_tools.nn import peft_arguments
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.rows import NO_ADAPTER, Rows
+
+
+class _with_signature_of_base:  # noqa: N801 (a decorator)
+    """A forward whose signature is asked of the instance: trainers choose a batch's columns by it."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __get__(self, instance: VeraModel | None, owner: type) -> Any:
+        return self.function if instance is None else _Forward(self.function, instance)
+
+
+class _Forward:
+    """An instance's forward, which says what its base takes."""
+
+    def __init__(self, function: Callable[..., Any], model: VeraModel) -> None:
+        self.function, self.model = function, model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        signature = inspect.signature(self.model.model.forward)
+        own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
+        taken = list(signature.parameters.values())
+        at = len(taken) - (bool(taken) and taken[-1].kind is inspect.Parameter.VAR_KEYWORD)
+        return signature.replace(parameters=[*taken[:at], own, *taken[at:]])
 
 
 class VeraModel(Adapters):
@@ -63,6 +93,7 @@ class VeraModel(Adapters):
         *,
         strict: bool = False,
         allow_pickle: bool = False,
+        **options: Any,
     ) -> VeraModel:
         """Put a checkpoint's adapter on a model, with the projections that it was trained with.
 
@@ -73,15 +104,18 @@ class VeraModel(Adapters):
             is_trainable: Whether its vectors are to be trained on; else the model is put into evaluation mode.
             strict: Refuse what can only be assumed.
             allow_pickle: Read a legacy adapter_model.bin too, by torch with weights_only.
+            **options: PEFT's further arguments: revision and subfolder, and `peft_arguments.LOADING`, with the values
+                for which nothing is done otherwise.
 
         Raises:
             FormatError: unreadable, malformed, or not VeRA.
             CheckFailedError: it does not fit the model, or regenerated projections are not the recorded ones.
             UnprovenError: `strict`, and nothing records which recipe made the projections.
+            UsageError: an option that is not supported, or the model carries adapters already.
         """
         self = cls.__new__(cls)
         Adapters.__init__(self, model)
-        self.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict, allow_pickle=allow_pickle)
+        self.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict, allow_pickle=allow_pickle, **options)
         self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=not is_trainable)
         return self
@@ -94,10 +128,15 @@ class VeraModel(Adapters):
         *,
         strict: bool = False,
         allow_pickle: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
     ) -> None:
         """Load another adapter beside those that are there; it is not made active. As `from_pretrained`."""
         from vera_tools.nn import io
 
+        peft_arguments.check(options, peft_arguments.LOADING)
+        checkpoint = peft_arguments.located(checkpoint, revision=revision, subfolder=subfolder)
         io.load(self, checkpoint, adapter_name, is_trainable=is_trainable, strict=strict, allow_pickle=allow_pickle)
         if not is_trainable:
             self.eval()
@@ -107,6 +146,7 @@ class VeraModel(Adapters):
         save_directory: str | os.PathLike[str],
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool | None = None,
+        **options: Any,
     ) -> None:
         """Write adapters in PEFT's format, with a manifest.
 
@@ -117,16 +157,31 @@ class VeraModel(Adapters):
             save_directory: Where to.
             selected_adapters: Which adapters. Default: all.
             is_main_process: Whether this process writes. Default: the process of rank 0.
+            **options: PEFT's further arguments, `peft_arguments.SAVING`, with the values for which nothing is done
+                otherwise.
 
         Raises:
-            UsageError: no such adapter, or save_projection is off for projections that no recipe makes.
+            UsageError: no such adapter, save_projection is off for projections that no recipe makes, or an option that
+                is not supported.
         """
         from vera_tools.nn import io
 
+        peft_arguments.check(options, peft_arguments.SAVING)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in self.check_known(names):
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
             io.save(self, folder, name, is_main_process=is_main_process)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the base model's own would upload the base.
+
+        Raises:
+            UsageError: always; it names the command that does it.
+        """
+        raise UsageError(
+            "an adapter is uploaded from a saved checkpoint",
+            hint="save_pretrained(folder), then `vera-tools push folder owner/name`",
+        )
 
     # Adapters: add, choose, delete.
 
@@ -203,15 +258,19 @@ class VeraModel(Adapters):
 
     # Running.
 
-    def forward(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
-        """Run the model.
+    @_with_signature_of_base
+    def forward(self, *args: Any, labels: Any = None, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
+        """Run the model. An instance's forward has the signature of its base's, with `adapter_names` added.
 
         Args:
             *args: As the model takes them.
+            labels: As the model takes them; named here because ``transformers.Trainer`` asks the class for it.
             adapter_names: One adapter name for each row of the batch; "__base__" for a row without adapter. In
                 evaluation mode only.
             **kwargs: As the model takes them.
         """
+        if labels is not None:
+            kwargs["labels"] = labels
         with self._rows(adapter_names):
             return self.model(*args, **kwargs)
 
