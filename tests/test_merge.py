@@ -18,7 +18,14 @@ from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
 from tests.merging import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
 from vera_tools import schema
 from vera_tools.cli.merge import parse_shard, parse_size
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
+from vera_tools.errors import (
+    AssumedRecipeWarning,
+    CheckFailedError,
+    FormatError,
+    LoadingWarning,
+    UnprovenError,
+    UsageError,
+)
 from vera_tools.tensorfile import TensorFile
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -159,7 +166,9 @@ class TestNames:
             extra={"base_model.model.score.weight": head},
             config={"modules_to_save": ["classifier", "score"]},
         )
-        report = vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+        with pytest.warns(LoadingWarning, match="the base has no score"):
+            report = vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+        assert "architectures to the class that has it" in report.notes[0]
         assert list(report.added) == ["score.weight"]
         assert np.array_equal(weights(tmp_path / "out")["score.weight"], head)
         index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())

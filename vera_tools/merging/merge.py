@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,8 @@ from typing import Any, ClassVar
 from vera_tools import atomic, source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
-from vera_tools.errors import UsageError, VeraToolsError
-from vera_tools.merging import execution, record, staging, verification
+from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
+from vera_tools.merging import execution, heads, record, staging, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
@@ -46,6 +47,7 @@ class MergeReport(Report):
         bytes_total: Bytes of the result's weights.
         seconds: From the call to its end.
         verified: What reading back has proven, or None.
+        notes: What remains to be set in the result's config.json.
     """
 
     name: ClassVar[str] = "merge"
@@ -66,6 +68,7 @@ class MergeReport(Report):
     bytes_total: int
     seconds: float
     verified: verification.Verification | None
+    notes: tuple[str, ...]
 
     def body(self) -> dict[str, Any]:
         """The merge/v1 document's own part."""
@@ -99,6 +102,7 @@ class MergeReport(Report):
                 "off": proven.off,
                 "sha256": proven.sha256,
             },
+            "notes": list(self.notes),
         }
 
 
@@ -172,6 +176,7 @@ def merge(
             resolved = resolve(opened, base=model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
+        notes = heads.notes(plan)
         mine = portion(plan.shards, shard)
         for adapter in adapters:
             adapter.load()
@@ -195,6 +200,8 @@ def merge(
         if whole:
             _write_others(plan, stage)
             stage.publish(overwrite=overwrite, sync=sync)
+        for note in notes:
+            warnings.warn(f"{output}: {note}", LoadingWarning, stacklevel=2)
         return MergeReport(
             path=os.fspath(output),
             base=model.label,
@@ -212,6 +219,7 @@ def merge(
             bytes_total=sum(item.size for item in plan.shards),
             seconds=time.perf_counter() - started,
             verified=proven,
+            notes=tuple(notes),
         )
 
 
