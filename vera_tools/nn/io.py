@@ -90,7 +90,7 @@ def projections(
     in_max, out_max = max(size[0] for size in sizes), max(size[1] for size in sizes)
     resolved = resolve(
         checkpoint,
-        in_features=in_max,
+        in_features=None if checkpoint.projections or checkpoint.recorded else in_max,  # a wider pair than needed fits
         weight_dtypes=[dtype_name(weight.dtype) for weight in weights],
         strict=strict,
     )
