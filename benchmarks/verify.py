@@ -2,7 +2,7 @@
 
     python benchmarks/verify.py
 
-Makes its own adapters in a temporary folder: one of 25 MB (r 256, 11008 x 11008, 64 layers), and 100 and 1,000 seed-only
+Makes its own adapters in a temporary folder: one of 25 MB (r 256, 11008 x 11008, 64 layers), and 1,000 seed-only
 ones with manifests that share one projection pair (r 64, 1024 x 1024, 48 layers).
 """
 
