@@ -10,8 +10,10 @@ import time
 from dataclasses import dataclass
 
 PYTHON = [sys.executable, "-W", "ignore"]
-#: Settings that slow numpy's BLAS on some machines have no place in a benchmark.
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+#: Settings that slow numpy's BLAS on some machines have no place in a benchmark, nor has one that makes Python compile
+#: an editable install at every start, where an installed package comes compiled.
+UNSET = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in UNSET}
 
 
 @dataclass(frozen=True)

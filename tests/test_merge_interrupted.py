@@ -51,71 +51,84 @@ def hidden(folder):
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-# Slows a merge down in a process of its own, so that it is interrupted in the middle however fast the machine is.
-SLOWLY = """
+# A merge in a process of its own that comes to a halt at its Nth checksum (of 16) and says so on its output, so
+# that it is interrupted in the middle however fast or busy the machine is. Every checksum from there on takes a second.
+HALTING = """
 import sys, time
 from vera_tools.merging import execution
-original = execution.zlib.crc32
+original, left = execution.zlib.crc32, int(sys.argv.pop(1))
 def crc32(*args):
-    time.sleep(0.01)
+    global left
+    left -= 1
+    if left == 0:
+        print("halted", flush=True)
+    if left <= 0:
+        time.sleep(1)
     return original(*args)
-class Slow:
+class Halting:
     crc32 = staticmethod(crc32)
-execution.zlib = Slow
+execution.zlib = Halting
 from vera_tools.cli import main
 main(sys.argv[1:])
 """
 
 
-def start_slowly(made, out, *options):
-    arguments = command(made, out, *options)[3:]
-    return subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+def halted(made, out, *options, after):
+    """A merge that is at work, halted at its checksum number ``after``."""
+    arguments = [sys.executable, "-c", HALTING, str(after), *command(made, out, *options)[3:]]
+    process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "halted\n", process.communicate()
+    return process
 
 
-def wait_until(condition):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.005)
-    raise AssertionError("it never came to that")
+def finished_files(out):
+    return {path.name for path in (staging.place(out) / "output").iterdir()}
 
 
 class TestKill:
-    @pytest.mark.parametrize("seed", range(4))
-    def test_sigkill_at_a_random_moment_leaves_nothing_half_written_and_resumes(self, seed, made, tmp_path):
+    @pytest.mark.parametrize("after", range(1, 16, 3))
+    def test_sigkill_leaves_nothing_half_written_and_resumes(self, after, made, tmp_path):
         out = tmp_path / "out"
-        process = start_slowly(made, out)
-        wait_until(lambda: (staging.place(out) / "output").is_dir() or process.poll() is not None)
-        time.sleep(random.Random(seed).uniform(0, 0.25))
+        process = halted(made, out, after=after)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-        if out.exists():  # it had just come to its end
-            assert snapshot(out) == made[2]
-            return
         assert hidden(tmp_path) == [".out.merge"]
-        finished = {path.name for path in (staging.place(out) / "output").iterdir()}
+        finished = finished_files(out)
         report = vera_tools.merge(made[1], base=made[0], output=out, resume=True, verify=True)
         assert set(report.resumed) == finished & {path for path in made[2] if path.endswith(".safetensors")}
         assert snapshot(out) == made[2]
         assert hidden(tmp_path) == []
         assert snapshot(made[0]) == made[3]
 
+    @pytest.mark.parametrize("seed", range(4))
+    def test_sigkill_at_a_random_moment(self, seed, made, tmp_path):
+        out = tmp_path / "out"
+        process = subprocess.Popen(command(made, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(random.Random(seed).uniform(0.1, 0.8))
+        process.kill()
+        process.communicate()
+        if out.exists():  # it had come to its end
+            assert snapshot(out) == made[2]
+        else:
+            vera_tools.merge(made[1], base=made[0], output=out, resume=staging.place(out).exists(), verify=True)
+        assert snapshot(out) == made[2]
+        assert hidden(tmp_path) == []
+
     def test_resume_takes_over_what_is_finished(self, made, tmp_path):
         out = tmp_path / "out"
-        process = start_slowly(made, out)
-        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 2)
+        process = halted(made, out, after=10)
         process.kill()
         process.communicate()
         report = vera_tools.merge(made[1], base=made[0], output=out, resume=True)
         assert len(report.resumed) >= 2
+        assert len(report.shards) >= 2
         assert len(report.resumed) + len(report.shards) == 8
         assert snapshot(out) == made[2]
 
     def test_without_resume_it_starts_afresh(self, made, tmp_path):
         out = tmp_path / "out"
-        process = start_slowly(made, out)
-        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 1)
+        process = halted(made, out, after=10)
         process.kill()
         process.communicate()
         report = vera_tools.merge(made[1], base=made[0], output=out)
@@ -124,8 +137,7 @@ class TestKill:
 
     def test_ctrl_c_keeps_what_is_finished(self, made, tmp_path):
         out = tmp_path / "out"
-        process = start_slowly(made, out)
-        wait_until(lambda: len(list(staging.place(out).glob("output/*"))) >= 1)
+        process = halted(made, out, after=10)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
         assert process.returncode == 130
@@ -203,8 +215,7 @@ class TestSharing:
 
     def test_two_merges_into_one_output(self, made, tmp_path):
         out = tmp_path / "out"
-        first = start_slowly(made, out)
-        wait_until(lambda: (staging.place(out) / "output").is_dir())
+        first = halted(made, out, after=8)
         first.send_signal(signal.SIGSTOP)
         try:
             for options in ((), ("--resume",), ("--finish",), ("--shard", "1/2")):

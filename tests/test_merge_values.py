@@ -10,8 +10,10 @@ import pytest
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of
 from tests.merging import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
+from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError
-from vera_tools.merging import arithmetic
+from vera_tools.merging import arithmetic, rounding
+from vera_tools.merging.workspace import Workspace
 
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
 
@@ -91,6 +93,12 @@ def test_several_adapters_are_summed_and_rounded_once(dtype, transposed, tmp_pat
             assert np.abs(found - exact).max() <= 64 * unit * np.abs(exact).max()
 
 
+def _mask(shape, rows, columns):
+    mask = np.zeros(shape, bool)
+    mask[rows, columns] = True
+    return mask
+
+
 def test_float32_alone_would_round_some_elements_wrongly():
     """The elements that are settled in float64 exist, are all found, and are few."""
     rng = np.random.default_rng(3)
@@ -98,16 +106,25 @@ def test_float32_alone_would_round_some_elements_wrongly():
     vera_A = rng.uniform(-0.05, 0.05, (rank, size)).astype(np.float32)
     vera_B = rng.uniform(-0.1, 0.1, (size, rank)).astype(np.float32)
     factor = arithmetic.Factor(rng.standard_normal(size), vera_B, rng.standard_normal(rank), vera_A)
-    weight = (rng.standard_normal((size, size)) * 0.02).astype(arithmetic.np_dtype("bfloat16"))
-    single = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32))
-    double = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float64))
+    weight = (rng.standard_normal((size, size)) * 0.02).astype(np_dtype("bfloat16"))
+    single, double = (
+        arithmetic.Delta([factor], transposed=False, dtype=np.dtype(dtype), workspace=Workspace())
+        for dtype in (np.float32, np.float64)
+    )
     total = single.rows(0, size, out=np.empty((size, size), np.float32)) + weight.astype(np.float32)
     exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
-    result = arithmetic.rounded(total, "bfloat16")
-    wrong = result != rounded_once(exact, "bfloat16")
-    rows, columns = arithmetic.doubtful(total, result, spread=single.spread(single.left(0, size)))
-    found = np.zeros_like(wrong)
-    found[rows, columns] = True
+    wrong = rounding.rounded(total, "bfloat16") != rounded_once(exact, "bfloat16")
+    result = np.empty_like(weight)
+    spread = single.spread(single.left(0, size))
+    rows, columns = rounding.to_half(
+        total,
+        error=spread * arithmetic.ERROR,
+        bound=spread + np.abs(weight.astype(np.float32)).max(axis=1),
+        out=result,
+        workspace=Workspace(),
+    )
+    assert not ((result != rounded_once(exact, "bfloat16")) & ~_mask(wrong.shape, rows, columns)).any()
+    found = _mask(wrong.shape, rows, columns)
     assert wrong.any()
     assert not (wrong & ~found).any()
     assert found.mean() < 0.02
@@ -148,7 +165,7 @@ def test_blocks_of_rows_are_seamless(tmp_path, monkeypatch):
     base, adapter = make_base(tmp_path / "base"), make_adapter(tmp_path / "a")
     vera_tools.merge(adapter, base=base, output=tmp_path / "whole")
     monkeypatch.setattr(arithmetic, "BLOCK", 7 * 32)
-    monkeypatch.setattr(arithmetic, "_STRIP", 3 * 32)
+    monkeypatch.setattr(rounding, "STRIP", 3 * 32)
     monkeypatch.setattr(arithmetic, "PLACES", 2)
     vera_tools.merge(adapter, base=base, output=tmp_path / "pieces", verify=True)
     a, b = (tmp_path / name / "model.safetensors" for name in ("whole", "pieces"))
@@ -180,11 +197,11 @@ def test_a_float64_is_not_rounded_twice_on_its_way_to_a_half_type():
     value = np.array(
         [1 + 2.0**-8 + 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), 1 + 2.0**-8, np.inf, -np.inf, 1e300, 0.0, -0.0]
     )
-    found = arithmetic.rounded(value, "bfloat16").astype(np.float64)
+    found = rounding.rounded(value, "bfloat16").astype(np.float64)
     expected = [1 + 2.0**-7, -(1 + 2.0**-7), 1, np.inf, -np.inf, np.inf, 0.0, -0.0]
     assert np.array_equal(found, expected)
     assert np.array_equal(np.signbit(found), np.signbit(expected))
-    assert np.isnan(arithmetic.rounded(np.array([np.nan]), "bfloat16").astype(np.float64)).all()
+    assert np.isnan(rounding.rounded(np.array([np.nan]), "bfloat16").astype(np.float64)).all()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])

@@ -128,15 +128,15 @@ class TensorFile(Closing):
         info = self.tensors[name]
         return self.read_elements(info, 0, info.size).reshape(info.shape)
 
-    def read_elements(self, info: TensorInfo, start: int, stop: int) -> Array:
-        """Elements `start` to `stop` of the flattened tensor."""
+    def read_elements(self, info: TensorInfo, start: int, stop: int, *, out: Array | None = None) -> Array:
+        """Elements `start` to `stop` of the flattened tensor, in a new array or in `out`, of their number and dtype."""
         try:
             dtype = np_dtype(info.dtype)
         except (TypeError, AttributeError) as error:
             raise FormatError(f"no numpy dtype for {info.dtype}", where=f"{self.label}: {info.name}") from error
-        raw = np.empty((stop - start) * dtype.itemsize, np.uint8)
-        self._source.read_into(raw.data, self.data_start + info.start + start * dtype.itemsize)
-        return raw.view(dtype)
+        elements = np.empty(stop - start, dtype) if out is None else out
+        self._source.read_into(elements.view(np.uint8).data, self.data_start + info.start + start * dtype.itemsize)
+        return elements
 
     def chunks(self, info: TensorInfo) -> Iterator[memoryview]:
         """The tensor's bytes, at most `CHUNK` at a time, in one buffer that is used again and again."""

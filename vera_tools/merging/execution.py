@@ -16,11 +16,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vera_tools.base import BaseModel
-from vera_tools.merging.arithmetic import check_finite
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
 from vera_tools.merging.plan import Entry, Plan, Shard
+from vera_tools.merging.rounding import check_finite
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
+from vera_tools.merging.workspace import Workspace
 from vera_tools.report import Progress
 from vera_tools.source import LocalFile
 from vera_tools.tensorfile import as_bytes
@@ -98,12 +99,13 @@ def write_shards(
         OSError: the output cannot be written.
     """
     under_way: list[_Work] = []
+    workspace = Workspace()
     pool = ThreadPoolExecutor(jobs)
     try:
         for shard in shards:
             work = _open(shard, staging)
             under_way.append(work)
-            for task in _tasks(plan, work, allow_nonfinite=allow_nonfinite, meter=meter):
+            for task in _tasks(plan, work, workspace, allow_nonfinite=allow_nonfinite, meter=meter):
                 work.futures.append(pool.submit(task))
             if len(under_way) > 1:
                 _close(under_way.pop(0), plan, staging)
@@ -151,7 +153,9 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
         raise
 
 
-def _tasks(plan: Plan, work: _Work, *, allow_nonfinite: bool, meter: Meter) -> Iterator[Callable[[], None]]:
+def _tasks(
+    plan: Plan, work: _Work, workspace: Workspace, *, allow_nonfinite: bool, meter: Meter
+) -> Iterator[Callable[[], None]]:
     """What is to be done for one file, in the order of its bytes, so that copying and computing alternate."""
 
     def copy(piece: _Range) -> None:
@@ -162,7 +166,7 @@ def _tasks(plan: Plan, work: _Work, *, allow_nonfinite: bool, meter: Meter) -> I
         checksum = 0
         digest = hashlib.sha256() if entry.kind == "merged" else None
         offset = work.shard.data_start + entry.info.start
-        for block in blocks(plan.base, entry, digest=digest):
+        for block in blocks(plan.base, entry, workspace=workspace, digest=digest):
             if not allow_nonfinite:
                 check_finite(
                     block, where=f"{plan.base.label}: {entry.info.name}", what="the base's weight or the result holds"

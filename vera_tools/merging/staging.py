@@ -93,8 +93,11 @@ class Staging:
         self.discard()
 
     def discard(self) -> None:
-        """Remove everything."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove everything, the lock last: until it is gone no other process begins here."""
+        with contextlib.suppress(OSError):
+            _clear(self.folder)
+            (self.folder / "lock").unlink(missing_ok=True)
+            self.folder.rmdir()  # fails where another process has begun at once
 
 
 def place(output: Path) -> Path:
@@ -141,6 +144,12 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
                 raise
 
 
+def _clear(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.name != "lock":
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
 def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
     marker, plan_file = folder / "shared", folder / "plan"
     known = plan_file.read_text() if plan_file.exists() else None
@@ -151,9 +160,7 @@ def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bo
                 where=output,
                 hint=f"end them with --finish, or delete {folder}",
             )
-        for entry in folder.iterdir():
-            if entry.name != "lock":
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        _clear(folder)
         known = None
     if known is not None and known != plan.digest:
         raise UsageError(

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vera_tools.base import BaseModel
-from vera_tools.dtypes import HALVES
+from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.merging import arithmetic
-from vera_tools.merging.arithmetic import Delta, accumulator, doubtful, rounded, row_blocks
+from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
 from vera_tools.merging.changes import Part
 from vera_tools.merging.plan import Entry
+from vera_tools.merging.rounding import largest, rounded, to_half
+from vera_tools.merging.workspace import Workspace
 from vera_tools.prng import Array
 from vera_tools.tensorfile import as_bytes
 
@@ -24,73 +26,86 @@ FLAT_BLOCK = 1 << 20
 
 
 def blocks(
-    base: BaseModel, entry: Entry, *, digest: hashlib._Hash | None = None, exact: bool = False
+    base: BaseModel,
+    entry: Entry,
+    *,
+    workspace: Workspace,
+    digest: hashlib._Hash | None = None,
+    exact: bool = False,
 ) -> Iterator[Array]:
-    """The tensor that an entry describes, in row-major order.
+    """The tensor that an entry describes, in row-major order. A block is good until the next one is asked for.
 
     Args:
         base: The open base.
         entry: An entry that is not "copied".
+        workspace: Scratch memory.
         digest: Updated with the base's bytes.
         exact: Compute in float64 and leave the result in it, for verification.
     """
     if entry.kind == "merged":
-        yield from _merged(base, entry, digest, exact=exact)
+        yield from _merged(base, entry, digest, exact=exact, workspace=workspace)
     elif entry.kind == "cast":
         for start, stop in _flat_blocks(entry.info.size):
-            yield _finished(_read(base, entry, start, stop), entry, exact=exact)
+            yield _finished(_read(base, entry, start, stop, workspace), entry, exact=exact)
     else:
-        yield from _replaced(base, entry, exact=exact)
+        yield from _replaced(base, entry, exact=exact, workspace=workspace)
 
 
-def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64]) -> Delta:
+def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64], workspace: Workspace) -> Delta:
     """The change of a merged weight."""
     factors = [
         part.adapter.factor(part.layer, part.linear)
         for part in entry.parts
         if part.layer is not None and part.linear is not None
     ]
-    return Delta(factors, transposed=entry.transposed, dtype=dtype)
+    return Delta(factors, transposed=entry.transposed, dtype=dtype, workspace=workspace)
 
 
-def _merged(base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exact: bool) -> Iterator[Array]:
+def _merged(
+    base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exact: bool, workspace: Workspace
+) -> Iterator[Array]:
     assert entry.origin is not None
     dtype = np.dtype(np.float64) if exact else accumulator(entry.origin[1].dtype)
-    change = delta(entry, dtype=dtype)
+    change = delta(entry, dtype=dtype, workspace=workspace)
     columns = change.shape[1]
     settle = entry.info.dtype in HALVES and dtype == np.float32
-    scratch: Array | None = None
-    double: Delta | None = None
     for start, stop in row_blocks(change.shape):
-        weight = _read(base, entry, start * columns, stop * columns).reshape(-1, columns)
+        weight = _read(base, entry, start * columns, stop * columns, workspace).reshape(-1, columns)
         if digest is not None:
             digest.update(as_bytes(weight))
-        if scratch is None:
-            scratch = np.empty(weight.shape, dtype)
         left = change.left(start, stop)
-        total = change.product(left, out=scratch)
+        total = change.product(left, out=workspace.array("total", weight.shape, dtype))
         with np.errstate(over="ignore", invalid="ignore"):
             np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
-        result = _finished(total, entry, exact=exact)
         if settle:
-            rows, places = doubtful(total, result, spread=change.spread(left))
+            spread = change.spread(left)
+            bound = largest(weight, axis=1).astype(np.float32) + spread
+            result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
+            rows, places = to_half(total, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
             if rows.size > arithmetic.CROWDED * result.size:
-                double = double or delta(entry, dtype=np.dtype(np.float64))
-                wide = double.rows(start, stop, out=np.empty(weight.shape))
-                wide += weight.astype(np.float64)
-                result = rounded(wide, entry.info.dtype)
+                result = rounded(_in_float64(entry, weight, start), entry.info.dtype)
             else:
                 result[rows, places] = rounded(change.exactly(weight, rows, places, start=start), entry.info.dtype)
-        yield result
+            yield result
+        else:
+            yield _finished(total, entry, exact=exact)
 
 
-def _replaced(base: BaseModel, entry: Entry, *, exact: bool) -> Iterator[Array]:
+def _in_float64(entry: Entry, weight: Array, start: int) -> Array:
+    """W + change in float64, for the rows from `start` on of which `weight` is the stored weight."""
+    double = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
+    total = double.rows(start, start + len(weight), out=np.empty(weight.shape))
+    total += weight.astype(np.float64)
+    return total
+
+
+def _replaced(base: BaseModel, entry: Entry, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
     (part,) = entry.parts
     assert part.replacement is not None
     for start, stop in _flat_blocks(entry.info.size):
         values = part.adapter.checkpoint.weights.read_elements(part.replacement, start, stop)
         if part.adapter.weight != 1:
-            values = _weighted(_read(base, entry, start, stop), values, part)
+            values = _weighted(_read(base, entry, start, stop, workspace), values, part)
         yield _finished(values, entry, exact=exact)
 
 
@@ -105,10 +120,11 @@ def _finished(values: Array, entry: Entry, *, exact: bool) -> Array:
     return values.astype(np.float64, copy=False) if exact else rounded(values, entry.info.dtype)
 
 
-def _read(base: BaseModel, entry: Entry, start: int, stop: int) -> Array:
+def _read(base: BaseModel, entry: Entry, start: int, stop: int, workspace: Workspace) -> Array:
     assert entry.origin is not None
     name, info = entry.origin
-    return base.files[name].read_elements(info, start, stop)
+    out = workspace.array("weight", (stop - start,), np_dtype(info.dtype))
+    return base.files[name].read_elements(info, start, stop, out=out)
 
 
 def _flat_blocks(size: int) -> Iterator[tuple[int, int]]:

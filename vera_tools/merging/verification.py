@@ -19,11 +19,12 @@ import numpy as np
 
 from vera_tools.base import BaseModel
 from vera_tools.errors import CheckFailedError, FormatError
-from vera_tools.merging.arithmetic import rounded
 from vera_tools.merging.execution import Meter
 from vera_tools.merging.plan import Entry, Plan, Shard
+from vera_tools.merging.rounding import rounded
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks, delta
+from vera_tools.merging.workspace import Workspace
 from vera_tools.prng import Array
 from vera_tools.tensorfile import TensorFile, as_bytes
 
@@ -54,12 +55,13 @@ def verify(plan: Plan, folder: Path, *, jobs: int, meter: Meter) -> Verification
         CheckFailedError: a tensor is not what it should be.
         FormatError: a file is missing, or malformed.
     """
+    workspace = Workspace()
     with ThreadPoolExecutor(jobs) as pool:
         files = [_open(folder, shard) for shard in plan.shards]
         try:
             results = list(
                 pool.map(
-                    lambda task: _check(plan.base, *task, meter=meter),
+                    lambda task: _check(plan.base, *task, workspace=workspace, meter=meter),
                     [(file, entry) for shard, file in zip(plan.shards, files, strict=True) for entry in shard.entries],
                 )
             )
@@ -128,7 +130,7 @@ def _open(folder: Path, shard: Shard) -> TensorFile:
     return file
 
 
-def _check(base: BaseModel, file: TensorFile, entry: Entry, *, meter: Meter) -> _Result:
+def _check(base: BaseModel, file: TensorFile, entry: Entry, *, workspace: Workspace, meter: Meter) -> _Result:
     where = f"{file.label}: {entry.info.name}"
     if entry.kind == "copied":
         assert entry.origin is not None
@@ -141,7 +143,7 @@ def _check(base: BaseModel, file: TensorFile, entry: Entry, *, meter: Meter) -> 
     digest = hashlib.sha256()
     bound = _Bound(entry)
     position = off = 0
-    for exact in blocks(base, entry, exact=True):
+    for exact in blocks(base, entry, exact=True, workspace=workspace):
         stored = file.read_elements(entry.info, position, position + exact.size)
         digest.update(as_bytes(stored))
         off += _compare(stored, exact.reshape(-1), bound.of(position, exact), entry.info.dtype, where=where)
@@ -188,7 +190,7 @@ class _Bound:
         if entry.kind != "merged":
             return
         assert entry.origin is not None
-        change = delta(entry, dtype=np.dtype(np.float64))
+        change = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
         # A float64 weight is compared with another float64 sum, which is off by as much.
         self._unit = 2.0**-52 if entry.origin[1].dtype == "float64" else 2.0**-24
         norms = [np.linalg.norm(change.left(start, stop), axis=1) for start, stop in _steps(change.shape[0])]
