@@ -95,12 +95,14 @@ class RemoteFile:
         size: Bytes.
         git_sha1: git's name for it: of the content, or of the pointer where it is a large file.
         sha256: Of the content, for large files; the Hub has none for the others.
+        xet: The Hub keeps it in Xet storage too.
     """
 
     path: str
     size: int
     git_sha1: str
     sha256: str | None
+    xet: bool = False
 
 
 def git_sha1(content: bytes) -> str:
@@ -146,7 +148,13 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
             reference.repo, path_in_repo=reference.subfolder or None, recursive=recursive, revision=commit
         )
         return {
-            row.path: RemoteFile(row.path, row.size, row.blob_id, row.lfs.sha256 if row.lfs else None)
+            row.path: RemoteFile(
+                row.path,
+                row.size,
+                row.blob_id,
+                sha256=row.lfs.sha256 if row.lfs else None,
+                xet=row.xet_hash is not None,
+            )
             for row in rows
             if isinstance(row, RepoFile)
         }

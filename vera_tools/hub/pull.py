@@ -19,6 +19,7 @@ from vera_tools import atomic
 from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.config import CONFIG_NAME
 from vera_tools.errors import FormatError, HubError
+from vera_tools.hub import blobs
 from vera_tools.hub import client as hub
 from vera_tools.hub.client import Reference, RemoteFile
 from vera_tools.hub.transfer import (
@@ -106,7 +107,7 @@ def pull(
 
     The files are the Hub's own, unchanged; beside them stands vera_provenance.json, which names the commit and every
     digest. With HF_HUB_OFFLINE set, the client's cache is used. What arrived before a download broke off is not
-    fetched again.
+    fetched again, be it in this process or in an earlier one.
 
     Args:
         repo: ``owner/name``, or ``hf://owner/name[@revision][/subfolder]``.
@@ -178,6 +179,8 @@ def _fetch(reference: Reference, *, include: tuple[str, ...], allow_pickle: bool
     for _ in range(3):
         commit = hub.resolve(api, reference)
         files = _chosen(reference, hub.listing(api, reference, commit), include=include, allow_pickle=allow_pickle)
+        for file in files.values():
+            blobs.fetch(reference, commit, file)
         with hub.errors(str(reference)):
             # By the revision's name, so that the cache knows it when offline; then it must still be that commit.
             folder = hub.call(
