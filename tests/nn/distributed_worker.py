@@ -66,7 +66,8 @@ def run_fsdp(out: Path, rank: int) -> dict[str, bool]:
     mesh = init_device_mesh("cpu", (2,))
     for block in model.model.model.layers:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for whole in (model.model, model):
+        fully_shard(whole, mesh=mesh)
     train(model, rank=rank, processes=2)
     model.save_pretrained(out / "fsdp")
     vectors = [p for name, p in model.named_parameters() if "vera_lambda" in name]

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 import numpy as np
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -239,6 +240,35 @@ def test_several_adapters_are_saved_as_peft_lays_them_out(tmp_path):
         model.set_adapter(name)
         got = logits(load_peft(llama(), folder), some_ids())
         torch.testing.assert_close(got, logits(model, some_ids()), rtol=0, atol=1e-5)
+
+
+def test_pefts_auto_class_finds_the_base_of_what_was_saved(tmp_path, monkeypatch):
+    """Without a task the config has to name the base's class, as PEFT's own does."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    llama().save_pretrained(tmp_path / "base")
+    base = type(llama()).from_pretrained(tmp_path / "base")
+    model = VeraModel(base, VeraConfig(**OPTIONS))
+    randomise(model)
+    model.save_pretrained(tmp_path / "ours")
+    peft_model(llama()).save_pretrained(tmp_path / "peers")
+    ours, peers = (json.loads((tmp_path / f / "adapter_config.json").read_text()) for f in ("ours", "peers"))
+    assert ours["auto_mapping"] == peers["auto_mapping"]
+    again = peft.AutoPeftModel.from_pretrained(tmp_path / "ours")
+    torch.testing.assert_close(logits(again, some_ids()), logits(model, some_ids()), rtol=0, atol=1e-5)
+    assert model.peft_config["default"].auto_mapping is None, "saving changed the model's config"
+
+
+@pytest.mark.parametrize(
+    ("options", "written"),
+    [
+        ({"task_type": "CAUSAL_LM"}, None),
+        ({"auto_mapping": {"base_model_class": "Mine"}}, {"base_model_class": "Mine"}),
+    ],
+    ids=["task", "kept"],
+)
+def test_a_task_needs_no_auto_mapping_and_one_that_is_there_is_kept(options, written, tmp_path):
+    VeraModel(llama(), VeraConfig(**OPTIONS, **options)).save_pretrained(tmp_path / "a")
+    assert VeraConfig.from_pretrained(tmp_path / "a").auto_mapping == written
 
 
 def test_other_files_in_the_folder_are_left_alone(tmp_path):

@@ -132,6 +132,8 @@ def save(model: VeraModel, folder: str, adapter_name: str, *, is_main_process: b
         UsageError: save_projection is off, and no recipe makes these projections.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
+    if config.task_type is None and config.auto_mapping is None:
+        config.auto_mapping = _auto_mapping(model.model)
     tensors = {name: to_array(_whole(tensor)) for name, tensor in sorted(_named(model, adapter_name).items())}
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
@@ -256,6 +258,13 @@ def _check_seed_only(model: VeraModel, record: ProjectionRecord, *, where: str) 
             VeraToolsWarning,
             stacklevel=4,
         )
+
+
+def _auto_mapping(base: nn.Module) -> dict[str, str]:
+    """The base's class, by which PEFT's AutoPeftModel makes the base where no task says which class."""
+    # fully_shard puts a class of its own in front of the model's.
+    own = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    return {"base_model_class": own.__name__, "parent_library": own.__module__}
 
 
 def _describe_base(model: VeraModel, config: VeraConfig, adapter_name: str) -> BaseRecord:
