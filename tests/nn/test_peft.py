@@ -27,6 +27,9 @@ from vera_tools.nn.projection import same_bits
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
 
 
+SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
+
+
 def pair(model, name="default"):
     return [model.base_model.vera_A[name], model.base_model.vera_B[name]]
 
@@ -114,6 +117,28 @@ def test_loading_and_restoring_in_one_line(tmp_path):
     assert isinstance(model, peft.PeftModel)
     assert same_bits(pair(model)[0], trained.vera_A["default"])
     torch.testing.assert_close(logits(model.eval(), some_ids()), logits(trained, some_ids()), rtol=0, atol=1e-5)
+
+
+def test_an_adapter_on_the_hub_is_loaded_and_restored(hub, tmp_path):
+    """The wanted one is at a tag, in a subfolder; its branch holds another one by now."""
+    name = "peft-0.21.2-llama-f32-kept"
+    files = {f"sub/{file.name}": file for file in (CHECKPOINTS / name).iterdir()}
+    repo = hub.add_repo("ann/x", files)
+    tagged = repo.refs["refs/tags/v1"] = repo.refs["refs/heads/main"]
+    other = {f"sub/{file.name}": hub.store(file, large=False) for file in (CHECKPOINTS / SEED_ONLY).iterdir()}
+    hub.commit(repo, "refs/heads/main", tagged, other, "another", "ann")
+    ids, want = expected(name)
+    for reference, options in (("hf://ann/x@v1/sub", {}), ("hf://ann/x", {"revision": "v1", "subfolder": "sub"})):
+        model = load(peft.PeftModel, base_model(name), reference, strict=True, **options)
+        got = logits(model.eval(), ids).reshape(-1)[-want.numel() :]
+        assert (got - want).abs().max() <= 1e-5
+    # Here PEFT draws the pair without the rounding that is recorded.
+    rounded = CHECKPOINTS / "peft-0.21.2-llama-bf16-seedonly"
+    with pytest.warns(AssumedRecipeWarning):
+        save_adapter(VeraModel.from_pretrained(base_model(rounded.name), rounded), tmp_path / "a")
+    hub.add_repo("ann/y", {file.name: file for file in (tmp_path / "a").iterdir()})
+    model = load(peft.PeftModel, base_model(SEED_ONLY), "hf://ann/y", strict=True)
+    assert all(same_bits(tensor, tensor.bfloat16().float()) for tensor in pair(model))
 
 
 def test_merged_adapters_are_refused_because_they_could_not_be_taken_out_again():

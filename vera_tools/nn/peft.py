@@ -28,9 +28,11 @@ from torch import Tensor, nn
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.errors import UsageError
 from vera_tools.manifest import PROJECTIONS
+from vera_tools.nn import peft_arguments
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
 from vera_tools.recipe import Recipe
+from vera_tools.source import is_remote
 
 
 @dataclass(frozen=True)
@@ -174,16 +176,20 @@ def load(
     adapter_name: str = "default",
     *,
     strict: bool = False,
+    revision: str | None = None,
+    subfolder: str | None = None,
     **kwargs: Any,
 ) -> Any:
-    """Load a local checkpoint with PEFT and restore its projections.
+    """Load a checkpoint with PEFT and restore its projections.
 
     Args:
         peft_class: ``peft.PeftModel`` or a subclass.
         model: The base model.
-        checkpoint: The checkpoint's folder.
+        checkpoint: The checkpoint's folder, or ``hf://owner/name[@revision][/subfolder]``.
         adapter_name: The adapter's name.
         strict: Refuse what can only be assumed.
+        revision: A branch, tag or commit, where `checkpoint` is on the Hub and names none.
+        subfolder: A folder below `checkpoint`.
         **kwargs: As ``peft_class.from_pretrained`` takes them.
 
     Returns:
@@ -200,12 +206,28 @@ def load(
             found=getattr(peft_class, "__name__", repr(peft_class)),
             hint="load with it as ever, then call restore_projections(model, checkpoint)",
         )
+    checkpoint = peft_arguments.located(checkpoint, revision=revision, subfolder=subfolder)
     with warnings.catch_warnings():
         # PEFT warns that regenerated projections may be wrong; in a moment they will not be.
         warnings.filterwarnings("ignore", message="Specified to not (load|save) vera_A and vera_B")
-        peft_model = peft_class.from_pretrained(model, os.fspath(checkpoint), adapter_name=adapter_name, **kwargs)
+        kwargs |= _as_peft_takes_it(checkpoint)
+        peft_model = peft_class.from_pretrained(model, adapter_name=adapter_name, **kwargs)
     restore_projections(peft_model, checkpoint, adapter_name, strict=strict)
     return peft_model
+
+
+def _as_peft_takes_it(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
+    """The arguments by which PEFT finds a checkpoint."""
+    if not is_remote(checkpoint):
+        return {"model_id": os.fspath(checkpoint)}
+    from vera_tools.hub.client import Reference
+
+    reference = Reference.parse(os.fspath(checkpoint))
+    return {
+        "model_id": reference.repo,
+        "revision": reference.revision,
+        "subfolder": reference.subfolder or None,
+    }
 
 
 def _is_vera_layer(module: nn.Module, adapter_name: str) -> bool:
