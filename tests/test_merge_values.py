@@ -105,7 +105,7 @@ def test_float32_alone_would_round_some_elements_wrongly():
     rank, size = 256, 512
     vera_A = rng.uniform(-0.05, 0.05, (rank, size)).astype(np.float32)
     vera_B = rng.uniform(-0.1, 0.1, (size, rank)).astype(np.float32)
-    factor = arithmetic.Factor(rng.standard_normal(size), vera_B, rng.standard_normal(rank), vera_A)
+    factor = arithmetic.Factor(rng.standard_normal(size), vera_B, rng.standard_normal(rank), vera_A, vera_A.T.copy())
     weight = (rng.standard_normal((size, size)) * 0.02).astype(np_dtype("bfloat16"))
     single, double = (
         arithmetic.Delta([factor], transposed=False, dtype=np.dtype(dtype), workspace=Workspace())

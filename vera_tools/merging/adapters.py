@@ -65,7 +65,12 @@ class Adapter:
         ]
         for name, array in zip(("vera_A", "vera_B"), wide, strict=True):
             self._check(array, name)
-        return np.asfortranarray(wide[0]), wide[1]  # single columns of vera_A and rows of vera_B are gathered
+        return wide[0], wide[1]
+
+    @cached_property
+    def columns(self) -> Array:
+        """vera_A transposed, (in_max, r)."""
+        return np.ascontiguousarray(self.pair[0].T)
 
     def load(self) -> None:
         """Read or draw the projections now, check them, and keep them.
@@ -73,7 +78,7 @@ class Adapter:
         Raises:
             CheckFailedError: NaN or infinity.
         """
-        _ = self.pair
+        _ = self.columns
 
     def check_vectors(self, layer: Layer, *, in_features: int) -> None:
         """Check one layer's vectors and that the projections are large enough for it.
@@ -116,7 +121,8 @@ class Adapter:
         vera_A, vera_B = self.pair
         lambda_b = self.checkpoint.weights.read(layer.lambda_b.name).astype(np.float64) * self.weight
         lambda_d = self.checkpoint.weights.read(layer.lambda_d.name).astype(np.float64)
-        return Factor(lambda_b, vera_B[: linear.out_features], lambda_d, vera_A[:, : linear.in_features])
+        ins, outs = linear.in_features, linear.out_features
+        return Factor(lambda_b, vera_B[:outs], lambda_d, vera_A[:, :ins], self.columns[:ins])
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter as it stands in the merge record."""

@@ -45,12 +45,14 @@ class Factor:
         vera_B: (out_features, r).
         lambda_d: (r,).
         vera_A: (r, in_features).
+        columns: (in_features, r): vera_A again, so that single columns of it lie together too.
     """
 
     lambda_b: Array
     vera_B: Array
     lambda_d: Array
     vera_A: Array
+    columns: Array
 
 
 class Delta:
@@ -113,10 +115,10 @@ class Delta:
         rank, array = factor.lambda_d.size, self._workspace.array
         left, right = (
             array("B", (outs.size, rank), factor.vera_B.dtype),
-            array("A", (ins.size, rank), factor.vera_A.dtype),
+            array("A", (ins.size, rank), factor.columns.dtype),
         )
         np.take(factor.vera_B, outs, axis=0, out=left, mode="clip")
-        np.take(factor.vera_A.T, ins, axis=0, out=right, mode="clip")
+        np.take(factor.columns, ins, axis=0, out=right, mode="clip")
         scaled = np.multiply(right, factor.lambda_d, dtype=np.float64, out=array("dA", left.shape, np.float64))
         sums: Array = np.einsum("ij,ij->i", left, scaled) * factor.lambda_b[outs].astype(np.float64)
         return sums
