@@ -131,6 +131,24 @@ def test_float32_alone_would_round_some_elements_wrongly():
     assert np.allclose(single.exactly(weight, rows, columns, start=0), exact[rows, columns], rtol=0, atol=1e-15)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [0, 2.0**-149, 2.0**-130, 2.0**-24, 2.0**-14, 1, 60_000, 2.0**100, 3e38])
+def test_what_is_not_doubtful_is_right_however_the_error_falls(dtype, scale):
+    rng = np.random.default_rng(4)
+    with np.errstate(over="ignore", under="ignore"):
+        total = (rng.standard_normal((64, 300)) * scale).astype(np.float32)
+        total[::2] = rng.integers(0, 2**32, (32, 300), dtype=np.uint32).view(np.float32)  # any number there is
+        total[~np.isfinite(total)] = 1
+        bound = np.abs(total).max(axis=1)
+        error = (bound * 2.0 ** -rng.integers(8, 30, 64)).astype(np.float32)
+    result = np.empty(total.shape, np_dtype(dtype))
+    doubtful = _mask(total.shape, *rounding.to_half(total, error=error, bound=bound, out=result, workspace=Workspace()))
+    low, high = (rounding.rounded(total + sign * error[:, None].astype(np.float64), dtype) for sign in (-0.999, 0.999))
+    assert np.array_equal(bits(low[~doubtful]), bits(result[~doubtful]))
+    assert np.array_equal(bits(high[~doubtful]), bits(result[~doubtful]))
+    assert not doubtful.all() or scale == 0
+
+
 @pytest.mark.parametrize("share", [-1.0, 1.0])
 def test_settling_place_by_place_or_block_by_block_gives_the_same_bits(share, tmp_path, monkeypatch):
     shapes = {"model.layers.0.up": (200, 300)}
