@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -66,6 +67,24 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
         yield server
     assert server.failures == []
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of a given size, for the length of a `with`; a skip where this user may not mount one."""
+
+    @contextlib.contextmanager
+    def mount(size):
+        folder = tmp_path / "disk"
+        folder.mkdir(exist_ok=True)
+        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
+            pytest.skip("no right to mount a file system")
+        try:
+            yield folder
+        finally:
+            subprocess.run(["umount", folder], check=True)
+
+    return mount
 
 
 def base_of(name: str) -> Path:

@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import traceback
 
 import pytest
@@ -255,6 +256,59 @@ def test_a_full_disk(hub, tmp_path, xet, monkeypatch):
         assert "the disk is full; make room, or move the cache with HF_HOME" in result.stderr
     assert "Traceback" not in result.stderr
     assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("full", "words"), [("HF_HOME", "move the cache with HF_HOME"), ("OUT", "name another output")]
+)
+@pytest.mark.parametrize("xet", [True, False], ids=["xet", "http"])
+def test_a_disk_that_is_really_full_under_a_pull(hub, tmp_path, small_disk, monkeypatch, xet, full, words):
+    """Full for the weights themselves, and for the very last of the files."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
+    if not xet:
+        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    folder = shutil.copytree(CHECKPOINTS / NAME, tmp_path / "adapter")
+    (folder / "big.txt").write_bytes(bytes(200_000))
+    assert run_cli("push", folder, "ann/x").returncode == 0
+    for room in (12 << 10, 200 << 10, 240 << 10 if full == "OUT" else 220 << 10):
+        with small_disk(room) as disk:
+            out = disk / "out" if full == "OUT" else tmp_path / "out"
+            home = {"HF_HOME": str(disk), "HF_XET_CACHE": str(disk / "xet")} if full == "HF_HOME" else {}
+            line = failure(("pull", "ann/x", "-o", out), env=home)
+            assert f"the disk is full; make room{'' if home else ' there'}, or {words}" in line
+            assert home or list(disk.iterdir()) == []
+    assert leftovers(tmp_path) == ["adapter", "disk"]
+
+
+def test_a_cache_that_is_full_for_weights_from_xet(hub, tmp_path, small_disk, monkeypatch):
+    """hf_xet says so in its own way."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
+    weights = bytes(10) + os.urandom(2_000_000)
+    folder = shutil.copytree(CHECKPOINTS / NAME, tmp_path / "adapter")
+    (folder / "other.safetensors").write_bytes(weights)
+    vera_tools.push(folder, "ann/x", include=["*.safetensors"])
+    assert hub.repos["ann/x"].head.files["other.safetensors"].xet_hash
+    with small_disk(1_500_000) as disk:
+        env = {"HF_HOME": str(disk), "HF_XET_CACHE": str(tmp_path / "xet")}
+        line = failure(("pull", "ann/x", "-o", tmp_path / "out", "--include", "*.safetensors"), env=env)
+    assert "the disk is full; make room, or move the cache with HF_HOME" in line
+
+
+def test_a_disk_that_is_really_full_under_a_push(hub, tmp_path, small_disk, monkeypatch):
+    """Full for the copy itself, and for the manifest and the card that are added to it."""
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
+    for room in (8 << 10, 40 << 10, 44 << 10):
+        with small_disk(room) as disk:
+            line = failure(("push", CHECKPOINTS / NAME, "ann/x"), env={"TMPDIR": str(disk)})
+            assert line.startswith(
+                f"error: {disk}: the disk is full; make room there, or name another folder with TMPD"
+            )
+            assert list(disk.iterdir()) == []
+    assert hub.repos == {}
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    with pytest.raises(HubError, match="no folder for temporary files can be written to; make room, or name one"):
+        vera_tools.push(CHECKPOINTS / NAME, "ann/x")
 
 
 def test_a_full_disk_in_words():

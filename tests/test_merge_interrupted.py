@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
@@ -308,24 +307,6 @@ class TestDisk:
         monkeypatch.setattr(execution, "PIECE", 3001)
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", jobs=4)
         assert snapshot(tmp_path / "out") == made[2]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of a given size, or a skip where this user may not mount one."""
-
-    @contextlib.contextmanager
-    def mount(size):
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], check=False).returncode:
-            pytest.skip("no right to mount a file system")
-        try:
-            yield folder
-        finally:
-            subprocess.run(["umount", folder], check=True)
-
-    return mount
 
 
 class TestChangingBase:

@@ -35,9 +35,13 @@ _REFERENCE = re.compile(
     r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[\w.-]+)|[^/]+))?(?:/(?P<subfolder>.*))?"
 )
 _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
+# How hf_xet, which is written in Rust, quotes an error of the system.
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 #: Statuses after which the same request may succeed.
 TRANSIENT = (408, 429, 500, 502, 503, 504)
+#: What the system says where a disk, a quota or the largest size of a file is used up.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 ATTEMPTS = 5
 FEW_ATTEMPTS = 2
 
@@ -202,6 +206,21 @@ def errors(where: str) -> Iterator[None]:
             raise _explain(error, where) from _without_secrets(error)
 
 
+@contextlib.contextmanager
+def room(where: str | os.PathLike[str], *, hint: str) -> Iterator[None]:
+    """Say of a local disk that is full at `where`, whoever noticed it, what a full cache is said to be: a `HubError`.
+
+    What is at fault is not always the cache, which `errors` takes a full disk for; put this inside of it.
+    """
+    try:
+        yield
+    except (OSError, VeraToolsError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(error, HubError) or not isinstance(cause, OSError) or cause.errno not in _FULL:
+            raise
+        raise HubError("the disk is full", where=where, hint=hint) from cause
+
+
 def _explain(error: BaseException, where: str) -> HubError:
     root = _root(error)
     for explain in (_explain_named, _explain_status, _explain_transport, _explain_disk):
@@ -292,6 +311,8 @@ def _explain_transport(root: BaseException, where: str) -> HubError | None:
     if isinstance(root, HTTPError):
         return HubError("the connection broke off", where=where, hint="check the network and try again")
     if isinstance(root, ConnectionError | RuntimeError) or name.startswith("Xet"):  # hf_xet has few classes of its own
+        if (system := _OS_ERROR.search(str(root))) and int(system[1]) in _FULL:
+            return _explain_disk(OSError(int(system[1]), ""), where)
         hint = "try again, or with HF_HUB_DISABLE_XET=1 to transfer over plain HTTP"
         return HubError(f"the transfer through Xet failed: {text}", where=where, hint=hint)
     return None
@@ -300,7 +321,7 @@ def _explain_transport(root: BaseException, where: str) -> HubError | None:
 def _explain_disk(root: BaseException, where: str) -> HubError | None:
     if not isinstance(root, OSError) or root.errno is None:
         return None
-    full = root.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = root.errno in _FULL
     what = "the disk is full" if full else f"could not be stored: {root.strerror}"
     if isinstance(root.filename, str):
         where = f"{where}: {root.filename}"

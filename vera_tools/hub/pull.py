@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,7 +124,7 @@ def pull(
         overwrite: Replace `output` where it exists.
 
     Raises:
-        HubError: the Hub refused, or cannot be reached, or other bytes arrived than it lists.
+        HubError: the Hub refused, or cannot be reached, or other bytes arrived than it lists; or the disk is full.
         CheckFailedError: drift, or a check failed.
         FormatError: not a VeRA checkpoint, or malformed.
         UnprovenError: nothing to compare with, and `strict`.
@@ -134,8 +135,8 @@ def pull(
         reference = Reference(reference.repo, revision, reference.subfolder)
     target = atomic.refuse_output(output, overwrite=overwrite, inputs=(base,))
     snapshot = _fetch(reference, include=tuple(include), allow_pickle=allow_pickle)
-    with atomic.folder(target, overwrite=overwrite) as folder:
-        files = tuple(_take(snapshot, path, folder) for path in snapshot.files)
+    with _room(target), atomic.folder(target, overwrite=overwrite) as folder:
+        files = tuple(_take(snapshot, path, folder, target) for path in snapshot.files)
         verification = _verify(folder, target, base, allow_pickle=allow_pickle)
         refuse_unfit(verification, force=force, strict=strict, verb="pulled")
         embedded = embed and verification.projections_stored is False
@@ -253,11 +254,15 @@ def _some(names: dict[str, str]) -> str:
     return ", ".join(listed[:4]) + (", ..." if len(listed) > 4 else "") if listed else "nothing"
 
 
-def _take(snapshot: _Snapshot, path: str, folder: Path) -> Transferred:
+def _room(target: Path) -> AbstractContextManager[None]:
+    return hub.room(target, hint="make room there, or name another output")
+
+
+def _take(snapshot: _Snapshot, path: str, folder: Path, target: Path) -> Transferred:
     """Copy one file out of the cache, and check the copy against the Hub's listing."""
     remote, cached, copy = snapshot.files[path], snapshot.folder / path, folder / Path(path).name
     where = f"{snapshot.label}: {path}"
-    with hub.errors(where):
+    with hub.errors(where), _room(target):
         shutil.copyfile(cached, copy)
     try:
         digests: Digests = check_arrived(copy, remote, where=where)

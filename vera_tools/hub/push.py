@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -152,7 +152,7 @@ def push(
         FormatError: not a VeRA checkpoint, malformed, or a card with wrong metadata.
         UnprovenError: nothing records the recipe, and `strict`.
         UsageError: options that contradict each other, not a local folder, or not a repository.
-        HubError: the Hub refused or cannot be reached.
+        HubError: the Hub refused or cannot be reached; or the disk is full.
     """
     reference = _target(repo, revision, create_pr=create_pr)
     if hub.is_offline():
@@ -161,8 +161,8 @@ def push(
         raise UsageError("strip and embed contradict each other")
     label = os.fspath(checkpoint)
     folder = _local(checkpoint)
-    with tempfile.TemporaryDirectory(prefix="vera-tools-push-") as temporary:
-        staged = Path(temporary, "checkpoint")
+    with _temporary() as temporary:
+        staged = temporary / "checkpoint"
         _copy(folder, staged, include)
         verification = relabel(verify(staged, base=base).checkpoints[0], staged, label)
         refuse_unfit(verification, force=force, strict=strict, verb="pushed")
@@ -224,18 +224,31 @@ def _local(checkpoint: str | os.PathLike[str]) -> Path:
     return folder.path
 
 
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    """A folder for the copy, below TMPDIR."""
+    try:
+        parent = tempfile.gettempdir()
+    except FileNotFoundError as error:  # each that it knows is full, or read-only
+        hint = "make room, or name one with TMPDIR"
+        raise HubError("no folder for temporary files can be written to", hint=hint) from error
+    with (
+        hub.room(parent, hint="make room there, or name another folder with TMPDIR"),
+        tempfile.TemporaryDirectory(prefix="vera-tools-push-") as temporary,
+    ):
+        yield Path(temporary)
+
+
 def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
     names = select(source.LocalFolder(folder).names(), include=include)
     if CONFIG_NAME not in names:
         raise FormatError("no adapter here", where=folder, expected=CONFIG_NAME)
     staged.mkdir()
-    try:
-        for name in names:
+    for name in names:
+        try:
             shutil.copyfile(folder / name, staged / name)
-    except OSError as error:
-        raise VeraToolsError(
-            f"could not be copied: {error.strerror}", where=folder, hint="TMPDIR needs room"
-        ) from error
+        except OSError as error:
+            raise VeraToolsError(f"could not be copied: {error.strerror}", where=folder / name) from error
 
 
 def _converted(
