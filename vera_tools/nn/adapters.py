@@ -149,8 +149,8 @@ class Adapters(nn.Module):
                 self._replace(name, wrapper)
                 module = wrapper
             module.add_adapter(adapter_name)
-        for parameter in (p for module in self._adapted() for p in _adapter_parameters(module, adapter_name)):
-            parameter.requires_grad_(False)
+        for module in self._adapted():
+            module.set_requires_grad(adapter_name, False)
 
     def _hold_pair(
         self,
@@ -218,10 +218,7 @@ class Adapters(nn.Module):
             message = "Adapter cannot be set when the model is merged. Unmerging the model first."
             warnings.warn(message, VeraToolsWarning, stacklevel=2)
             self.unmerge_adapter()
-        self._active = names
-        for module in self._adapted():
-            module.active_adapters = list(names)
-        self._update_trainable(names, inference_mode=inference_mode)
+        self._choose(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter. If it was the only active one, the first that is left becomes active."""
@@ -234,11 +231,32 @@ class Adapters(nn.Module):
         if not left and self.peft_config:
             left = [next(iter(self.peft_config))]
             warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", VeraToolsWarning, stacklevel=2)
-        self._active = left
-        for module in self._adapted():
-            module.active_adapters = list(left)
-        frozen = all(self.peft_config[name].inference_mode for name in left)
-        self._update_trainable(left, inference_mode=frozen)
+        self._choose(left, inference_mode=all(self.peft_config[name].inference_mode for name in left))
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Make everything that adapters train trainable, or freeze it, whether they are active or not.
+
+        Raises:
+            UsageError: no such adapter.
+        """
+        for name in self.check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names):
+            for module in self._adapted():
+                module.set_requires_grad(name, requires_grad)
+            for bias in self.trained_biases(self.peft_config[name].bias).values():
+                bias.requires_grad_(requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Compute the base model until `enable_adapter_layers`. Adapters that are merged are taken out for good.
+
+        Biases that an adapter with ``bias="all"`` or ``"vera_only"`` has trained are the base's own, and stay: a
+        warning says so. Unlike with PEFT, what is trainable stays so.
+        """
+        self._warn_of_biases(stacklevel=3)
+        self._set_disabled(True)
+
+    def enable_adapter_layers(self) -> None:
+        """Compute the active adapters again, after `disable_adapter_layers`."""
+        self._set_disabled(False)
 
     def unmerge_adapter(self) -> None:
         """Put every base weight back, bit by bit as it was."""
@@ -296,19 +314,20 @@ class Adapters(nn.Module):
     def _set_disabled(self, disabled: bool) -> None:
         self._disabled = disabled
         for module in self._adapted():
-            module.disable_adapters = disabled
+            module.enable_adapters(not disabled)
 
     def _freeze_base(self) -> None:
-        mine = {id(p) for layer in self._adapted() for p in _adapter_parameters(layer)}
+        mine = {
+            id(p) for module in self._adapted() for name in self.peft_config for p in module.adapter_parameters(name)
+        }
         for parameter in self.model.parameters():
             if id(parameter) not in mine:
                 parameter.requires_grad_(False)
 
-    def _update_trainable(self, names: Sequence[str], *, inference_mode: bool) -> None:
+    def _choose(self, names: list[str], *, inference_mode: bool) -> None:
+        self._active = names
         for module in self._adapted():
-            for name in self.peft_config:
-                for parameter in _adapter_parameters(module, name):
-                    parameter.requires_grad_(name in names and not inference_mode)
+            module.set_adapter(names, inference_mode)
         for name, config in self.peft_config.items():
             for bias in self.trained_biases(config.bias).values():
                 bias.requires_grad_(name in names and not inference_mode)
@@ -326,6 +345,16 @@ class Adapters(nn.Module):
             and not name.startswith(inside)
         }
 
+    def _warn_of_biases(self, *, stacklevel: int) -> None:
+        for name in self._active:
+            if (bias := self.peft_config[name].bias) != "none":
+                warnings.warn(
+                    f"the biases that adapter {name!r} with bias={bias!r} has trained stay, so what is computed now is "
+                    "not the base model",
+                    VeraToolsWarning,
+                    stacklevel=stacklevel,
+                )
+
     def _warn_of_shared_weights(self, modules: dict[str, nn.Module]) -> None:
         names: dict[int, list[str]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
@@ -338,16 +367,6 @@ class Adapters(nn.Module):
                     VeraToolsWarning,
                     stacklevel=4,
                 )
-
-
-def _adapter_parameters(module: VeraLinear | SavedModule, name: str | None = None) -> Iterator[nn.Parameter]:
-    if isinstance(module, SavedModule):
-        for own, copy in module.modules_to_save.items():
-            if name in (None, own):
-                yield from copy.parameters()
-    else:
-        for vectors in (module.vera_lambda_b, module.vera_lambda_d):
-            yield from (parameter for own, parameter in vectors.items() if name in (None, own))
 
 
 def _no_op(module: nn.Module, args: tuple[object, ...]) -> None:

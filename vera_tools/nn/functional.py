@@ -111,9 +111,11 @@ def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tens
     """The sum, and ``u = A x``."""
     u = F.linear(x.to(A.dtype), A)
     update = F.linear((u * d).to(B.dtype), B)
-    if not torch.is_grad_enabled() and update.dtype == torch.promote_types(result.dtype, b.dtype):
-        return update.mul_(b).add_(result), u  # the only reference to it is here
-    return result + update * b, u
+    if not result.dtype == update.dtype == b.dtype:
+        return result + update * b, u
+    if torch.is_grad_enabled():
+        return torch.addcmul(result, update, b), u
+    return torch.addcmul(result, update, b, out=update), u  # the only reference to it is here
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ have the names of PEFT's layer (``peft.tuners.vera.layer.Linear``), so that code
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,30 +20,26 @@ from torch import Tensor, nn
 
 from vera_tools.config import VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.functional import add_vera, delta_weight
 from vera_tools.nn.projection import ProjectionDict
-from vera_tools.nn.rows import Rows
 
 #: The dtypes of weights that can be adapted. float8 and integers are quantised.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-class VeraLinear(nn.Module):
+class VeraLinear(AdaptedModule):
     """A linear base layer and the VeRA adapters on it.
 
     Attributes:
         base_layer: The frozen layer: `torch.nn.Linear`, or a Conv1D of transformers, whose weight is (in, out).
-        name: The module's name in the model, for messages.
         in_features, out_features: Dimensions of the linear map.
         fan_in_fan_out: Whether the weight is stored as (in, out).
         vera_A, vera_B: The model's shared projections, by adapter name.
         vera_lambda_b, vera_lambda_d: The trained vectors, by adapter name.
         vera_dropout: Dropout before A, by adapter name.
         r: Ranks, by adapter name.
-        active_adapters: The adapters whose updates are added.
         merged_adapters: The adapters whose updates are in the base weight at the moment.
-        disable_adapters: Compute the base layer alone.
-        rows: Set while a batch runs whose rows use different adapters.
     """
 
     vera_A: ProjectionDict
@@ -52,9 +48,8 @@ class VeraLinear(nn.Module):
     def __init__(
         self, base_layer: nn.Module, *, vera_A: ProjectionDict, vera_B: ProjectionDict, name: str = ""
     ) -> None:
-        super().__init__()
+        super().__init__(name=name)
         self.base_layer = base_layer
-        self.name = name
         self.in_features, self.out_features = features(base_layer)
         self.fan_in_fan_out = is_conv1d(base_layer)
         # Written past nn.Module.__setattr__, which would register the model's projections as this layer's own.
@@ -63,10 +58,7 @@ class VeraLinear(nn.Module):
         self.vera_lambda_d = nn.ParameterDict()
         self.vera_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
-        self.active_adapters: list[str] = []
         self.merged_adapters: list[str] = []
-        self.disable_adapters = False
-        self.rows: Rows | None = None
         self._unmerged: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -135,6 +127,22 @@ class VeraLinear(nn.Module):
         if name in self.r:
             del self.r[name], self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The adapters that this layer has, sorted."""
+        return sorted(self.r)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """An adapter's two vectors."""
+        if name in self.r:
+            yield from (self.vera_lambda_b[name], self.vera_lambda_d[name])
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Compute the adapters, or the base layer alone; adapters that are merged are taken out for that."""
+        if not enabled and self.merged:
+            self.unmerge()
+        super().enable_adapters(enabled)
 
     @property
     def merged(self) -> bool:

@@ -21,6 +21,7 @@ from vera_tools.nn import peft_arguments
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.rows import NO_ADAPTER, Rows
+from vera_tools.nn.status import LayerStatus, ModelStatus, layer_status, model_status
 
 
 class _with_signature_of_base:  # noqa: N801 (a decorator)
@@ -189,11 +190,11 @@ class VeraModel(Adapters):
     def disable_adapter(self) -> Iterator[None]:
         """Compute the base model inside the ``with``. Adapters that are merged are taken out and put back.
 
-        Biases that an adapter with ``bias="all"`` or ``"vera_only"`` has trained are the base's own, and stay.
+        Biases that an adapter with ``bias="all"`` or ``"vera_only"`` has trained are the base's own, and stay: a
+        warning says so.
         """
+        self._warn_of_biases(stacklevel=4)
         merged = [(layer, list(layer.merged_adapters)) for layer in self.vera_layers().values() if layer.merged]
-        for layer, _ in merged:
-            layer.unmerge()
         before = self._disabled
         self._set_disabled(True)
         try:
@@ -311,6 +312,19 @@ class VeraModel(Adapters):
                 module.rows = None
 
     # The rest of the peer's interface.
+
+    @property
+    def active_peft_config(self) -> VeraConfig:
+        """The active adapter's config, where there is one active adapter."""
+        return self.peft_config[self.active_adapter]
+
+    def get_layer_status(self) -> list[LayerStatus]:
+        """The state of every adapted layer, then of every module that is saved whole."""
+        return layer_status(self)
+
+    def get_model_status(self) -> ModelStatus:
+        """The state of the adapters as a whole; "irregular" where layers do not agree."""
+        return model_status(self)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapters and all."""

@@ -3,34 +3,29 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vera_tools.nn.rows import NO_ADAPTER, Rows
+from vera_tools.nn.adapted import AdaptedModule
+from vera_tools.nn.rows import NO_ADAPTER
 
 
-class SavedModule(nn.Module):
+class SavedModule(AdaptedModule):
     """A module of the base, and a trainable copy of it for each adapter that names it in modules_to_save.
 
     Attributes:
         original_module: The base's own, frozen.
         modules_to_save: The copies, by adapter name.
-        name: The module's name in the model, for messages.
         active_adapters: The copy that is used is that of the last one of these that has one.
-        disable_adapters: Use the original.
-        rows: Set while a batch runs whose rows use different adapters.
     """
 
     def __init__(self, module: nn.Module, *, name: str = "") -> None:
-        super().__init__()
+        super().__init__(name=name)
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-        self.name = name
-        self.active_adapters: list[str] = []
-        self.disable_adapters = False
-        self.rows: Rows | None = None
 
     def add_adapter(self, name: str) -> None:
         """Make a copy for an adapter."""
@@ -41,6 +36,16 @@ class SavedModule(nn.Module):
         if name in self.modules_to_save:
             del self.modules_to_save[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The adapters that have a copy, sorted."""
+        return sorted(self.modules_to_save)
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of an adapter's copy."""
+        if name in self.modules_to_save:
+            yield from self.modules_to_save[name].parameters()
 
     @property
     def active_module(self) -> nn.Module:

@@ -1,0 +1,61 @@
+"""What the modules that carry adapters have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from vera_tools.nn.rows import Rows
+
+
+class AdaptedModule(nn.Module):
+    """A module of the base, with adapters in its place.
+
+    Attributes:
+        name: The module's name in the model, for messages.
+        active_adapters: The model's active adapters; those of them that are not here do nothing here.
+        disable_adapters: Compute the base's own module alone.
+        rows: Set while a batch runs whose rows use different adapters.
+    """
+
+    def __init__(self, *, name: str = "") -> None:
+        super().__init__()
+        self.name = name
+        self.active_adapters: list[str] = []
+        self.disable_adapters = False
+        self.rows: Rows | None = None
+
+    @property
+    def available_adapters(self) -> list[str]:
+        """The adapters that are here, sorted."""
+        raise NotImplementedError
+
+    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
+        """The parameters of one adapter here; none where it is not here."""
+        raise NotImplementedError
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active here, and trainable unless `inference_mode`; all others are frozen.
+
+        The model's method of this name does it everywhere.
+        """
+        self.active_adapters = _listed(adapter_names)
+        self.set_requires_grad(self.available_adapters, False)
+        self.set_requires_grad(self.active_adapters, not inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Make adapters' parameters here trainable, or freeze them."""
+        for name in _listed(adapter_names):
+            for parameter in self.adapter_parameters(name):
+                parameter.requires_grad_(requires_grad)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Compute the adapters, or the base's own module alone. What is trainable stays so."""
+        self.disable_adapters = not enabled
+
+
+def _listed(names: str | Iterable[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)

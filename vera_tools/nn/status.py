@@ -1,0 +1,140 @@
+"""What state the adapters of a model are in, layer by layer and as a whole: PEFT's status reports, with its fields.
+
+Their `quantization_backend` is left out: a quantised layer cannot be adapted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.saved_module import SavedModule
+
+if TYPE_CHECKING:
+    from vera_tools.nn.model import VeraModel
+
+Value = TypeVar("Value")
+#: Stands for a value where there is not one but several.
+IRREGULAR: Literal["irregular"] = "irregular"
+
+
+@dataclass(frozen=True)
+class LayerStatus:
+    """The state of one adapted layer, or of one module that is saved whole.
+
+    Attributes:
+        name: Its name in the `VeraModel`.
+        module_type: "VeraLinear" or "SavedModule".
+        enabled: Whether adapters are computed.
+        active_adapters: The model's active adapters, whether this layer has them or not.
+        merged_adapters: Those whose updates are in the base weight at the moment.
+        requires_grad: Whether an adapter's parameters here are trainable, by adapter name.
+        available_adapters: The adapters that this layer has, sorted.
+        devices: Where an adapter's parameters and projections are, by adapter name; several while projections wait to
+            be moved to a layer's own device.
+    """
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class ModelStatus:
+    """The state of a model's adapters. A field is "irregular" where its layers do not agree.
+
+    Attributes:
+        base_model_type: The wrapped model's class.
+        adapter_model_type: "VeraModel".
+        peft_types: "VERA" for each adapter.
+        trainable_params, total_params: As `VeraModel.get_nb_trainable_parameters`.
+        num_adapter_layers: Number of adapted layers and of modules that are saved whole.
+        enabled: Whether adapters are computed.
+        active_adapters: The active adapters.
+        merged_adapters: Those that are merged into every layer they adapt, sorted.
+        requires_grad: Whether an adapter's parameters are trainable, by adapter name.
+        available_adapters: All adapters, sorted.
+        devices: Where an adapter's parameters and projections are, by adapter name.
+    """
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Literal["irregular"]
+    active_adapters: list[str] | Literal["irregular"]
+    merged_adapters: list[str] | Literal["irregular"]
+    requires_grad: dict[str, bool | Literal["irregular"]]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+
+
+def layer_status(model: VeraModel) -> list[LayerStatus]:
+    """The state of every adapted layer, then of every module that is saved whole."""
+    modules = model.vera_layers() | model.saved_modules()
+    return [_status(f"model.{name}", module) for name, module in modules.items()]
+
+
+def model_status(model: VeraModel) -> ModelStatus:
+    """The state of the model's adapters."""
+    layers = layer_status(model)
+    names = sorted(model.peft_config)
+    trainable, every = model.get_nb_trainable_parameters()
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    whole = all(
+        name in layer.merged_adapters
+        for layer in layers
+        for name in merged
+        if name in layer.available_adapters and layer.module_type == VeraLinear.__name__
+    )
+    return ModelStatus(
+        base_model_type=type(model.get_base_model()).__name__,
+        adapter_model_type=type(model).__name__,
+        peft_types={name: config.peft_type for name, config in model.peft_config.items()},
+        trainable_params=trainable,
+        total_params=every,
+        num_adapter_layers=len(layers),
+        enabled=_common(layer.enabled for layer in layers),
+        active_adapters=_common(layer.active_adapters for layer in layers),
+        merged_adapters=merged if whole else IRREGULAR,
+        requires_grad={
+            name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in names
+        },
+        available_adapters=names,
+        devices={
+            name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
+        },
+    )
+
+
+def _status(name: str, module: VeraLinear | SavedModule) -> LayerStatus:
+    parameters = {adapter: list(module.adapter_parameters(adapter)) for adapter in module.available_adapters}
+    held = [module.vera_A, module.vera_B] if isinstance(module, VeraLinear) else []
+    return LayerStatus(
+        name=name,
+        module_type=type(module).__name__,
+        enabled=not module.disable_adapters,
+        active_adapters=list(module.active_adapters),
+        merged_adapters=list(module.merged_adapters) if isinstance(module, VeraLinear) else [],
+        requires_grad={name: _common(p.requires_grad for p in own) for name, own in parameters.items() if own},
+        available_adapters=module.available_adapters,
+        devices={
+            name: sorted({tensor.device.type for tensor in [*own, *(pair[name] for pair in held)]})
+            for name, own in parameters.items()
+        },
+    )
+
+
+def _common(values: Iterable[Value]) -> Value | Literal["irregular"]:
+    first, *others = values
+    return first if all(other == first for other in others) else IRREGULAR
