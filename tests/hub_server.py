@@ -225,7 +225,8 @@ def _handler(hub: HubServer, routes: list[Route]) -> type[BaseHTTPRequestHandler
                     self.wfile.write(body)
                 sent = len(body)
             name = call.user.name if call.user else None
-            hub.requests.append(Request(self.command, self.path, dict(self.headers), name, status, sent))
+            asked_with = {key.title(): value for key, value in self.headers.items()}  # clients differ in the case
+            hub.requests.append(Request(self.command, self.path, asked_with, name, status, sent))
 
         def log_message(self, *_: object) -> None:
             pass

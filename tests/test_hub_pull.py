@@ -334,6 +334,20 @@ def test_a_later_process_goes_on_where_an_earlier_one_was_cut_off(hub, tmp_path)
     assert content == files_of(CHECKPOINTS / NAME)
 
 
+@pytest.mark.usefixtures("over_lfs")
+def test_the_token_goes_to_the_hub_alone_and_every_request_says_who_asks(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", hub.add_user("ann", role="read"))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME), private=True)
+    hub.add_repo("ann/gated", files_of(CHECKPOINTS / NAME), gated_for={"ann"})
+    for repo in ("ann/x", "ann/gated"):
+        vera_tools.pull(repo, tmp_path / repo)
+        vera_tools.verify(f"hf://{repo}")
+    asked = [request for request in hub.requests if "/ann/" in request.path]
+    assert {"Authorization" in request.headers for request in asked if "/blob/" in request.path} == {False}
+    assert {"Authorization" in request.headers for request in asked if "/blob/" not in request.path} == {True}
+    assert all(f"vera-tools/{vera_tools.__version__};" in request.headers["User-Agent"] for request in asked)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "too long", "whole and flipped"])
 @pytest.mark.usefixtures("over_lfs")
 def test_a_damaged_beginning_is_fetched_again(hub, tmp_path, damage):

@@ -65,10 +65,8 @@ def _complete(reference: Reference, commit: str, file: RemoteFile, partial: Path
 def _append(reference: Reference, commit: str, file: RemoteFile, partial: Path) -> None:
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     url = hf_hub_url(reference.repo, file.path, revision=commit, endpoint=hub.client().endpoint)
-    headers = {**build_hf_headers(library_name="vera-tools"), "Accept-Encoding": "identity"}
     with partial.open("ab") as stream:
         if stream.tell() > file.size:
             stream.truncate(0)
@@ -77,7 +75,7 @@ def _append(reference: Reference, commit: str, file: RemoteFile, partial: Path) 
             url,
             stream,
             resume_size=stream.tell(),
-            headers=headers,
+            headers=hub.headers(),
             expected_size=file.size,
             displayed_filename=file.path,
         )

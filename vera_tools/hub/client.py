@@ -121,6 +121,14 @@ def client() -> HfApi:
     return HfApi(library_name="vera-tools", library_version=__version__)
 
 
+def headers() -> dict[str, str]:
+    """Headers of a request for a file's bytes as they are: the user's token, and who asks."""
+    from huggingface_hub.utils import build_hf_headers
+
+    named = build_hf_headers(library_name="vera-tools", library_version=__version__)
+    return {**named, "Accept-Encoding": "identity"}
+
+
 def is_offline() -> bool:
     """Whether HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants

@@ -142,12 +142,13 @@ class HubFile:
 
     def _get(self, headers: dict[str, str]) -> Response:
         from huggingface_hub import constants, hf_hub_url
-        from huggingface_hub.utils import build_hf_headers, hf_raise_for_status, http_backoff
+        from huggingface_hub.utils import hf_raise_for_status, http_backoff
 
-        headers = {**build_hf_headers(library_name="vera-tools"), "Accept-Encoding": "identity", **headers}
         url = hf_hub_url(self._repo, self._file.path, revision=self._commit, endpoint=self._api.endpoint)
         with hub.errors(self.label):
-            response = http_backoff("GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+            response = http_backoff(
+                "GET", url, headers={**hub.headers(), **headers}, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            )
             hf_raise_for_status(response)
         return response
 
