@@ -161,6 +161,20 @@ def test_a_pair_of_another_key_is_stripped_with_a_warning(checkpoint, tmp_path):
     assert report.projections.recipe.prng_key == made_with
 
 
+def test_a_wider_pair_than_the_layers_give_is_stripped_with_a_warning(tmp_path):
+    """PEFT saves a second adapter with the first one's pair; alone, it draws another and refuses the embedded one."""
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(
+        base_model("peft-0.21.2-llama-f32-kept"), peft.VeraConfig(r=4, target_modules="all-linear")
+    )
+    model.add_adapter("second", peft.VeraConfig(r=4, target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.warns(LoadingWarning, match="exactly nowhere: it draws a pair of another size.*needs the LoRA export"):
+        report = strip_projections(tmp_path / "second", tmp_path / "out")
+    assert not any(exact_in_peft(report.loads).values())
+    assert not any(load.exact for load in verify(tmp_path / "out").checkpoints[0].loads if load.loader != "vera-tools")
+
+
 def test_nothing_to_strip():
     with pytest.raises(NothingToDoError, match="no projections are stored"):
         strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", "unused")

@@ -512,6 +512,14 @@ class TestSavedModules:
         fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
         with pytest.raises(RuntimeError, match="size mismatch"):
             peft.PeftModel.from_pretrained(fresh, tmp_path / "second")
+        vera_tools.strip_projections(tmp_path / "second", tmp_path / "stripped")
+        stripped = one(tmp_path / "stripped", base=base_of(KEPT))
+        assert stripped.verdict == "reproducible"
+        assert {load.exact for load in stripped.loads if load.loader.startswith("peft")} == {False}
+        fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+        with pytest.warns(UserWarning, match="not save vera_A"):
+            loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "stripped")
+        assert tuple(loaded.base_model.vera_A["default"].shape) != report.projections[0].shape
 
 
 class TestManifest:

@@ -147,6 +147,11 @@ class Checkpoint(source.Closing):
         return {name: info for name, info in self.weights.tensors.items() if name not in vectors | pair}
 
     @property
+    def widest(self) -> int:
+        """Elements of the longest vera_lambda_b: the out_max that this adapter's own layers give; 0 without layers."""
+        return max((layer.lambda_b.size for layer in self.layers.values() if layer.lambda_b), default=0)
+
+    @property
     def recorded(self) -> ProjectionRecord | None:
         """Recipe, shapes and digests of the projections: from the manifest, else from the file's own metadata."""
         return self.manifest.projections if self.manifest else self._embedded

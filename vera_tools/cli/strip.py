@@ -8,7 +8,7 @@ import click
 
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, human_bytes, labelled, output_options
-from vera_tools.converting.strip import REMEDY, StripReport, exact_in_peft, strip_projections
+from vera_tools.converting.strip import StripReport, exact_in_peft, strip_projections
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,4 +57,4 @@ def _show(report: StripReport, console: Console) -> None:
         text = f"on {' and '.join(bases)} bases" if bases else "on no base"
         console.print(f"    PEFT        {text} ({rounding} rounding: {machine})")
     if not all(exact.values()) and not report.forced:
-        labelled(console, "elsewhere", REMEDY)
+        labelled(console, "elsewhere", report.remedy)

@@ -24,10 +24,12 @@ from vera_tools.projections import Resolved, resolve
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
 from vera_tools.writing import write_checkpoint
 
-REMEDY = (
+_REMEDY = (
     "vera-tools loads it exactly everywhere; embedding makes it exact in PEFT >= 0.21 with default options, "
     "older PEFT needs vera_tools.nn.peft or the LoRA export"
 )
+#: Where PEFT refuses the embedded pair too.
+_REMEDY_FOR_A_SHARED_PAIR = "vera-tools loads it exactly everywhere; PEFT needs the LoRA export"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class StripReport(ConversionReport):
         identification: Proof that the pair can be made again, or, with `forced`, how far off the nearest recipe is.
         forced: The pair cannot be made again, and was stripped all the same.
         loads: Which loader loads the stripped checkpoint exactly, on which machine and base.
+        remedy: What helps where plain PEFT does not.
     """
 
     name: ClassVar[str] = "strip-projections"
@@ -49,6 +52,7 @@ class StripReport(ConversionReport):
     identification: Identification
     forced: bool
     loads: tuple[Load, ...]
+    remedy: str
 
     def body(self) -> dict[str, Any]:
         """The strip-projections/v1 document's own part."""
@@ -119,8 +123,10 @@ def strip_projections(
                 original=_original(opened),
             )
             size = (folder / WEIGHTS_NAME).stat().st_size
-        loads = _loads(opened, resolved)
-        _warn(opened, found, loads)
+        fits = opened.widest == resolved.record.shape.out_max
+        loads = _loads(opened, resolved, fits=fits)
+        remedy = _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
+        _warn(opened, found, loads, remedy)
         return StripReport(
             **common(opened, target, manifest, size),
             origin=resolved.origin,
@@ -129,6 +135,7 @@ def strip_projections(
             identification=found,
             forced=not found.exact,
             loads=loads,
+            remedy=remedy,
         )
 
 
@@ -169,7 +176,7 @@ def _original(checkpoint: Checkpoint) -> Original | None:
     )
 
 
-def _loads(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Load, ...]:
+def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool) -> tuple[Load, ...]:
     assert resolved.identification is not None
     return loader_table(
         Trained(
@@ -178,6 +185,7 @@ def _loads(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Load, ...]:
             prng_key=checkpoint.config.projection_prng_key,
             recipes=resolved.identification.all_recipes,
             dtype=resolved.record.dtype,
+            fits=fits,
             representable=lambda _: False,  # asked for stored pairs only
         )
     )
@@ -190,19 +198,19 @@ def exact_in_peft(loads: tuple[Load, ...]) -> dict[tuple[str, str], bool]:
     return {p: all(load.exact is True for load in rows if (load.rounding, load.base_dtype) == p) for p in places}
 
 
-def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...]) -> None:
+def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...], remedy: str) -> None:
     exact = exact_in_peft(loads)
     if not found.exact or found.recipe is None:
         message = f"the trained projections are lost: {describe_distance(found)}"
     elif not any(exact.values()):
         why = next(load.why for load in loads if load.loader == PEFT)
-        message = f"plain PEFT loads the stripped adapter exactly nowhere: it {why}; {REMEDY}"
+        message = f"plain PEFT loads the stripped adapter exactly nowhere: it {why}; {remedy}"
     elif not exact["fused", "float32"]:
         made = " and ".join(
             [f"on a machine with {found.recipe.rounding} rounding"] * (found.recipe.rounding != "fused")
             + [f"on a {found.recipe.rounded_through} base"] * (found.recipe.rounded_through is not None)
         )
-        message = f"trained {made}, the stripped adapter will drift in plain PEFT on any other; {REMEDY}"
+        message = f"trained {made}, the stripped adapter will drift in plain PEFT on any other; {remedy}"
     else:
         return
     warnings.warn(f"{checkpoint.label}: {message}", LoadingWarning, stacklevel=3)

@@ -160,7 +160,7 @@ def _shapes(checkpoint: Checkpoint) -> Check:
 
 
 def _out_max(checkpoint: Checkpoint) -> Check:
-    widest = max((layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b), default=0)
+    widest = checkpoint.widest
     if "vera_B" in checkpoint.projections:
         out_max = checkpoint.projections["vera_B"].shape[0]
     elif checkpoint.recorded:

@@ -41,6 +41,8 @@ _EXIT_CODES = {"reproducible": 0, "unproven": 3, "drift": 1, "invalid": 4}
 _SEVERITY = (0, 3, 5, 1, 4)
 #: Bytes of a recorded pair that `verify` still draws: far above any adapter's, and minutes of work.
 MOST_DRAWN = 64 << 30
+#: The checks that fail where the pair has another size than PEFT makes room for.
+_SIZES = frozenset({"tensors.out_max", "base.pair"})
 _ABSENT = Match(None, None, None, "absent")
 
 Result = TypeVar("Result")
@@ -286,7 +288,7 @@ class Verifier:
         identified = with_digests(identified, sha256)
         verdict: Verdict = "reproducible" if identified.made_by(key) else "drift"
         found += [*recorded.recipe(checkpoint, identified), _projections_check(identified, key)]
-        fits = not _failed(found, {"tensors.out_max", "base.pair"})
+        fits = not _failed(found, _SIZES)
         trained = Trained(
             stored=True,
             save_projection=checkpoint.config.save_projection,
@@ -332,15 +334,17 @@ class Verifier:
                 Match(record.shape.vera_B, record.dtype, regenerated.get("vera_B"), "absent"),
             )
         dtype = record.dtype if record else "float32"
+        fits = not _failed(found, _SIZES)
         trained = Trained(
             stored=False,
             save_projection=config.save_projection,
             prng_key=key,
             recipes=recipes,
             dtype=dtype,
+            fits=fits,
             representable=lambda _: False,
         )
-        table_key = ("loads", key, None if recipes is None else tuple(recipes), dtype)
+        table_key = ("loads", key, None if recipes is None else tuple(recipes), dtype, fits)
         return CheckpointReport(
             path,
             verdict,
