@@ -284,6 +284,8 @@ def _explain_status(root: BaseException, where: str) -> HubError | None:
         return HubError(what + quoted, where=where, hint=_SIGN_IN)
     if status == 403:
         hint = "use a token with write access to this namespace, or propose the change with --create-pr"
+        if _method(root) in ("GET", "HEAD"):
+            hint = "use a token that may read this repository; a fine-grained one needs that permission too"
         return HubError("no right to do this" + quoted, where=where, hint=hint)
     if status == 409:
         return HubError("it conflicts with what is there" + quoted, where=where, hint="look at the repository first")
@@ -349,6 +351,11 @@ def _root(error: BaseException) -> BaseException:
 def _status(error: BaseException) -> int | None:
     status = getattr(getattr(error, "response", None), "status_code", None)
     return status if isinstance(status, int) else None
+
+
+def _method(error: BaseException) -> str | None:
+    request = getattr(getattr(error, "response", None), "request", None)
+    return getattr(request, "method", None)
 
 
 def _is_transport(error: BaseException) -> bool:
