@@ -177,6 +177,25 @@ class TestKill:
 
 
 class TestSharing:
+    def test_a_base_on_the_hub_that_is_replaced_between_two_parts(self, hub, tmp_path):
+        """Same names, shapes and sizes, other weights: nothing may be merged from some of both."""
+        first, second = (make_base(tmp_path / f"base-{seed}", SHAPES, files=2, seed=seed) for seed in (0, 1))
+        adapter = make_adapter(tmp_path / "adapter", SHAPES)
+        repo = hub.add_repo("ann/base", snapshot(first))
+        out = tmp_path / "out"
+        vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(1, 2))
+        stored = {name: hub.store(data, large=name.endswith(".safetensors")) for name, data in snapshot(second).items()}
+        old = repo.head.oid
+        hub.commit(repo, "refs/heads/main", old, stored, "other weights", "ann")
+        with pytest.raises(UsageError, match="belongs to another merge: base, "):
+            vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(2, 2))
+        repo.refs["refs/heads/main"] = old
+        vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(2, 2))
+        vera_tools.merge(adapter, base="hf://ann/base", output=out, finish=True)
+        vera_tools.merge(adapter, base=first, output=tmp_path / "expected")
+        assert weights(out).keys() == weights(first).keys()
+        assert all(np.array_equal(weights(out)[n], t) for n, t in weights(tmp_path / "expected").items())
+
     def test_processes_share_the_files_and_one_finishes(self, made, tmp_path):
         out = tmp_path / "out"
         parts = [subprocess.Popen(command(made, out, "--shard", f"{n}/3", "-q")) for n in (1, 2, 3)]

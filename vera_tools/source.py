@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vera_tools.errors import FormatError
+from vera_tools.errors import FormatError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -23,6 +23,10 @@ class ByteSource(Protocol):
 
     label: str
     size: int
+
+    @property
+    def version(self) -> int | str:
+        """What is another where other content stands under the same name: time of modification, the Hub's digest."""
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on, or raise `FormatError`."""
@@ -74,6 +78,11 @@ class LocalFile(Closing):
             raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
         status = os.fstat(self._descriptor)
         self.size, self.modified = status.st_size, status.st_mtime_ns
+
+    @property
+    def version(self) -> int:
+        """Nanoseconds, when it was last written to before it was opened."""
+        return self.modified
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on.
@@ -127,6 +136,8 @@ class LocalFile(Closing):
 class MemoryFile:
     """A file that exists in memory only."""
 
+    version = 0  # nothing else can come to stand there
+
     def __init__(self, label: str, data: bytes) -> None:
         self.label, self.size, self._data = label, len(data), data
 
@@ -154,7 +165,7 @@ class LocalFolder:
         """
         try:
             with os.scandir(self.path) as entries:
-                return sorted(entry.name for entry in entries if entry.is_file())
+                return sorted(entry.name for entry in entries if _is_file(entry))
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", where=self.path) from error
 
@@ -165,6 +176,13 @@ class LocalFolder:
     def open(self, name: str) -> LocalFile:
         """Open one file."""
         return LocalFile(self.path / name)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to itself, or through a folder that may not be entered: no reason to give up the others
+        return False
 
 
 def not_a_file(path: Path) -> str | None:
@@ -196,20 +214,40 @@ def locate(reference: str | os.PathLike[str]) -> tuple[Folder, str | None]:
         reference: A folder, a file, or ``hf://owner/name[@revision][/subfolder]``.
 
     Raises:
-        FormatError: nothing is there.
+        FormatError: nothing is there, or it may not be looked at.
+        UsageError: the name is empty.
     """
+    refuse_empty(reference)
     if is_remote(reference):
         from vera_tools.hub import source as hub_source
 
         return hub_source.folder(os.fspath(reference)), None
     path = Path(reference)
-    if path.is_dir():
+    if is_folder(path):
         return LocalFolder(path), None
     if path.is_file():
         return LocalFolder(path.parent), path.name
     if kind := not_a_file(path):
         raise FormatError(f"this is {kind}, not a file or a folder", where=path)
     raise FormatError("no such file or folder", where=path)
+
+
+def refuse_empty(reference: str | os.PathLike[str]) -> None:
+    """Raise UsageError for an empty name: a variable that was not set, which `Path` would take for this folder."""
+    if not os.fspath(reference):
+        raise UsageError("the name is empty", expected="a folder or a file")
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there.
+
+    Raises:
+        FormatError: the system does not let us look: a folder above may not be entered, or the name is too long.
+    """
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
 
 
 def read_all(source: ByteSource, *, limit: int) -> bytes:

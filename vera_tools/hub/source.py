@@ -84,6 +84,11 @@ class HubFile:
         #: What is held: where it starts, and the bytes. Replaced as one, so that threads may share the file.
         self._window = (0, b"")
 
+    @property
+    def version(self) -> str:
+        """The digest that the Hub lists for it."""
+        return self._file.sha256 or self._file.git_sha1
+
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on.
 

@@ -305,11 +305,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
 
 def _digest(base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None, max_shard_size: int | None) -> str:
     files = {
-        name: [
-            file.size,
-            file.source.modified if isinstance(file.source, source.LocalFile) else None,
-            hashlib.sha256(file.header).hexdigest(),
-        ]
+        name: [file.size, file.source.version, hashlib.sha256(file.header).hexdigest()]
         for name, file in base.files.items()
     }
     document = {
