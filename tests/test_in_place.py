@@ -202,7 +202,7 @@ def test_options_that_contradict_each_other(registry, tmp_path):
         assert result.returncode == 2, options
         assert len(result.stderr.splitlines()) == 1
     (tmp_path / "empty").mkdir()
-    assert run_cli("strip-projections", "empty", "-R", "--out-dir", "x", cwd=tmp_path).returncode == 2
+    assert run_cli("strip-projections", "empty", "-R", "--out-dir", "x", cwd=tmp_path).returncode == 4
     assert not (tmp_path / "x").exists()
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from vera_tools.errors import FormatError
+from vera_tools.errors import FormatError, UsageError
 from vera_tools.source import LocalFile, LocalFolder, is_remote, locate, read_all, read_text
 
 
@@ -91,6 +91,19 @@ def test_a_reference_is_a_folder_or_a_file_in_one(tmp_path, file):
     assert (folder.label, name) == (str(tmp_path), "data")
     with pytest.raises(FormatError, match="gone: no such file or folder"):
         locate(tmp_path / "gone")
+
+
+def test_a_name_that_cannot_be_looked_at_is_an_error(tmp_path):
+    with pytest.raises(FormatError, match="cannot be read: File name too long"):
+        locate(tmp_path / ("a" * 300))
+    with pytest.raises(UsageError, match="the name is empty"):
+        locate("")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such links")
+def test_a_link_to_itself_hides_no_other_file(tmp_path, file):
+    (tmp_path / "loop").symlink_to("loop")
+    assert LocalFolder(tmp_path).names() == ["data"]
 
 
 def test_only_hf_references_are_remote(tmp_path):

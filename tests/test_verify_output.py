@@ -39,6 +39,36 @@ def test_a_recursive_search_names_a_config_that_leads_nowhere(tmp_path):
     assert "broken link to /nowhere/at/all" in document["checkpoints"][0]["checks"][0]["message"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="paths have another limit")
+def test_a_folder_that_cannot_be_listed_is_one_invalid_checkpoint(tmp_path):
+    shutil.copytree(KEPT, tmp_path / "good")
+    below = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(20):  # a path of more than 4096 bytes, which even root cannot open by its name
+        os.mkdir("d" * 250, dir_fd=below)
+        parent, below = below, os.open("d" * 250, os.O_RDONLY, dir_fd=below)
+        os.close(parent)
+    os.close(below)
+    code, document = run_json("verify", "-R", tmp_path)
+    closed, good = document["checkpoints"]
+    assert (code, good["verdict"], closed["verdict"]) == (4, "reproducible", "invalid")
+    assert "cannot be read: File name too long" in closed["checks"][0]["message"]
+    code, document = run_json("strip-projections", "-R", tmp_path, "--out-dir", tmp_path.parent / "stripped")
+    assert [item["status"] for item in document["checkpoints"]] == ["failed", "converted"]
+    assert code == 4
+
+
+def test_an_empty_name_is_refused(tmp_path):
+    """An unset variable must not stand for the current folder, which may hold a sound checkpoint."""
+    for arguments in (
+        ["verify", ""],
+        ["verify", "-R", ""],
+        ["inspect", ""],
+        ["strip-projections", "-R", "", "--out-dir", tmp_path / "o"],
+    ):
+        result = run_cli(*arguments, cwd=KEPT)
+        assert (result.returncode, "the name is empty" in result.stderr) == (2, True)
+
+
 def test_a_folder_without_any_is_said(tmp_path):
     with pytest.raises(FormatError, match=r"no adapter_config\.json"):
         verify(tmp_path, recursive=True)

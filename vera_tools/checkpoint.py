@@ -105,6 +105,7 @@ class Checkpoint(source.Closing):
         Raises:
             NotVeraError: an adapter of another kind.
             FormatError: unreadable or malformed.
+            UsageError: the name is empty.
         """
         folder, name = source.locate(reference)
         return cls(folder, name, label=os.fspath(reference), allow_pickle=allow_pickle)
@@ -250,19 +251,19 @@ def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | No
 def find(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
 
-    Links are followed, and each folder is entered once, by whichever of its names comes first.
+    Links are followed, and each folder is entered once, by whichever of its names comes first. A folder that cannot be
+    listed is handed out too: it may hold a checkpoint, and opening it says what is wrong.
 
     Raises:
-        FormatError: no such folder, or one below it that cannot be listed.
+        FormatError: no such folder.
     """
-
-    def refuse(error: OSError) -> None:
-        raise FormatError(f"cannot be searched: {error.strerror}", where=error.filename) from error
-
-    if not root.is_dir():
+    if not source.is_folder(root):
         raise FormatError("no such folder", where=root)
     seen: set[str] = set()
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+    closed: list[Path] = []
+    for folder, subfolders, files in os.walk(root, onerror=lambda e: closed.append(Path(e.filename)), followlinks=True):
+        yield from closed
+        closed.clear()
         real = os.path.realpath(folder)
         if real in seen:
             subfolders.clear()
@@ -271,6 +272,7 @@ def find(root: Path) -> Iterator[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if CONFIG_NAME in files:
             yield Path(folder)
+    yield from closed
 
 
 def _open_weights(

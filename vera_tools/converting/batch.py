@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from vera_tools import source
 from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
 from vera_tools.config import CONFIG_NAME
 from vera_tools.converting.output import ConversionReport
-from vera_tools.errors import NothingToDoError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.manifest import MANIFEST_NAME
 from vera_tools.report import Progress, Report
 
@@ -110,17 +111,18 @@ def convert_all(
         progress: Called with each checkpoint.
 
     Raises:
-        FormatError: no such folder.
-        UsageError: no checkpoint is there.
+        FormatError: no such folder, or no checkpoint in it.
+        UsageError: `root` or `out_dir` is empty.
     """
     if out_dir is not None and not os.fspath(out_dir):
         raise UsageError("the output is empty", hint="name the folder that the outputs go to")
+    source.refuse_empty(root)
     top = Path(root)
     own = None if out_dir is None else Path(out_dir).resolve()
     # Listed before anything is written, so that outputs below the root are not taken for inputs.
     folders = [f for f in find(top) if own is None or not f.resolve().is_relative_to(own)]
     if not folders:
-        raise UsageError("no adapter_config.json at or below this folder", where=top)
+        raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=top)
     items = []
     for done, folder in enumerate(folders):
         if progress:
@@ -145,8 +147,8 @@ def _convert_one(folder: Path, output: Path | None, convert: Convert, *, overwri
 
 
 def _is_up_to_date(folder: Path, output: Path) -> bool:
-    if not (output / CONFIG_NAME).exists() or not (output / MANIFEST_NAME).exists():
+    if not (os.path.exists(output / CONFIG_NAME) and os.path.exists(output / MANIFEST_NAME)):
         return False
     read = [folder / name for name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)]
-    newest = max(file.stat().st_mtime_ns for file in read if file.exists())
-    return (output / MANIFEST_NAME).stat().st_mtime_ns >= newest
+    newest = max((file.stat().st_mtime_ns for file in read if os.path.exists(file)), default=None)
+    return newest is not None and (output / MANIFEST_NAME).stat().st_mtime_ns >= newest

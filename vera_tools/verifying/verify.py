@@ -200,7 +200,7 @@ def verify(
 
     Raises:
         FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
-        UsageError: no checkpoint given, or an unknown `require`.
+        UsageError: no checkpoint given, or one without a name, or an unknown `require`.
         HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
     """
     if require not in VERDICTS:
@@ -416,8 +416,9 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
         if source.is_remote(root):
             yield os.fspath(root)
             continue
+        source.refuse_empty(root)
         path, empty = Path(root), True
-        if path.is_file():
+        if os.path.isfile(path):
             yield os.fspath(root)
             continue
         for folder in find(path):
