@@ -109,7 +109,7 @@ def test_access(hub, tmp_path, monkeypatch):
 def test_a_refusal_to_read_is_not_answered_with_advice_on_writing(hub, tmp_path, quick):
     """As a fine-grained token meets it that lacks the permission to read gated repositories."""
     hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    for where in ("GET /api/models/ann/x$", "HEAD /ann/x/resolve", "GET /blob/"):
+    for where in ("GET /api/models/ann/x$", "GET /blob/", "HEAD /ann/x/resolve"):
         with hub.fault(where, status=403, times=99), pytest.raises(HubError) as caught:
             vera_tools.pull("ann/x", tmp_path / "out")
         assert "no right to do this" in str(caught.value)
