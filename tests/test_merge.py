@@ -26,6 +26,7 @@ from vera_tools.errors import (
     UnprovenError,
     UsageError,
 )
+from vera_tools.hub import card
 from vera_tools.tensorfile import TensorFile
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -247,8 +248,9 @@ class TestRecordAndCard:
         assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
         assert snapshot(tmp_path / "out")[WEIGHTS] != snapshot(tmp_path / "usual")[WEIGHTS]
 
-    def test_the_card_keeps_what_the_base_says_of_its_licence(self, base, adapter, tmp_path):
+    def test_the_card_keeps_what_the_base_says_of_its_licence(self, base, tmp_path):
         (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ntags:\n- x\n---\n# Base\n")
+        adapter = make_adapter(tmp_path / "adapter", config={"base_model_name_or_path": "ann/base"})
         vera_tools.merge(adapter, base=base, output=tmp_path / "out")
         card = (tmp_path / "out/README.md").read_text()
         front = card.split("---")[1].splitlines()
@@ -257,6 +259,21 @@ class TestRecordAndCard:
         assert "- x" not in front
         assert "base_model_relation: merge" in front
         assert "6 merged" in card
+
+    @pytest.mark.parametrize(
+        ("named", "expected"),
+        [("ann/base", "ann/base"), ("gpt2", "gpt2"), (None, None), ("./local/path", None), ("/mnt/base", None)],
+    )
+    def test_the_card_names_what_the_hub_knows(self, named, expected, base, tmp_path):
+        """The Hub refuses a card whose base_model is a path."""
+        adapter = make_adapter(tmp_path / "a|b", config={"base_model_name_or_path": named})
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+        text = (tmp_path / "out/README.md").read_text()
+        card.check(text)
+        metadata, body = card.split(text)
+        assert metadata.get("base_model") == expected
+        assert ("base_model_relation" in metadata) == (expected is not None)
+        assert f"`{tmp_path}/a\\|b` | 1 | 8 |" in body
 
     def test_json_report(self, base, adapter, tmp_path):
         code, document = run_json("merge", adapter, "--base", base, "-o", tmp_path / "out", "--verify")
@@ -435,6 +452,7 @@ def test_a_base_on_the_hub(hub, tmp_path):
     hub.add_repo("ann/base", {path.name: path.read_bytes() for path in base_of(name).iterdir()})
     vera_tools.merge(CHECKPOINTS / name, base="hf://ann/base", output=tmp_path / "remote", verify=True)
     assert left_in(tmp_path / "remote") == ["README.md", "config.json", "generation_config.json", *LAST]
+    assert card.split((tmp_path / "remote/README.md").read_text())[0]["base_model"] == "ann/base"
     vera_tools.merge(CHECKPOINTS / name, base=base_of(name), output=tmp_path / "local")
     a, b = (tmp_path / place / "model.safetensors" for place in ("remote", "local"))
     assert a.read_bytes() == b.read_bytes()

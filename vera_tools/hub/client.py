@@ -90,6 +90,15 @@ class Reference:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
+def name_of(model: str | None) -> str | None:
+    """The name that a model has on the Hub, as far as a config or a BASE argument tells: a local path has none."""
+    if model and model.startswith(SCHEME):
+        return Reference.parse(model).repo
+    if not model or os.path.exists(model):
+        return None
+    return model if re.fullmatch(rf"{_NAME}(/{_NAME})?", model) else None
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """A file as the Hub's own listing describes it.

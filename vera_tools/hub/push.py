@@ -389,7 +389,7 @@ def _add_card(
         text,
         reference=str(dataclasses.replace(remote.reference, revision=None)),
         config=config,
-        base_model=_on_the_hub(config.base_model_name_or_path),
+        base_model=hub.name_of(config.base_model_name_or_path),
         record=record,
         verification=verification,
     )
@@ -421,13 +421,6 @@ def _known_manifest(remote: _Remote, manifest: Manifest) -> bytes | None:
         return None
     same = dataclasses.replace(there, torch=manifest.torch, platform=manifest.platform, tool=manifest.tool) == manifest
     return data if same else None
-
-
-def _on_the_hub(base_model: str | None) -> str | None:
-    """The base's name if it can be one on the Hub: not a local path."""
-    if not base_model or Path(base_model).exists():
-        return None
-    return base_model if re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", base_model) else None
 
 
 def _message(label: str) -> str:

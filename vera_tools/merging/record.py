@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from vera_tools import source
+from vera_tools.hub.client import name_of
 from vera_tools.manifest import TOOL, ProjectionRecord
 from vera_tools.merging.plan import Kind, Plan
+from vera_tools.report import printable
 
 RECORD_NAME = "vera_merge.json"
 CARD_NAME = "README.md"
@@ -89,15 +91,17 @@ def model_card(plan: Plan) -> str:
     """README.md: front matter that the Hub reads, and what was merged into what."""
     names = sorted({a.checkpoint.config.base_model_name_or_path or "" for a in plan.adapters} - {""})
     name = names[0] if len(names) == 1 else plan.base.label
-    front = [f"base_model: {json.dumps(name)}", "base_model_relation: merge", "library_name: transformers"]
-    front += ["tags:", "- vera", "- merge", *_kept(plan)]
+    known = name_of(name) or name_of(plan.base.label)  # the Hub refuses a card that names anything else
+    front = [f"base_model: {json.dumps(known)}", "base_model_relation: merge"] if known else []
+    front += ["library_name: transformers", "tags:", "- vera", "- merge", *_kept(plan)]
     lines = ["---", *front, "---", "", f"# {name}, merged with VeRA", ""]
     lines += [f"The weights of `{name}` with these VeRA adapters added to them, in float32 and rounded once:", ""]
     lines += ["| adapter | weight | r | projections | sha256 of its weights |", "|---|---|---|---|---|"]
     for adapter in plan.adapters:
         record = adapter.resolved.record
         recipe = record.recipe.name if record.recipe else "stored, made by no known recipe"
-        cells = [f"`{adapter.label}`", f"{adapter.weight:g}", str(record.shape.r)]
+        label = printable(adapter.label).replace("|", r"\|")  # which would end the cell, even in code
+        cells = [f"`{label}`", f"{adapter.weight:g}", str(record.shape.r)]
         cells += [recipe + (" (assumed)" if record.assumed else ""), f"`{adapter.sha256}`"]
         lines.append(f"| {' | '.join(cells)} |")
     counts = [f"{len(names)} {kind}" for kind in KINDS if (names := plan.names(kind))]
