@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tests.conftest import CHECKPOINTS
+from vera_tools.nn import VeraConfig, VeraModel
 
 #: PEFT and transformers warn about themselves; tests that run them take these marks.
 PEER_WARNINGS = (
@@ -93,6 +94,41 @@ def randomise(model: nn.Module, *, seed: int = 5) -> None:
         for name, parameter in sorted(model.named_parameters()):
             if "vera_lambda" in name:
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+def adapted(dtype: torch.dtype = torch.float32, *, seed: int = 5, **options: Any) -> VeraModel:
+    """A Llama with an adapter that does something."""
+    model = VeraModel(llama(dtype), VeraConfig(**{**OPTIONS, **options}))
+    randomise(model, seed=seed)
+    return model
+
+
+def two_adapters(**options: Any) -> VeraModel:
+    """The same with a second adapter, `options` being what is different about it."""
+    model = adapted()
+    model.add_adapter("second", VeraConfig(**{**OPTIONS, **options}))
+    randomise(model)
+    return model
+
+
+class Tiny(nn.Module):
+    """A model that is none of transformers'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.inner(x))
+
+
+def tiny(**options: Any) -> VeraModel:
+    """It, with an adapter that does something."""
+    model = VeraModel(Tiny(), VeraConfig(**{"r": 4, "target_modules": ["0", "2"], **options}))
+    randomise(model)
+    return model
 
 
 def peft_model(base: nn.Module, **options: Any) -> Any:

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import linear
 
-from vera_tools.errors import UsageError
 from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
 
 
@@ -54,10 +55,31 @@ def test_value_and_gradients_equal_the_definition_in_float32():
         torch.testing.assert_close(ours, autograd, rtol=1e-4, atol=1e-4)
 
 
-def test_a_second_derivative_is_refused_and_not_wrong():
+@pytest.mark.parametrize("frozen_names", [(), ("x", "result"), ("d", "b")], ids=str)
+def test_second_derivatives_are_those_of_finite_differences(frozen_names):
     trained, frozen = operands()
-    with pytest.raises(UsageError, match="create_graph"):
-        torch.autograd.grad(add_vera(**trained, **frozen).sum(), trained["d"], create_graph=True)
+    for name in frozen_names:
+        trained[name].requires_grad_(False)
+
+    assert torch.autograd.gradgradcheck(in_order(trained, frozen), [*trained.values()])
+
+
+def test_the_gradient_of_each_row_by_itself():
+    """What ``torch.func`` makes of a model: vmap over grad."""
+    trained, frozen = operands()
+    result, x = (trained[name].detach() for name in ("result", "x"))
+    vectors = {name: trained[name].detach() for name in ("d", "b")}
+
+    def loss(function, vectors, result, x):
+        return function(result, x, **vectors, **frozen).square().sum()
+
+    ours, autograd = (
+        torch.func.vmap(torch.func.grad(partial(loss, function)), in_dims=(None, 0, 0))(vectors, result, x)
+        for function in (add_vera, plain)
+    )
+    for name in vectors:
+        assert ours[name].shape == (3, *vectors[name].shape)
+        torch.testing.assert_close(ours[name], autograd[name])
 
 
 def saved_bytes(function, trained, frozen):

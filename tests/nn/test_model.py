@@ -1,4 +1,4 @@
-"""VeraModel: adapters added, chosen, merged, copied, moved and compiled; PEFT is the peer."""
+"""VeraModel: adapters added, chosen, copied and moved; PEFT is the peer."""
 
 from __future__ import annotations
 
@@ -10,44 +10,26 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, load_peft, logits, peft_model, randomise, some_ids, train
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from tests.nn.models import (
+    OPTIONS,
+    PEER_WARNINGS,
+    Tiny,
+    adapted,
+    llama,
+    load_peft,
+    logits,
+    peft_model,
+    randomise,
+    some_ids,
+    tiny,
+    train,
+    two_adapters,
+)
+from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraLinear, VeraModel, save_adapter
 from vera_tools.nn.projection import same_bits
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
-
-
-def adapted(dtype=torch.float32, *, seed=5, **options):
-    model = VeraModel(llama(dtype), VeraConfig(**{**OPTIONS, **options}))
-    randomise(model, seed=seed)
-    return model
-
-
-def two_adapters(**options):
-    model = adapted()
-    model.add_adapter("second", VeraConfig(**{**OPTIONS, **options}))
-    randomise(model)
-    return model
-
-
-class Tiny(nn.Module):
-    """A model that is none of transformers'."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 8, bias=False))
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x):
-        return self.head(self.inner(x))
-
-
-def tiny(**options):
-    model = VeraModel(Tiny(), VeraConfig(**{"r": 4, "target_modules": ["0", "2"], **options}))
-    randomise(model)
-    return model
 
 
 # What a new adapter is.
@@ -247,105 +229,6 @@ def test_the_end_of_an_inner_disable_adapter_does_not_end_the_outer_one():
     assert torch.equal(logits(model, some_ids()), want)
 
 
-# Merging.
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_unmerge_gives_back_the_original_bits(dtype):
-    model = adapted(dtype)
-    before = copy.deepcopy(model.state_dict())
-    model.merge_adapter()
-    layer = next(iter(model.vera_layers().values()))
-    assert not torch.equal(layer.weight, before["model.model.layers.0.self_attn.q_proj.base_layer.weight"])
-    arithmetic = layer.weight - layer.get_delta_weight("default").to(dtype)
-    assert not torch.equal(arithmetic, before["model.model.layers.0.self_attn.q_proj.base_layer.weight"])
-    model.unmerge_adapter()
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(same_bits(before[name], after[name]) for name in before)
-
-
-def test_merged_weights_are_pefts():
-    ours, peers = adapted(), peft_model(llama())
-    randomise(peers)
-    ours, peers = ours.merge_and_unload(), peers.merge_and_unload()
-    for (name, mine), theirs in zip(ours.state_dict().items(), peers.state_dict().values(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-6, msg=name)
-
-
-def test_merging_several_and_taking_one_away():
-    model = two_adapters()
-    model.merge_adapter(["default"])
-    once = {name: layer.weight.clone() for name, layer in model.vera_layers().items()}
-    model.merge_adapter(["second"])
-    assert next(iter(model.vera_layers().values())).merged_adapters == ["default", "second"]
-    model.delete_adapter("second")
-    assert all(torch.equal(layer.weight, once[name]) for name, layer in model.vera_layers().items())
-
-
-def test_safe_merge_refuses_and_leaves_every_weight_alone():
-    model = adapted()
-    before = copy.deepcopy(model.state_dict())
-    list(model.vera_layers().values())[-1].vera_lambda_b["default"].data[0] = float("nan")
-    for merge in (model.merge_adapter, model.merge_and_unload):
-        with pytest.raises(CheckFailedError, match="NaNs detected in the merged weights"):
-            merge(safe_merge=True)
-    after = model.state_dict()
-    assert all(same_bits(before[name], after[name]) for name in before if "vera_lambda" not in name)
-
-
-def test_safe_merge_sees_what_overflows_the_weights_own_dtype():
-    model = adapted(torch.float16)
-    next(iter(model.vera_layers().values())).vera_lambda_b["default"].data.fill_(1e6)
-    with pytest.raises(CheckFailedError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-
-
-def test_merge_and_unload_returns_the_plain_model_with_a_progress_bar(capsys):
-    model = adapted()
-    want = logits(model, some_ids())
-    plain = model.merge_and_unload(progressbar=True)
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert "Merging" in captured.err
-    assert plain.state_dict().keys() == llama().state_dict().keys()
-    torch.testing.assert_close(logits(plain, some_ids()), want, rtol=0, atol=1e-5)
-
-
-def test_merge_and_unload_of_named_adapters():
-    model = two_adapters()
-    model.set_adapter("second")
-    want = logits(model, some_ids())
-    model.set_adapter("default")
-    torch.testing.assert_close(
-        logits(model.merge_and_unload(adapter_names=["second"]), some_ids()), want, rtol=0, atol=1e-5
-    )
-
-
-def test_unload_gives_back_the_base():
-    model = adapted()
-    model.merge_adapter()
-    plain = model.unload()
-    want = llama().state_dict()
-    assert all(same_bits(tensor, want[name]) for name, tensor in plain.state_dict().items())
-    VeraModel(plain, VeraConfig(**OPTIONS))  # and it can be adapted again
-
-
-def test_choosing_an_adapter_while_one_is_merged_takes_it_out():
-    model = two_adapters()
-    base = copy.deepcopy(model.model.model.layers[0].self_attn.q_proj.weight)
-    model.merge_adapter()
-    with pytest.warns(VeraToolsWarning, match="Unmerging the model first"):
-        model.set_adapter("second")
-    assert torch.equal(model.model.model.layers[0].self_attn.q_proj.weight, base)
-
-
-def test_a_tied_weight_is_told():
-    base = llama(tie_word_embeddings=True)
-    with pytest.warns(VeraToolsWarning, match=r"lm_head is tied to model.embed_tokens.weight"):
-        VeraModel(base, VeraConfig(**{**OPTIONS, "target_modules": ["lm_head", "q_proj"]}))
-
-
 # State, copies, moves.
 
 
@@ -475,42 +358,6 @@ def test_low_cpu_mem_usage_makes_the_vectors_on_the_meta_device():
     state = adapted().state_dict()
     model.load_state_dict(state, assign=True)
     assert torch.equal(logits(model, some_ids()), logits(adapted(), some_ids()))
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing(reentrant):
-    def gradients(checkpointing):
-        model = adapted()
-        if checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-            model.enable_input_require_grads()
-        model.train()
-        model(input_ids=some_ids(), labels=some_ids()).loss.backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-
-    plain, checkpointed = gradients(False), gradients(True)
-    assert plain.keys() == checkpointed.keys()
-    assert len(plain) == 12
-    for name in plain:
-        torch.testing.assert_close(plain[name], checkpointed[name], rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_torch_compile():
-    model = tiny()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = torch.randn(5, 6)
-    torch.testing.assert_close(compiled(x), model(x))
-    gradients = []
-    for run in (model, compiled):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
-    assert len(gradients[0]) == 4
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
-    model.merge_adapter()  # what the graph was compiled for has changed, and it has to notice
-    torch.testing.assert_close(compiled(x), model(x))
 
 
 def test_everything_else_is_the_wrapped_models():

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from vera_tools.errors import UsageError
-
 
 class _AddVera(torch.autograd.Function):
     """``result + b * (B (d * (A x)))``, saving only ``u = A x``, which is r wide.
@@ -26,31 +24,42 @@ class _AddVera(torch.autograd.Function):
     Written as matrices, with g the gradient of the output and one row per position, everything the two vectors need is
     in one matrix of B's own shape, ``H = B * (g^T u)``: then ``grad_b = H d`` and ``grad_d = H^T b``. Plain autograd
     keeps ``B (d * u)`` instead, which is out_features wide and for every layer alive until the backward pass.
+
+    u is an output too, and so has a gradient of its own: a second derivative reaches x through it.
     """
 
-    @staticmethod
-    def forward(ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
-        total, u = _forward(result, x, A, B, d, b)
-        ctx.save_for_backward(u, A, B, d, b)
-        ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
-        return total
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            raise UsageError("VeRA's backward pass cannot be differentiated", hint="do without create_graph=True")
+    def forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(result, x, A, B, d, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        result, x, A, B, d, b = inputs
+        ctx.save_for_backward(output[1], A, B, d, b)
+        ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
         u, A, B, d, b = ctx.saved_tensors
         needs_result, needs_x, _, _, needs_d, needs_b = ctx.needs_input_grad
-        rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
-        grad_x = grad_d = grad_b = None
-        if needs_x:
-            # Scaling B costs out_features * r products; scaling the gradient would cost out_features for every row.
-            grad_u = rows @ (b.unsqueeze(1) * B * d).to(B.dtype)
-            grad_x = (grad_u @ A).reshape(*g.shape[:-1], A.shape[1]).to(ctx.x_dtype)
-        if needs_d or needs_b:
-            H = (rows.T @ u.reshape(-1, u.shape[-1])).to(b.dtype) * B
-            grad_d, grad_b = b @ H, H @ d
-        return g.to(ctx.result_dtype) if needs_result else None, grad_x, None, None, grad_d, grad_b
+        grad_result = grad_x = grad_d = grad_b = None
+        if g is not None:
+            rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
+            if needs_result:
+                grad_result = g.to(ctx.result_dtype)
+            if needs_x:
+                # Scaling B costs out_features * r products; scaling the gradient would cost out_features for every row.
+                through = (rows @ (b.unsqueeze(1) * B * d).to(B.dtype)).reshape(u.shape)
+                grad_u = through if grad_u is None else grad_u + through
+            if needs_d or needs_b:
+                H = (rows.T @ u.reshape(-1, u.shape[-1])).to(b.dtype) * B
+                grad_d, grad_b = b @ H, H @ d
+        if needs_x and grad_u is not None:
+            grad_x = (grad_u @ A).to(ctx.x_dtype)
+        return grad_result, grad_x, None, None, grad_d, grad_b
 
 
 def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
@@ -69,15 +78,12 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
 
     Returns:
         (..., out_features), in the dtype that `result` and the vectors promote to.
-
-    Raises:
-        UsageError: in a backward pass with create_graph=True: what would be differentiated is not kept.
     """
     with _products_in(x.device.type) as dtype:
         A, B, d, b = _cast(A, B, d, b, dtype=dtype)
         if not torch.is_grad_enabled():
             return _forward(result, x, A, B, d, b)[0]
-        total: Tensor = _AddVera.apply(result, x, A, B, d, b)  # type: ignore[no-untyped-call]
+        total: Tensor = _AddVera.apply(result, x, A, B, d, b)[0]  # type: ignore[no-untyped-call]
         return total
 
 
@@ -113,9 +119,14 @@ def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tens
     update = F.linear((u * d).to(B.dtype), B)
     if not result.dtype == update.dtype == b.dtype:
         return result + update * b, u
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or _is_transformed():
         return torch.addcmul(result, update, b), u
     return torch.addcmul(result, update, b, out=update), u  # the only reference to it is here
+
+
+def _is_transformed() -> bool:
+    """Whether torch.export, torch.compile or torch.func looks on; they do not take ``out=``."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 @contextlib.contextmanager

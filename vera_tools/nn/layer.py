@@ -163,6 +163,7 @@ class VeraLinear(AdaptedModule):
 
         Raises:
             CheckFailedError: `safe_merge`, and the merged weight has values that are not finite.
+            UsageError: as `check_mergeable`.
         """
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         if isinstance(adapter_names, str):
@@ -170,11 +171,33 @@ class VeraLinear(AdaptedModule):
         new = [name for name in wanted if name not in self.merged_adapters and name in self.r]
         if not new:
             return
+        self.check_mergeable()
         merged = self.merged_weight(new, safe_merge=safe_merge)
         if keep_original and self._unmerged is None:
             self._unmerged = self.weight.detach().clone()
         self.weight.data.copy_(merged)  # in place, so that a weight that is tied to another module stays tied
         self.merged_adapters += new
+
+    def check_mergeable(self) -> None:
+        """Refuse a weight that an update cannot be added to.
+
+        Raises:
+            UsageError: it is computed from other parameters, holds no values, or is spread over processes.
+        """
+        if "weight" not in self.base_layer._parameters:  # weight_norm and other parametrisations
+            raise UsageError(
+                "the weight is computed from other parameters at every use, so nothing can be merged into it",
+                where=self.name,
+                hint="remove the parametrisation first",
+            )
+        if self.weight.device.type == "meta":
+            raise UsageError("the weight is on the meta device: there is nothing to merge into", where=self.name)
+        if hasattr(self.weight, "full_tensor"):
+            raise UsageError(
+                "the weight is spread over processes",
+                where=self.name,
+                hint="save the adapter, and merge it in one process",
+            )
 
     @torch.no_grad()
     def merged_weight(self, adapter_names: Sequence[str], *, safe_merge: bool = False) -> Tensor:

@@ -43,6 +43,12 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.function(self.model, *args, **kwargs)
 
+    def __getattr__(self, name: str) -> Any:
+        # A bound method has the attributes of its function; torch.export looks at its code.
+        if name == "function":
+            raise AttributeError(name)
+        return getattr(self.function, name)
+
     @property
     def __signature__(self) -> inspect.Signature:
         signature = inspect.signature(self.model.model.forward)
@@ -215,10 +221,12 @@ class VeraModel(Adapters):
 
         Raises:
             CheckFailedError: `safe_merge` refused.
+            UsageError: no such adapter, adapters are disabled, or a weight cannot be merged into; it is named.
         """
+        if self._disabled:
+            raise UsageError("merged adapters would be computed, and adapters are disabled", hint="enable them first")
         names = self._active if adapter_names is None else self.check_known(adapter_names)
-        if safe_merge:
-            self._check_merged(names)
+        self._check_merged(names, safe_merge=safe_merge)
         for layer in self.vera_layers().values():
             layer.merge(adapter_names=names)
 
@@ -231,10 +239,13 @@ class VeraModel(Adapters):
             progressbar: Show one on stderr.
             safe_merge: As `merge_adapter`. Every merged weight is computed and checked first, then computed again.
             adapter_names: Which adapters. Default: the active ones.
+
+        Raises:
+            CheckFailedError: `safe_merge` refused.
+            UsageError: no such adapter, or a weight cannot be merged into; it is named.
         """
         names = self._active if adapter_names is None else self.check_known(adapter_names)
-        if safe_merge:
-            self._check_merged(names)
+        self._check_merged(names, safe_merge=safe_merge)
         layers = self.vera_layers()
         for name in _progress(layers, enabled=progressbar):
             layers[name].merge(adapter_names=names, keep_original=False)
@@ -253,9 +264,12 @@ class VeraModel(Adapters):
             self._replace(name, module.original_module)
         return self.model
 
-    def _check_merged(self, names: Sequence[str]) -> None:
+    def _check_merged(self, names: Sequence[str], *, safe_merge: bool) -> None:
         for layer in self.vera_layers().values():
-            layer.merged_weight([name for name in names if name in layer.r], safe_merge=True)
+            if new := [name for name in names if name in layer.r and name not in layer.merged_adapters]:
+                layer.check_mergeable()
+                if safe_merge:
+                    layer.merged_weight(new, safe_merge=True)
 
     # Running.
 
