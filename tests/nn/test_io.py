@@ -272,6 +272,13 @@ def test_a_task_needs_no_auto_mapping_and_one_that_is_there_is_kept(options, wri
     assert VeraConfig.from_pretrained(tmp_path / "a").auto_mapping == written
 
 
+def test_vectors_without_values_cannot_be_saved(tmp_path):
+    model = VeraModel(llama(), VeraConfig(**OPTIONS), low_cpu_mem_usage=True)
+    with pytest.raises(UsageError, match=r"layers.0.mlp.down_proj.vera_lambda_b: is on the meta device"):
+        model.save_pretrained(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "optimizer.pt").write_bytes(b"mine")
     (tmp_path / "adapter_config.json").write_text("old")

@@ -161,6 +161,23 @@ def test_a_layer_whose_forward_is_never_called_is_refused_and_left_out_of_all_li
     assert names_of(model) == ["linear1", "linear2"]
 
 
+def test_a_layer_without_a_shape_is_refused():
+    with pytest.raises(UsageError, match="0: the layer has no shape yet"):
+        VeraModel(nn.Sequential(nn.LazyLinear(4)), VeraConfig(r=2, target_modules=["0"]))
+
+
+@pytest.mark.parametrize("name", ["self_attn", "q_proj"])
+def test_what_another_adapter_has_changed_cannot_be_saved_whole(name):
+    """A copy of it would hold a copy of the adapter, which would be trained and saved under names that mean nothing."""
+    model = VeraModel(llama(), VeraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(
+        UsageError, match=rf"layers\.0\.(self_attn\.)?{name}: a module that another adapter has changed"
+    ):
+        model.add_adapter("second", VeraConfig(r=2, target_modules=["up_proj"], modules_to_save=[name]))
+    assert list(model.peft_config) == list(model.vera_A) == ["default"]
+    assert names_of(model) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+
+
 def test_a_container_cannot_be_saved_whole():
     with pytest.raises(UsageError, match=r"model\.layers: modules_to_save cannot be a container"):
         VeraModel(llama(), VeraConfig(r=2, target_modules=["lm_head"], modules_to_save=["layers"]))

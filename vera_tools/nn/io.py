@@ -129,12 +129,16 @@ def save(model: VeraModel, folder: str, adapter_name: str, *, is_main_process: b
         is_main_process: Whether this process writes. Default: the process of rank 0.
 
     Raises:
-        UsageError: save_projection is off, and no recipe makes these projections.
+        UsageError: save_projection is off, and no recipe makes these projections; or a tensor has no values.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     if config.task_type is None and config.auto_mapping is None:
         config.auto_mapping = _auto_mapping(model.model)
-    tensors = {name: to_array(_whole(tensor)) for name, tensor in sorted(_named(model, adapter_name).items())}
+    named = sorted(_named(model, adapter_name).items())
+    for name, tensor in named:
+        if tensor.device.type == "meta":
+            raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
+    tensors = {name: to_array(_whole(tensor)) for name, tensor in named}
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
         is_main_process = not together or distributed.get_rank() == 0

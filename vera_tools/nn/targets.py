@@ -10,6 +10,7 @@ from torch import nn
 
 from vera_tools.config import TASK_HEADS, VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.prng import PairShape
@@ -110,14 +111,22 @@ def unmatched(config: VeraConfig, model: nn.Module) -> list[str]:
 
 
 def saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config names in modules_to_save, outermost only, by name."""
+    """The modules that the config names in modules_to_save, outermost only, by name.
+
+    Raises:
+        UsageError: one is a container, or another adapter is inside; the message names it.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
         if any(name == wanted or name.endswith(f".{wanted}") for wanted in config.modules_to_save or []):
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise UsageError("modules_to_save cannot be a container", where=name, found=type(module).__name__)
-            if not any(name.startswith(f"{outer}.") for outer in found):
-                found[name] = module
+            if any(name.startswith(f"{outer}.") for outer in found):
+                continue
+            inside = (part for part in module.modules() if part is not module or isinstance(part, VeraLinear))
+            if any(isinstance(part, AdaptedModule) for part in inside):
+                raise UsageError("a module that another adapter has changed cannot be saved whole", where=name)
+            found[name] = module
     return found
 
 
@@ -152,7 +161,7 @@ def check(name: str, module: nn.Module, model: nn.Module) -> None:
     """Refuse a module that cannot be adapted.
 
     Raises:
-        UsageError: it is quantised, not linear, or its forward is never called.
+        UsageError: it is quantised, not linear, without a shape yet, or its forward is never called.
     """
     weight = getattr(module, "weight", None)
     quantised = hasattr(module, "qweight") or hasattr(module, "quant_state") or callable(weight)
@@ -168,6 +177,10 @@ def check(name: str, module: nn.Module, model: nn.Module) -> None:
             expected="a weight of float32, float64, bfloat16 or float16",
             found=f"{type(module).__name__} with {dtype}",
             hint="load the base without quantisation",
+        )
+    if isinstance(weight, nn.parameter.UninitializedParameter):
+        raise UsageError(
+            "the layer has no shape yet", where=name, found=type(module).__name__, hint="run the model once before"
         )
     if not is_linear(module):
         raise UsageError(
