@@ -89,6 +89,20 @@ def test_what_exists_is_not_touched(tmp_path, kind):
     assert out.is_symlink() == (kind == "dangling link")
 
 
+def test_what_appears_meanwhile_is_not_touched(tmp_path):
+    out = tmp_path / "out"
+
+    def fill_while_another_does():
+        with atomic.folder(out) as folder:
+            (folder / "a").write_bytes(b"ours")
+            out.mkdir()
+            (out / "b").write_bytes(b"theirs")
+
+    with pytest.raises(UsageError, match="already exists"):
+        fill_while_another_does()
+    assert listing(tmp_path) == ["out", "out/b"]
+
+
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, exchanges):
     if not exchanges:
@@ -221,6 +235,16 @@ class TestRefuseOutput:
     def test_an_empty_one(self):
         with pytest.raises(UsageError, match="the output is empty"):
             atomic.refuse_output("", overwrite=True)
+
+    def test_one_on_the_hub(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(UsageError, match="hf://ann/x: is on the Hub; name a local path"):
+            atomic.refuse_output("hf://ann/x", overwrite=True)
+        assert run_cli("pull", "ann/x", "-o", "hf://ann/x").returncode == 2
+        assert listing(tmp_path) == []
+
+    def test_an_input_without_a_name_is_not_taken_for_this_folder(self, tmp_path):
+        assert atomic.refuse_output(tmp_path / "out", overwrite=False, inputs=("",)) == tmp_path / "out"
 
     @pytest.mark.parametrize("below", ["out", "a/b/out"])
     def test_below_a_file(self, below, tmp_path):

@@ -58,7 +58,7 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Hand out an empty temporary folder; on leaving without an error it becomes `path`.
 
     Raises:
-        UsageError: `path` exists and `overwrite` is false.
+        UsageError: `path` exists, or does in the end, and `overwrite` is false.
         VeraToolsError: the file system refused.
     """
     refuse_existing(path, overwrite=overwrite)
@@ -69,6 +69,7 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         try:
             temporary.chmod(0o777 & ~_umask())
             yield temporary
+            refuse_existing(path, overwrite=overwrite)  # what has appeared meanwhile is somebody else's
             publish(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -165,13 +166,15 @@ def refuse_output(
         `output` as a path.
 
     Raises:
-        UsageError: it is empty, exists and may not be replaced, would replace or lie inside an input, or lies below
-            something that is not a folder.
+        UsageError: it is empty or on the Hub, exists and may not be replaced, would replace or lie inside an input, or
+            lies below something that is not a folder.
     """
     if not os.fspath(output):
         raise UsageError("the output is empty", hint="name the file" if is_file else "name the folder to write")
+    if source.is_remote(output):
+        raise UsageError("is on the Hub", where=output, hint="name a local path, and upload what was written there")
     path = Path(output)
-    _refuse_inputs(path, [Path(x) for x in inputs if x is not None and not source.is_remote(x)])
+    _refuse_inputs(path, [Path(x) for x in inputs if x is not None and os.fspath(x) and not source.is_remote(x)])
     for parent in path.absolute().parents:
         if os.path.lexists(parent):
             if not os.path.isdir(parent):
