@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -95,6 +97,25 @@ def test_junit_is_xml_whatever_the_names_are(hostile, tmp_path):
     suite = ElementTree.parse(tmp_path / "junit.xml").getroot()[0]
     assert suite.get("name").endswith("b\\udcff\\x01d")
     assert "\\x1b[2J\\x00\\ufffe\\u202e\\r\\n" in ElementTree.tostring(suite, encoding="unicode")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no pipes of this kind")
+def test_nobody_reading_on_is_not_drift():
+    """`verify ... | head -1`: rich would exit with 1."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "vera_tools", "verify", str(KEPT)]
+    result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, b"")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="no shell of this kind")
+def test_a_closed_output_is_no_traceback():
+    for streams in (">&-", ">&- 2>&-", ">&- --json"):
+        command = f"{sys.executable} -m vera_tools verify {KEPT} {streams}"
+        result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
+        assert (result.returncode, result.stderr) == (0, b"")
 
 
 def test_names_steer_no_terminal(hostile):

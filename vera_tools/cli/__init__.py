@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from vera_tools._version import __version__
-from vera_tools.cli.shared import write_line
+from vera_tools.cli.shared import CLOSED, write_line
 from vera_tools.errors import UsageError, VeraToolsError
 from vera_tools.report import error_document
 
@@ -68,6 +68,9 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: the one place that turns errors into messages and exit codes."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the caller, as by the shell's >&-
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, or a path that is not
@@ -76,7 +79,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except BrokenPipeError:
         _abandon_stdout()
-        code = 141
+        code = CLOSED
     except OSError as error:
         if error.filename is not None or os.environ.get("VERA_TOOLS_DEBUG") == "1":
             raise

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+#: The exit code where nobody reads the output any more, as shells give it for a program that SIGPIPE ended.
+CLOSED = 141
+
 
 @dataclass(frozen=True)
 class Output:
@@ -87,6 +90,9 @@ def _console(**options: Any) -> Console:
             # A string is one line: a name that holds a line break cannot begin another.
             super().print(*(printable(item) if isinstance(item, str) else item for item in objects), **options)
 
+        def on_broken_pipe(self) -> None:
+            raise  # rich would exit with 1, which is drift here
+
         def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
             for segment in super().render(renderable, options):
                 if segment.control or segment.text.isprintable() or segment.text == "\n":
@@ -138,6 +144,8 @@ def output_options(function: Function) -> Function:
             warnings.simplefilter("always", VeraToolsWarning)
             try:
                 code: int = function(Output(as_json, quiet, verbose), *args, **kwargs)
+            except BrokenPipeError:  # click would exit with 1 too
+                raise click.exceptions.Exit(CLOSED) from None
             finally:
                 if not quiet:
                     for warning in caught:
