@@ -54,8 +54,18 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
 
 
 def test_what_the_file_system_refuses_is_one_clear_error(tmp_path):
-    with pytest.raises(VeraToolsError, match=r"could not be written: No such file.*nothing was left half-written"):
-        atomic.write_bytes(tmp_path / "missing" / "a", b"")
+    (tmp_path / "file").touch()
+    with pytest.raises(VeraToolsError, match=r"could not be made: Not a directory; nothing was left half-written"):
+        atomic.write_bytes(tmp_path / "file" / "b" / "a", b"")
+    with pytest.raises(
+        VeraToolsError, match=r"could not be written: File name too long.*nothing was left half-written"
+    ):
+        atomic.write_bytes(tmp_path / ("a" * 250), b"")
+
+
+def test_the_folder_of_a_file_is_made_as_that_of_a_folder_is(tmp_path):
+    atomic.write_bytes(tmp_path / "reports" / "today" / "a", b"new")
+    assert (tmp_path / "reports" / "today" / "a").read_bytes() == b"new"
 
 
 def fill(path, **options):

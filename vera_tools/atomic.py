@@ -37,7 +37,13 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextlib.contextmanager
 def file(path: Path) -> Iterator[Path]:
-    """Hand out a temporary path; on leaving without an error it becomes `path`, with `path`'s old permissions."""
+    """Hand out a temporary path; on leaving without an error it becomes `path`, with `path`'s old permissions.
+
+    Raises:
+        VeraToolsError: the file system refused.
+    """
+    with errors(path.parent, "could not be made"):
+        path.parent.mkdir(parents=True, exist_ok=True)
     with errors(path):
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)

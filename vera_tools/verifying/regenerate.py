@@ -128,7 +128,8 @@ def _refuse_size(shape: PairShape, dtype: str, output: str | os.PathLike[str] | 
         raise UsageError("no adapter has projections of this size", expected=f"at most {MAX_BYTES} bytes", found=sizes)
     if output is not None:
         with atomic.errors(Path(output)):
-            free = shutil.disk_usage(Path(output).parent).free
+            there = next(parent for parent in Path(output).absolute().parents if parent.exists())
+            free = shutil.disk_usage(there).free
         if size > free:
             raise VeraToolsError("not enough room on the disk", where=output, expected=sizes, found=f"{free} free")
 
