@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from xml.etree import ElementTree
 
 import pytest
 
@@ -97,6 +98,9 @@ def test_one_that_cannot_be_reached_does_not_stop_the_others(registry):
     assert code == 5
     assert [found["path"] for found in document["checkpoints"]] == ["hf://ann/good", str(CHECKPOINTS / NAME)]
     assert document["failed"][0]["error"]["exit_code"] == 5
+    (suite,) = (s for s in ElementTree.fromstring(report.to_junit()) if s.get("name") == "hf://ann/gated")
+    assert (suite.get("errors"), suite.get("tests")) == ("1", "1")
+    assert "is gated" in suite.find("testcase/error").get("message")
     with pytest.raises(HubError):
         vera_tools.verify("hf://ann/none")
     with registry.fault("GET /api/models", status=403), pytest.raises(HubError, match="no right"):

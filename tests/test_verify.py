@@ -282,6 +282,14 @@ class TestDrift:
         assert run_cli("verify", folder).returncode == 1
         assert run_cli("verify", folder, "--require", "drift").returncode == 0
 
+    def test_both_keys_of_a_split_pair_are_named(self, checkpoint):
+        """B's key is 0 where A's is -1."""
+        folder = checkpoint(KEPT)
+        set_config(folder, projection_prng_key=-1)
+        edit_pair(folder, Recipe(prng_key=-1, prng_key_B=0))
+        (message,) = (check.message for check in one(folder).checks if check.id == "projections.match")
+        assert message == "vera_A and vera_B were made with key -1 and, for vera_B, key 0; the config says key -1"
+
     def test_half_vera_pair(self, checkpoint):
         folder = checkpoint(KEPT)
         edit(folder, lambda arrays: arrays.pop("base_model.vera_B"))

@@ -155,11 +155,17 @@ def _redraw(trained: Trained, rounding: str, base_dtype: str) -> tuple[bool | No
     lossless = trained.dtype not in HALVES or wanted.rounded_through == trained.dtype
     if same and lossless:
         return True, "draws the same pair from the key"
-    return False, f"draws another pair from the key: {_difference(next(iter(trained.recipes)), wanted, bool(own))}"
+    return False, f"draws another pair from the key: {_difference(_nearest(own or trained.recipes, wanted), wanted)}"
 
 
-def _difference(made: Recipe, wanted: Recipe, own_key: bool) -> str:
-    if not own_key:
+def _nearest(made: Collection[Recipe], wanted: Recipe) -> Recipe:
+    """Of recipes that give the same bits, the first of those with most in common: nobody knows which it really was."""
+    parts = ("drawn_dtype", "rounding", "rounded_through")
+    return max(made, key=lambda recipe: sum(getattr(recipe, part) == getattr(wanted, part) for part in parts))
+
+
+def _difference(made: Recipe, wanted: Recipe) -> str:
+    if (made.prng_key - wanted.prng_key) % 2**32:
         return f"the trained one was made with key {made.prng_key}"
     if not made.is_peft_order:
         return "the trained one was drawn in another order"

@@ -163,8 +163,15 @@ class VerifyReport(Report):
                     ElementTree.SubElement(case, "system-out").text = f"warning: {check.message}"
             suite.set("tests", str(len(suite)))
             suite.set("failures", str(len(suite.findall("testcase/failure"))))
+            suite.set("errors", "0")
             suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
-        for key in ("tests", "failures", "skipped"):
+        for path, error in self.failed:
+            suite = ElementTree.SubElement(
+                root, "testsuite", name=path, tests="1", failures="0", errors="1", skipped="0"
+            )
+            case = ElementTree.SubElement(suite, "testcase", classname=path, name="verdict")
+            ElementTree.SubElement(case, "error", message=str(error))
+        for key in ("tests", "failures", "errors", "skipped"):
             root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
         for element in root.iter():  # XML 1.0 has no way at all to write most control characters
             element.attrib.update({key: printable(value) for key, value in element.attrib.items()})
@@ -443,7 +450,9 @@ def _projections_check(identified: Identification, key: int) -> Check:
     if identified.made_by(key):
         return Check("projections.match", "pass", f"vera_A and vera_B are bit-identical to what key {key} gives")
     if identified.exact and recipe:
-        how = f"key {recipe.prng_key}" + (f" and, for vera_B, key {recipe.prng_key_B}" if recipe.prng_key_B else "")
+        how = f"key {recipe.prng_key}" + (
+            "" if recipe.prng_key_B is None else f" and, for vera_B, key {recipe.prng_key_B}"
+        )
         how += ", vera_B first" if recipe.b_first else ""
         return Check("projections.match", "warn", f"vera_A and vera_B were made with {how}; the config says key {key}")
     kinds = ", ".join(f"{name} is {match.match}" for name, match in identified.matches.items())
