@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from pathlib import Path
 
 import pytest
 
@@ -137,6 +139,32 @@ def test_a_malformed_token_is_not_shown(hub, tmp_path, monkeypatch):
     result = run_cli("pull", "ann/x", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": "1"})
     assert "Traceback" in result.stderr
     assert "zebra" not in result.stderr
+
+
+def test_a_token_that_is_kept_in_a_file_is_not_shown(hub, tmp_path):
+    """Tokens of private Hubs do not begin with hf_; this one's server quotes it."""
+    from huggingface_hub import constants
+
+    Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True)
+    Path(constants.HF_TOKEN_PATH).write_text("zebra-quagga\n")
+    quote = {"X-Error-Message": "zebra-quagga has expired"}
+    for debug in ("0", "1"):
+        with hub.fault("GET /api/models/ann/x$", status=401, headers=quote):
+            result = run_cli("pull", "ann/x", "-v", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": debug})
+        assert "quagga" not in result.stderr
+        assert '"<token> has expired"' in result.stderr
+
+
+def test_a_listing_cannot_name_a_file_outside_of_the_cache(hub, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    name = "adapter_model.safetensors"
+    repo.head.files[name] = dataclasses.replace(repo.head.files[name], sha256="../../../../escaped")
+    with pytest.raises(HubError, match="no sha256"):
+        vera_tools.pull("ann/x", tmp_path / "out")
+    assert list(tmp_path.rglob("*escaped*")) == []
 
 
 # -- servers and networks, in this process

@@ -18,6 +18,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vera_tools._version import __version__
@@ -173,7 +174,7 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
                 row.path,
                 row.size,
                 row.blob_id,
-                sha256=row.lfs.sha256 if row.lfs else None,
+                sha256=_digest(row.lfs.sha256) if row.lfs else None,
                 xet=row.xet_hash is not None,
             )
             for row in rows
@@ -182,6 +183,13 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
 
     with errors(str(reference)):
         return call(read, few=True)
+
+
+def _digest(text: str) -> str:
+    """A sha256, which is going to be a file's name in the cache and so must not be anything else."""
+    if not re.fullmatch("[0-9a-f]{64}", text):
+        raise ValueError(f"the Hub lists what is no sha256: {text[:80]!r}")
+    return text
 
 
 def call(function: Callable[..., Result], *args: Any, few: bool = False, unsafe: bool = False, **kwargs: Any) -> Result:
@@ -397,10 +405,20 @@ def _first_line(error: BaseException) -> str:
 
 def _redact(text: str) -> str:
     """`text` without tokens, and without the queries of URLs, which sign them."""
-    token = os.environ.get("HF_TOKEN")
-    if token and token.strip():
-        text = text.replace(token, "<token>").replace(token.strip(), "<token>")
+    for token in _secrets():
+        text = text.replace(token, "<token>")
     return _SECRET.sub("<hidden>", text)
+
+
+def _secrets() -> list[str]:
+    """Every token that the client may use, as it is written down and as the client cleans it; the longest first."""
+    from huggingface_hub import constants
+
+    found = [os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")]
+    with contextlib.suppress(OSError, ValueError):
+        found.append(Path(constants.HF_TOKEN_PATH).read_text())
+    forms = {form for token in found for form in (token, token.strip(), "".join(token.splitlines()).strip())}
+    return sorted((form for form in forms if form.strip()), key=len, reverse=True)
 
 
 def _without_secrets(error: BaseException) -> BaseException | None:
