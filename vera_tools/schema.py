@@ -84,7 +84,12 @@ def _registry() -> Registry[Any]:
 
 def _leaves(document: Any, name: str) -> Iterator[ValidationError]:
     for error in _validator(name).iter_errors(document):
-        yield from error.context if error.context and error.validator == "allOf" else [error]
+        parts = error.context or []
+        if (
+            error.validator == "anyOf"
+        ):  # "null or an object": an object is told what is wrong in it, not that it is no null
+            parts = [part for part in parts if part.relative_path or part.validator != "type"]
+        yield from parts if parts and error.validator in ("allOf", "anyOf") else [error]
 
 
 def _as_error(error: ValidationError) -> FormatError:
