@@ -205,6 +205,8 @@ class BaseModel(source.Closing):
                 where=f"{self.label}: {module}",
                 expected=f"a tensor {name}",
                 found=f"{near[0]} and {len(near) - 1} more of that name" if near else "nothing of that name",
+                hint="transformers 5 renames the modules of some models on loading, ViT's for one: then files and "
+                "modules differ",
             )
         info = self.tensors[name][1]
         where = f"{self.label}: {name}"

@@ -87,7 +87,10 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
             console.print(f"  not certain: {report.why_not}")
         if not report.others_equal:
             console.print("  biases or saved modules differ too")
-    states = ", ".join(f"{name} {state}" for name, state in report.beside.items() if state not in ("equal", "absent"))
+    sides = {"only in a": "only in A", "only in b": "only in B"}
+    states = ", ".join(
+        f"{name} {sides.get(state, state)}" for name, state in report.beside.items() if state not in ("equal", "absent")
+    )
     if states:
         console.print(f"beside   {states} (decides nothing)")
     verdict = "equal" if report.equal else "not equal, but equal in effect" if report.equal_in_effect else "not equal"

@@ -10,18 +10,13 @@ from vera_tools.config import TASK_HEADS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import EMBEDDINGS, Check, belongs, saved_modules, some
 
-_RENAMED = (
-    " (transformers 5 renames the modules of some models on loading, ViT's for one: then files and modules differ)"
-)
-
 
 def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     """The checkpoint against its base model, from headers alone."""
     try:
         linears = checkpoint.linears(base)
     except VeraToolsError as error:
-        hint = "" if "no such module" not in str(error) else _RENAMED
-        yield Check("base.modules", "fail", f"{error}{hint}")
+        yield Check("base.modules", "fail", str(error))
         return
     missing = _not_adapted(checkpoint, base)
     if missing:
