@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, run_cli
+from tests.conftest import CHECKPOINTS, base_of, run_cli
 from vera_tools import schema
 from vera_tools.errors import HubError, VeraToolsError
 from vera_tools.hub import client as hub_module
@@ -236,6 +236,24 @@ def test_rate_limits_are_told_on_stderr(hub, tmp_path):
     assert result.stderr == "rate limited by the Hub: trying again in 1 s (1 of 4)\n"
     with hub.fault("GET /api/models/ann/x$", status=429, headers={"Retry-After": "0"}):
         assert run_cli("pull", "ann/x", "-q", "-o", tmp_path / "b").stderr == ""
+
+
+@pytest.mark.parametrize("command", ["merge", "inspect"])
+def test_a_quiet_command_says_nothing_of_a_wait(hub, tmp_path, command):
+    """Neither of one that we make ourselves, nor of the client's own."""
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    more = ("--base", base_of(NAME), "-o", tmp_path / "out") if command == "merge" else ()
+    limit = {"status": 429, "headers": {"Retry-After": "0"}}
+    for option in ("-q", "--json"):
+        with hub.fault("GET /api/models/ann/x$", **limit) as ours, hub.fault("GET /blob/", **limit) as theirs:
+            result = run_cli(command, "hf://ann/x", *more, option)
+        assert (result.returncode, ours.times, theirs.times) == (0, 0, 0)
+        if option == "-q":
+            assert (result.stdout, result.stderr) == ("", "")
+        else:
+            assert "rate limited by the Hub" in result.stderr
+            assert "Rate limited" in result.stderr
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
 
 
 def test_a_hub_that_does_not_answer(hub, tmp_path, quick, monkeypatch):

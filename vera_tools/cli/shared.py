@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import textwrap
 import warnings
@@ -139,7 +140,7 @@ def output_options(function: Function) -> Function:
     @click.option("-v", "--verbose", is_flag=True, help="Print more detail.")
     @functools.wraps(function)
     def wrapper(*args: Any, as_json: bool, quiet: bool, verbose: bool, **kwargs: Any) -> int:
-        with warnings.catch_warnings(record=True) as caught:
+        with warnings.catch_warnings(record=True) as caught, _logs(quiet=quiet):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", VeraToolsWarning)
             try:
@@ -153,6 +154,17 @@ def output_options(function: Function) -> Function:
         return code
 
     return wrapper  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _logs(*, quiet: bool) -> Iterator[None]:
+    """Log nothing but errors while a command is quiet, whoever logs: the Hub's client tells of every wait."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING) if quiet else before)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def base_option(function: Function) -> Function:
@@ -258,3 +270,41 @@ def recipe_options(function: Function) -> Function:
         return function(*args, recipe_options=options, **kwargs)
 
     return wrapper  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Resolving:
+    """What the options say about projections that a checkpoint does not hold."""
+
+    base: str | None
+    in_features: int | None
+    recipe: RecipeOptions
+    strict: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The same, as the library's functions take it."""
+        return {
+            "base": self.base,
+            "in_features": self.in_features,
+            "recipe": self.recipe.name,
+            "stored_dtype": self.recipe.stored_dtype or "float32",
+            "strict": self.strict,
+        }
+
+
+def resolving_options(function: Function) -> Function:
+    """--base, --in-features, the recipe options and --strict, as one `Resolving`."""
+
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any,
+        base: str | None,
+        in_features: int | None,
+        recipe_options: RecipeOptions,
+        strict: bool,
+        **kwargs: Any,
+    ) -> Any:
+        return function(*args, resolving=Resolving(base, in_features, recipe_options, strict), **kwargs)
+
+    return base_option(in_features_option(recipe_options(strict_option(wrapper))))  # type: ignore[return-value]
