@@ -32,6 +32,11 @@ class Where:
     overwrite: bool
     allow_pickle: bool
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a conversion itself takes of them."""
+        return {"in_place": self.in_place, "overwrite": self.overwrite, "allow_pickle": self.allow_pickle}
+
     def run(
         self,
         terminal: Output,

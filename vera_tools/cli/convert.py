@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import click
@@ -9,14 +10,11 @@ import click
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import (
     Output,
-    RecipeOptions,
-    base_option,
+    Resolving,
     human_bytes,
-    in_features_option,
     labelled,
     output_options,
-    recipe_options,
-    strict_option,
+    resolving_options,
 )
 from vera_tools.converting.foreign import FORMATS, ForeignReport, from_foreign
 from vera_tools.converting.lora import LoraReport, to_lora
@@ -34,10 +32,7 @@ if TYPE_CHECKING:
 @click.option("--prng-key", type=int, metavar="N", help="With --from anima: the key.  [default: as recorded, or 0]")
 @click.option("--dtype", type=click.Choice(FLOATS), help="Dtype of lora_A and lora_B.  [default: float32]")
 @destination_options
-@base_option
-@in_features_option
-@recipe_options
-@strict_option
+@resolving_options
 @output_options
 def command(
     output: Output,
@@ -48,10 +43,7 @@ def command(
     prng_key: int | None,
     dtype: str | None,
     where: Where,
-    base: str | None,
-    in_features: int | None,
-    recipe_options: RecipeOptions,
-    strict: bool,
+    resolving: Resolving,
 ) -> int:
     """Write CHECKPOINT as the LoRA of rank r that it exactly is, or bring in another program's VeRA.
 
@@ -66,45 +58,18 @@ def command(
     if form is not None:
         if dtype is not None:
             raise UsageError("--dtype goes with --to lora: what is brought in keeps its own")
-        return where.run(
-            output,
-            "convert",
-            checkpoint,
-            lambda source, target: from_foreign(
-                source,
-                target,
-                format=None if form == "auto" else form,
-                base=base,
-                prng_key=prng_key,
-                in_features=in_features,
-                recipe=recipe_options.name,
-                stored_dtype=recipe_options.stored_dtype or "float32",
-                strict=strict,
-                in_place=where.in_place,
-                overwrite=where.overwrite,
-                allow_pickle=where.allow_pickle,
-            ),
-            _show_foreign,
+        bring_in = functools.partial(
+            from_foreign,
+            format=None if form == "auto" else form,
+            prng_key=prng_key,
+            **resolving.arguments,
+            **where.arguments,
         )
-    return where.run(
-        output,
-        "convert",
-        checkpoint,
-        lambda source, target: to_lora(
-            source,
-            target,
-            base=base,
-            dtype=dtype,
-            in_features=in_features,
-            recipe=recipe_options.name,
-            stored_dtype=recipe_options.stored_dtype or "float32",
-            strict=strict,
-            in_place=where.in_place,
-            overwrite=where.overwrite,
-            allow_pickle=where.allow_pickle,
-        ),
-        _show,
-    )
+        return where.run(output, "convert", checkpoint, bring_in, _show_foreign)
+    if prng_key is not None:
+        raise UsageError("--prng-key goes with --from anima: a checkpoint of PEFT's has its own")
+    convert = functools.partial(to_lora, dtype=dtype, **resolving.arguments, **where.arguments)
+    return where.run(output, "convert", checkpoint, convert, _show)
 
 
 def _show_foreign(report: ForeignReport, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING
 
 import click
@@ -9,13 +10,10 @@ import click
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import (
     Output,
-    RecipeOptions,
-    base_option,
+    Resolving,
     human_bytes,
-    in_features_option,
     output_options,
-    recipe_options,
-    strict_option,
+    resolving_options,
 )
 from vera_tools.converting.embed import EmbedReport, embed_projections
 
@@ -26,44 +24,22 @@ if TYPE_CHECKING:
 @click.command("embed-projections")
 @click.argument("checkpoint")
 @destination_options
-@base_option
-@in_features_option
-@recipe_options
-@strict_option
+@resolving_options
 @output_options
 def command(
     output: Output,
     *,
     checkpoint: str,
     where: Where,
-    base: str | None,
-    in_features: int | None,
-    recipe_options: RecipeOptions,
-    strict: bool,
+    resolving: Resolving,
 ) -> int:
     """Put vera_A and vera_B into the seed-only CHECKPOINT.
 
     What is recorded decides how they are made, and is checked by digest. Where nothing is recorded, PEFT's recipe is
     assumed unless recipe options say otherwise, and --base or --in-features says how wide vera_A is.
     """
-    return where.run(
-        output,
-        "embed-projections",
-        checkpoint,
-        lambda source, target: embed_projections(
-            source,
-            target,
-            base=base,
-            in_features=in_features,
-            recipe=recipe_options.name,
-            stored_dtype=recipe_options.stored_dtype or "float32",
-            strict=strict,
-            in_place=where.in_place,
-            overwrite=where.overwrite,
-            allow_pickle=where.allow_pickle,
-        ),
-        _show,
-    )
+    embed = functools.partial(embed_projections, **resolving.arguments, **where.arguments)
+    return where.run(output, "embed-projections", checkpoint, embed, _show)
 
 
 def _show(report: EmbedReport, console: Console) -> None:

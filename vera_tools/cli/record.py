@@ -8,13 +8,10 @@ import click
 
 from vera_tools.cli.shared import (
     Output,
-    RecipeOptions,
-    base_option,
-    in_features_option,
+    Resolving,
     labelled,
     output_options,
-    recipe_options,
-    strict_option,
+    resolving_options,
 )
 from vera_tools.verifying.record import RecordReport, record
 
@@ -24,19 +21,13 @@ if TYPE_CHECKING:
 
 @click.command("record")
 @click.argument("checkpoint")
-@base_option
-@in_features_option
-@recipe_options
-@strict_option
+@resolving_options
 @output_options
 def command(
     output: Output,
     *,
     checkpoint: str,
-    base: str | None,
-    in_features: int | None,
-    recipe_options: RecipeOptions,
-    strict: bool,
+    resolving: Resolving,
 ) -> int:
     """Write or renew the manifest of CHECKPOINT, touching nothing else.
 
@@ -46,11 +37,7 @@ def command(
     """
     report = record(
         checkpoint,
-        base=base,
-        in_features=in_features,
-        recipe=recipe_options.name,
-        stored_dtype=recipe_options.stored_dtype or "float32",
-        strict=strict,
+        **resolving.arguments,
     )
     return output.emit(report, lambda console: _show(report, console))
 
