@@ -93,6 +93,24 @@ class TestLayout:
         expected = ["README.md", "config.json", "model.safetensors", "modeling_custom.py", "tokenizer.json"]
         assert left_in(tmp_path / "out") == [*expected, "vera_merge.json"]
 
+    def test_the_further_chat_templates_of_a_tokenizer_are_copied(self, hub, base, adapter, tmp_path):
+        """Where transformers writes them, and looks for them."""
+        transformers = pytest.importorskip("transformers")
+        tokenizers = pytest.importorskip("tokenizers")
+        made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=made, unk_token="[UNK]")
+        tokenizer.chat_template = {"default": "a", "rag": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+        tokenizer.save_pretrained(base)
+        (base / "other").mkdir()
+        (base / "other/notes.txt").write_text("x")
+        hub.add_repo("ann/base", {str(name): data for name, data in snapshot(base).items()})
+        for number, reference in enumerate((base, base / "model.safetensors", "hf://ann/base")):
+            out = tmp_path / f"out{number}"
+            vera_tools.merge(adapter, base=reference, output=out)
+            loaded = transformers.AutoTokenizer.from_pretrained(out)
+            assert loaded.chat_template == tokenizer.chat_template
+            assert [path.name for path in out.iterdir() if path.is_dir()] == ["additional_chat_templates"]
+
     def test_resharding(self, adapter, tmp_path):
         base = make_base(tmp_path / "base", files=2)
         vera_tools.merge(adapter, base=base, output=tmp_path / "whole")

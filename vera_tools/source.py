@@ -36,7 +36,7 @@ class ByteSource(Protocol):
 
 
 class Folder(Protocol):
-    """A flat view of one folder: the files directly in it."""
+    """One folder: the files directly in it, and the folders."""
 
     label: str
 
@@ -48,6 +48,9 @@ class Folder(Protocol):
 
     def open(self, name: str) -> ByteSource:
         """Open one file, or raise `FormatError`."""
+
+    def folder(self, name: str) -> Folder | None:
+        """A folder in it, or None where there is none."""
 
 
 class Closing:
@@ -176,6 +179,10 @@ class LocalFolder:
     def open(self, name: str) -> LocalFile:
         """Open one file."""
         return LocalFile(self.path / name)
+
+    def folder(self, name: str) -> LocalFolder | None:
+        """A folder in it, or None where there is none."""
+        return LocalFolder(self.path / name) if is_folder(self.path / name) else None
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

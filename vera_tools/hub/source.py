@@ -6,6 +6,8 @@ and made again, by the client's own `http_backoff`, and follow the Hub's redirec
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,6 +75,21 @@ class HubFolder:
         if name not in self.files:
             raise HubError("no such file in the repository", where=self.path_of(name), hint="check the revision")
         return HubFile(self._api, self.reference.repo, self.commit, self.files[name], label=self.path_of(name))
+
+    def folder(self, name: str) -> HubFolder | None:
+        """A folder in it, at the same commit, or None where there is none.
+
+        Raises:
+            HubError: the Hub refused, or cannot be reached.
+        """
+        path = self.reference.path(name)
+        listed = hub.listing(self._api, self.reference, self.commit, recursive=True)
+        if not any(file.startswith(f"{path}/") for file in listed):
+            return None
+        inside = copy.copy(self)
+        inside.label, inside.reference = self.path_of(name), dataclasses.replace(self.reference, subfolder=path)
+        inside.__dict__.pop("files", None)
+        return inside
 
 
 class HubFile:

@@ -259,11 +259,12 @@ def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
 
 def _write_others(plan: Plan, stage: staging.Staging) -> None:
     """Index, config, the base's other files, the merge record and the model card."""
-    base = plan.base
-    for name in plan.copied_files:
-        other = base.folder.open(name)
+    for name, folder in plan.copied_files.items():
+        path = stage.output / name
+        path.parent.mkdir(exist_ok=True)
+        other = folder.open(path.name)
         try:
-            with OutputFile(stage.output / name) as target:
+            with OutputFile(path) as target:
                 copy_range(other, 0, other.size, target, 0)
         finally:
             other.close()

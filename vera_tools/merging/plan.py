@@ -40,6 +40,8 @@ _WEIGHTS = (
     ".mlmodel",
     ".tmp",
 )
+# Where transformers keeps the chat templates of a tokenizer that has several.
+_FOLDERS = ("additional_chat_templates",)
 _NOT_COPIED = ("README.md", "vera_merge.json", ".gitattributes", "adapter_config.json", "vera_manifest.json")
 
 
@@ -97,7 +99,7 @@ class Plan:
         shards: The files of the result.
         index_name: Name of the index file, or None where the base has none and one file holds everything.
         index: The index as text.
-        copied_files: Names of the base's other files that are copied as they stand.
+        copied_files: The base's other files, copied as they stand: path in the output to the folder it comes from.
         config: The text of config.json where it changes, else None.
         dtype: What floating-point tensors are cast to, or None.
         max_shard_size: Bytes, or None where the base's files are kept.
@@ -109,7 +111,7 @@ class Plan:
     shards: tuple[Shard, ...]
     index_name: str | None
     index: str | None
-    copied_files: tuple[str, ...]
+    copied_files: dict[str, source.Folder]
     config: str | None
     dtype: str | None
     max_shard_size: int | None
@@ -272,11 +274,15 @@ def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tupl
     return name, json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def _copied_files(base: BaseModel) -> tuple[str, ...]:
+def _copied_files(base: BaseModel) -> dict[str, source.Folder]:
     names = base.folder.names()
     if "config.json" not in names:
-        return ()  # a lone file among others, which need not belong to it
-    return tuple(name for name in names if not name.endswith(_WEIGHTS) and name not in _NOT_COPIED)
+        return {}  # a lone file among others, which need not belong to it
+    copied = {name: base.folder for name in names if not name.endswith(_WEIGHTS) and name not in _NOT_COPIED}
+    for inner in _FOLDERS:
+        if folder := base.folder.folder(inner):
+            copied |= {f"{inner}/{name}": folder for name in folder.names()}
+    return copied
 
 
 def _config(base: BaseModel, *, dtype: str | None, untied: bool) -> str | None:
