@@ -154,7 +154,7 @@ def test_no_pair_is_begun_that_no_adapter_has(tmp_path, output):
 def test_a_full_disk_is_known_before_the_draw(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
     monkeypatch.setattr("vera_tools.verifying.regenerate.digests", None)
-    with pytest.raises(VeraToolsError, match=r"not enough room on the disk \(expected 64 bytes .*, found 5 free\)"):
+    with pytest.raises(VeraToolsError, match=r"not enough room on the disk \(expected 64 bytes, found 5 free\)"):
         vera_tools.regenerate(key=1, r=2, in_features=4, out_features=4, output=tmp_path / "pair.safetensors")
     monkeypatch.undo()
     vera_tools.regenerate(key=1, r=2, in_features=4, out_features=4, output=tmp_path / "new" / "pair.safetensors")

@@ -21,6 +21,7 @@ from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json
 from vera_tools import schema, tensorfile
 from vera_tools.checkpoint import Checkpoint
 from vera_tools.config import VeraConfig
+from vera_tools.errors import CheckFailedError
 from vera_tools.manifest import MANIFEST_NAME
 from vera_tools.prng import PairShape, generate
 from vera_tools.recipe import Recipe
@@ -627,7 +628,7 @@ model.save_pretrained({str(folder)!r})
         assert "projections.match" in failed(report)
 
     def test_a_recorded_pair_beyond_the_limit_is_not_drawn(self, checkpoint, monkeypatch):
-        monkeypatch.setattr("vera_tools.verifying.verify.MOST_DRAWN", 1 << 20)
+        monkeypatch.setattr("vera_tools.projections.MOST_BYTES", 1 << 20)
         folder = checkpoint(SEED_ONLY)
         vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
         assert one(folder).verdict == "reproducible"
@@ -640,7 +641,11 @@ model.save_pretrained({str(folder)!r})
         assert report.exit_code == 1
         (check,) = (check for check in report.checkpoints[0].checks if check.id == "projections.match")
         assert check.status == "fail"
-        assert "not regenerated: no adapter has the recorded 16781312 bytes" in check.message
+        assert "not regenerated: no adapter has projections of this size" in check.message
+        assert "found 16781312 bytes" in check.message
+        for command in (vera_tools.embed_projections, vera_tools.to_lora):
+            with pytest.raises(CheckFailedError, match="no adapter has projections of this size"):
+                command(folder, folder.with_name("out"))
         schema.validate(report.to_dict(), "verify.v1", where="report")
 
     def test_recorded_under_the_wrong_recipe_loads_exactly_where_it_says(self, checkpoint):

@@ -13,12 +13,22 @@ from typing import Literal
 
 from vera_tools.base import BaseModel, rounds_through
 from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
-from vera_tools.dtypes import FLOATS
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
+from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.errors import (
+    AssumedRecipeWarning,
+    CheckFailedError,
+    FormatError,
+    UnprovenError,
+    UsageError,
+    VeraToolsError,
+)
 from vera_tools.identification import Identification, Pair, identify_pair, with_digests
 from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, ProjectionRecord
 from vera_tools.prng import Array, PairShape, digests, generate
 from vera_tools.recipe import Recipe
+
+#: Bytes of the largest pair that is drawn, which is far more than any model's. A damaged record may name any size.
+MOST_BYTES = 64 << 30
 
 
 @dataclass(frozen=True)
@@ -84,11 +94,11 @@ def resolve(
         strict: Refuse to assume anything.
 
     Raises:
-        CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's, or the base
-            does not fit.
+        CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's or of a size
+            that no adapter has, or the base does not fit.
         UnprovenError: seed-only with nothing recorded, and `strict`.
-        UsageError: seed-only with nothing recorded, and nothing says in_max; `recipe` contradicts the record; or
-            `in_features` contradicts what is stored, recorded or the base.
+        UsageError: seed-only with nothing recorded, and nothing says in_max; `recipe` contradicts the record;
+            `in_features` contradicts what is stored, recorded or the base; or no adapter has a pair of this size.
     """
     pair = stored_pair(checkpoint)
     if pair is not None:
@@ -121,6 +131,24 @@ def resolve(
             hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
         )
     return Resolved(_assume(checkpoint, base, in_features, weight_dtypes, recipe, stored_dtype), "assumed")
+
+
+def refuse_size(
+    shape: PairShape, dtype: str, *, where: str | None = None, error: type[VeraToolsError] = UsageError
+) -> None:
+    """Refuse a pair that would be drawn for hours, before it is begun.
+
+    Raises:
+        UsageError: it is larger than `MOST_BYTES`; or another `error`, where it is not the user who named the size.
+    """
+    size = shape.elements * np_dtype(dtype).itemsize
+    if size > MOST_BYTES:
+        raise error(
+            "no adapter has projections of this size",
+            where=where,
+            expected=f"at most {MOST_BYTES} bytes",
+            found=f"{size} bytes for vera_A {list(shape.vera_A)} and vera_B {list(shape.vera_B)} in {dtype}",
+        )
 
 
 def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
@@ -186,6 +214,7 @@ def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:
             where=where,
             hint="they are lost unless the checkpoint they were stripped from still exists",
         )
+    refuse_size(record.shape, record.dtype, where=where, error=CheckFailedError)
     found = digests(record.recipe, record.shape, stored_dtype=record.dtype)
     for name in PROJECTIONS:
         if found[name] != record.sha256[name]:
@@ -235,5 +264,6 @@ def _assume(
             AssumedRecipeWarning,
             stacklevel=3,
         )
+    refuse_size(shape, stored_dtype, where=checkpoint.label)
     sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
     return ProjectionRecord(recipe, True, shape, stored_dtype, sha256)

@@ -17,12 +17,9 @@ from vera_tools.dtypes import np_dtype
 from vera_tools.errors import AssumedRecipeWarning, UsageError, VeraToolsError
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord, TensorRecord
 from vera_tools.prng import PairShape, blocks, digests
-from vera_tools.projections import resolve
+from vera_tools.projections import refuse_size, resolve
 from vera_tools.recipe import Recipe
 from vera_tools.report import Report
-
-#: Bytes: far above the projections of any model there is, and a good while to draw.
-MAX_BYTES = 1 << 40
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ def regenerate(
         strict: Refuse to assume a recipe for a seed-only checkpoint with nothing recorded.
 
     Raises:
-        UsageError: both or neither of checkpoint and key, nothing says in_max, or a pair beyond `MAX_BYTES`.
+        UsageError: both or neither of checkpoint and key, nothing says in_max, or no adapter has a pair of this size.
         VeraToolsError: the disk has no room for `output`.
         CheckFailedError: a recorded digest is not met, or the base does not fit.
         UnprovenError: nothing recorded, and `strict`.
@@ -121,17 +118,18 @@ def _write(path: Path, record: ProjectionRecord) -> None:
 
 
 def _refuse_size(shape: PairShape, dtype: str, output: str | os.PathLike[str] | None) -> None:
-    """Refuse what would be drawn for days, or would not fit on the disk, before it is begun."""
+    """Refuse what would be drawn for hours, or would not fit on the disk, before it is begun."""
+    refuse_size(shape, dtype)
+    if output is None:
+        return
+    with atomic.errors(Path(output)):
+        there = next(parent for parent in Path(output).absolute().parents if parent.exists())
+        free = shutil.disk_usage(there).free
     size = shape.elements * np_dtype(dtype).itemsize
-    sizes = f"{size} bytes for vera_A {list(shape.vera_A)} and vera_B {list(shape.vera_B)} in {dtype}"
-    if size > MAX_BYTES:
-        raise UsageError("no adapter has projections of this size", expected=f"at most {MAX_BYTES} bytes", found=sizes)
-    if output is not None:
-        with atomic.errors(Path(output)):
-            there = next(parent for parent in Path(output).absolute().parents if parent.exists())
-            free = shutil.disk_usage(there).free
-        if size > free:
-            raise VeraToolsError("not enough room on the disk", where=output, expected=sizes, found=f"{free} free")
+    if size > free:
+        raise VeraToolsError(
+            "not enough room on the disk", where=output, expected=f"{size} bytes", found=f"{free} free"
+        )
 
 
 def _of_key(

@@ -26,7 +26,7 @@ from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, V
 from vera_tools.identification import Identification, Match, Pair, identify_pair, same_bits, with_digests
 from vera_tools.manifest import PROJECTIONS, ProjectionRecord
 from vera_tools.prng import PairShape, digests
-from vera_tools.projections import stored_pair
+from vera_tools.projections import refuse_size, stored_pair
 from vera_tools.recipe import Recipe
 from vera_tools.report import Progress, Report, printable
 from vera_tools.verifying import checks, fit, recorded, registry
@@ -39,8 +39,6 @@ Verdict = Literal["reproducible", "unproven", "drift", "invalid"]
 VERDICTS: tuple[Verdict, ...] = ("reproducible", "unproven", "drift", "invalid")
 _EXIT_CODES = {"reproducible": 0, "unproven": 3, "drift": 1, "invalid": 4}
 _SEVERITY = (0, 3, 5, 1, 4)
-#: Bytes of a recorded pair that `verify` still draws: far above any adapter's, and minutes of work.
-MOST_DRAWN = 64 << 30
 #: The checks that fail where the pair has another size than PEFT makes room for.
 _SIZES = frozenset({"tensors.out_max", "base.pair"})
 _ABSENT = Match(None, None, None, "absent")
@@ -367,10 +365,10 @@ class Verifier:
 
     def _regenerate(self, recipe: Recipe, record: ProjectionRecord, key: int) -> tuple[Verdict, Check, dict[str, str]]:
         shape, dtype = record.shape, record.dtype
-        size = shape.elements * np_dtype(dtype).itemsize
-        if size > MOST_DRAWN:
-            message = f"not regenerated: no adapter has the recorded {size} bytes of projections (limit {MOST_DRAWN})"
-            return "unproven", Check("projections.match", "fail", message), {}
+        try:
+            refuse_size(shape, dtype)
+        except UsageError as error:
+            return "unproven", Check("projections.match", "fail", f"not regenerated: {error}"), {}
         got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))
         if (recipe.prng_key - key) % 2**32:
             message = f"the recorded recipe has key {recipe.prng_key}, the config {key}"
