@@ -16,7 +16,14 @@ from tests.test_checkpoint import rewrite
 from vera_tools import writing
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
+from vera_tools.errors import (
+    AssumedRecipeWarning,
+    CheckFailedError,
+    FormatError,
+    UnprovenError,
+    UsageError,
+    VeraToolsWarning,
+)
 from vera_tools.manifest import MANIFEST_NAME
 from vera_tools.prng import PairShape, digests, generate
 from vera_tools.projections import arrays, resolve, stored_pair
@@ -56,6 +63,14 @@ def test_a_stored_pair_is_taken_as_it_is_and_identified(name, recipe):
     for array, other, tensor in zip(stored, found, ("vera_A", "vera_B"), strict=True):
         assert array.tobytes() == other.tobytes()
         assert resolved.record.sha256[tensor] == hashlib.sha256(array.tobytes()).hexdigest()
+
+
+def test_a_rank_that_contradicts_the_stored_pair_is_said(checkpoint):
+    folder = checkpoint(KEPT)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 17}))
+    with Checkpoint.open(folder) as opened, pytest.warns(VeraToolsWarning, match="r is 17, and the projections' 16"):
+        assert resolve(opened).record.shape.r == 16
 
 
 def test_a_stored_pair_that_no_recipe_makes_has_none(checkpoint):

@@ -21,6 +21,7 @@ from vera_tools.errors import (
     UnprovenError,
     UsageError,
     VeraToolsError,
+    VeraToolsWarning,
 )
 from vera_tools.identification import Identification, Pair, identify_pair, with_digests
 from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, ProjectionRecord
@@ -103,6 +104,11 @@ def resolve(
     pair = stored_pair(checkpoint)
     if pair is not None:
         _refuse_other_width(in_features, pair.shape, "the stored projections", where=checkpoint.label)
+        if pair.shape.r != checkpoint.config.r:
+            message = (
+                f"the config's r is {checkpoint.config.r}, and the projections' {pair.shape.r}: PEFT cannot load it"
+            )
+            warnings.warn(f"{checkpoint.label}: {message}", VeraToolsWarning, stacklevel=2)
         sha256 = {name: checkpoint.weights.sha256(ROOT + name) for name in PROJECTIONS}
         found = with_digests(identify_pair(pair, prng_key=checkpoint.config.projection_prng_key), sha256)
         made_by = found.recipe if found.exact else None
