@@ -28,16 +28,19 @@ class _AddVera(torch.autograd.Function):
     u is an output too, and so has a gradient of its own: a second derivative reaches x through it.
     """
 
-    generate_vmap_rule = True
+    @staticmethod
+    def forward(
+        ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        total, u = _forward(result, x, A, B, d, b)
+        _AddVera.keep(ctx, (result, x, A, B, d, b), (total, u))
+        return total, u
 
     @staticmethod
-    def forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(result, x, A, B, d, b)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+        """Save what `backward` needs."""
         result, x, A, B, d, b = inputs
-        ctx.save_for_backward(output[1], A, B, d, b)
+        ctx.save_for_backward(outputs[1], A, B, d, b)
         ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
         ctx.set_materialize_grads(False)
 
@@ -62,6 +65,22 @@ class _AddVera(torch.autograd.Function):
         return grad_result, grad_x, None, None, grad_d, grad_b
 
 
+class _AddVeraTransformed(torch.autograd.Function):
+    """The same in the form that torch.func takes, which costs every call more."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return _forward(result, x, A, B, d, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        _AddVera.keep(ctx, inputs, output)
+
+    backward = staticmethod(_AddVera.backward)
+
+
 def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     """The base layer's output with the adapter's update added.
 
@@ -83,7 +102,8 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
         A, B, d, b = _cast(A, B, d, b, dtype=dtype)
         if not torch.is_grad_enabled():
             return _forward(result, x, A, B, d, b)[0]
-        total: Tensor = _AddVera.apply(result, x, A, B, d, b)[0]  # type: ignore[no-untyped-call]
+        function = _AddVeraTransformed if _is_functional() else _AddVera
+        total: Tensor = function.apply(result, x, A, B, d, b)[0]  # type: ignore[no-untyped-call]
         return total
 
 
@@ -119,14 +139,14 @@ def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tens
     update = F.linear((u * d).to(B.dtype), B)
     if not result.dtype == update.dtype == b.dtype:
         return result + update * b, u
-    if torch.is_grad_enabled() or _is_transformed():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_functional():  # the others do not take out=
         return torch.addcmul(result, update, b), u
     return torch.addcmul(result, update, b, out=update), u  # the only reference to it is here
 
 
-def _is_transformed() -> bool:
-    """Whether torch.export, torch.compile or torch.func looks on; they do not take ``out=``."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+def _is_functional() -> bool:
+    """Whether torch.func transforms what is computed."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 @contextlib.contextmanager
