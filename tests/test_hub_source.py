@@ -14,7 +14,7 @@ from tests.hub_state import git_sha1
 from vera_tools import source
 from vera_tools.base import BaseModel
 from vera_tools.checkpoint import Checkpoint
-from vera_tools.errors import HubError, UsageError
+from vera_tools.errors import FormatError, HubError, UsageError
 from vera_tools.hub import client as hub_module
 from vera_tools.hub import source as hub_source
 from vera_tools.hub.client import Reference
@@ -199,6 +199,31 @@ def test_small_files_are_checked_against_gits_name(hub, size):
     if size:
         with hub.fault("resolve-cache", corrupt=size // 2), pytest.raises(HubError, match="not the ones on the Hub"):
             source.read_text(folder, "config.json")
+
+
+@pytest.mark.parametrize("window", [512, 16 << 10])
+@pytest.mark.parametrize("command", ["verify", "merge"])
+def test_a_flipped_byte_of_an_adapter_is_caught_wherever_it_is_read(hub, tmp_path, monkeypatch, command, window):
+    """Also in a header that was read by itself first, and in vectors that no manifest covers."""
+    monkeypatch.setattr(hub_source, "WINDOW", window)
+    content = (CHECKPOINTS / NAME / "adapter_model.safetensors").read_bytes()
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+
+    def read():
+        if command == "merge":
+            vera_tools.merge("hf://ann/x", base=base_of(NAME), output=tmp_path / "out")
+        elif vera_tools.verify("hf://ann/x").checkpoints[0].verdict == "invalid":
+            raise FormatError("a header that is no JSON any more")
+
+    data = 8 + int.from_bytes(content[:8], "little")
+    for place in (*range(0, data, 397), data - 1, *range(data, len(content), 1999), len(content) - 1):
+        # Once is enough for a header; later requests are for all of the file.
+        times = 1 if place < window else 99
+        expected = (HubError, FormatError) if place < data else HubError
+        with hub.fault("GET /blob/", corrupt=place, times=times), pytest.raises(expected):
+            read()
+    assert not (tmp_path / "out").exists()
+    read()
 
 
 def test_offline_reads_the_cache(hub, monkeypatch):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import hashlib
+import threading
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -93,13 +95,17 @@ class HubFolder:
 
 
 class HubFile:
-    """A file on the Hub. Small ones that git holds are fetched whole, and checked; large ones by ranges."""
+    """A file on the Hub: what fits into one request is fetched whole, and checked; what is larger, by ranges.
+
+    Of a large file, what lies in the first range alone - a header - is taken from there, unchecked until more is read.
+    """
 
     def __init__(self, api: HfApi, repo: str, commit: str, file: RemoteFile, *, label: str) -> None:
         self.label, self.size = label, file.size
         self._api, self._repo, self._commit, self._file = api, repo, commit, file
         #: What is held: where it starts, and the bytes. Replaced as one, so that threads may share the file.
         self._window = (0, b"")
+        self._whole = threading.Lock()
 
     @property
     def version(self) -> str:
@@ -127,10 +133,14 @@ class HubFile:
 
     def _fetch(self, start: int, wanted: int, *, after: tuple[int, bytes]) -> tuple[int, bytes]:
         """The bytes from `start` on: as many as wanted, and more where the file is read in sequence."""
-        if self._file.sha256 is None:
-            window = (0, self._get_whole())
+        first, held = after
+        header_only = self._file.sha256 is not None and start + wanted <= WINDOW < self.size
+        if not header_only and (self._file.sha256 is None or self.size <= MOST):
+            with self._whole:  # once, whatever the number of threads that wait for it
+                held = self._window[1]
+                window = (0, held if len(held) == self.size else self._get_whole(before=self._window))
+                self._window = window
         else:
-            first, held = after
             sequential = bool(held) and start == first + len(held)
             ahead = 2 * len(held) if sequential else WINDOW
             stop = min(start + min(max(wanted, ahead), MOST), self.size)
@@ -139,9 +149,16 @@ class HubFile:
             raise HubError("the file ends too early", where=self.label, expected=f"{start + wanted} bytes")
         return window
 
-    def _get_whole(self) -> bytes:
-        content = self._get({}).content
-        if hub.git_sha1(content) != self._file.git_sha1:
+    def _get_whole(self, *, before: tuple[int, bytes]) -> bytes:
+        """All of it, if it has the digest that the Hub lists, and what was read of it before was the same."""
+        if self._file.sha256 is None:
+            content = self._get({}).content
+            arrived = hub.git_sha1(content) == self._file.git_sha1
+        else:
+            content = self._get_range(0, self.size)
+            arrived = hashlib.sha256(content).hexdigest() == self._file.sha256
+        first, held = before
+        if not arrived or content[first : first + len(held)] != held:
             raise HubError("the bytes that arrived are not the ones on the Hub", where=self.label, hint="try again")
         return content
 
