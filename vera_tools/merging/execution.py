@@ -124,6 +124,7 @@ def _open(shard: Shard, staging: Staging) -> _Work:
     part = staging.part(shard)
     file = OutputFile(part)
     try:
+        file.reserve(shard.size)
         file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
     except BaseException:
         file.close()
