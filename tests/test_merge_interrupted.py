@@ -50,13 +50,13 @@ def hidden(folder):
     return [path.name for path in folder.iterdir() if path.name.startswith(".")]
 
 
-# A merge in a process of its own that comes to a halt at its Nth checksum (of 16) and says so on its output, so
-# that it is interrupted in the middle however fast or busy the machine is. Every checksum from there on takes a second.
+# A merge in a process of its own that comes to a halt at its Nth computed block (of 16) and says so on its output, so
+# that it is interrupted in the middle however fast or busy the machine is. Every block from there on takes a second.
 HALTING = """
 import sys, time
 from vera_tools.merging import execution
-original, left = execution.zlib.crc32, int(sys.argv.pop(1))
-def crc32(*args):
+original, left = execution.as_bytes, int(sys.argv.pop(1))
+def as_bytes(*args):
     global left
     left -= 1
     if left == 0:
@@ -64,16 +64,14 @@ def crc32(*args):
     if left <= 0:
         time.sleep(1)
     return original(*args)
-class Halting:
-    crc32 = staticmethod(crc32)
-execution.zlib = Halting
+execution.as_bytes = as_bytes
 from vera_tools.cli import main
 main(sys.argv[1:])
 """
 
 
 def halted(made, out, *options, after):
-    """A merge that is at work, halted at its checksum number ``after``."""
+    """A merge that is at work, halted at its computed block number ``after``."""
     arguments = [sys.executable, "-c", HALTING, str(after), *command(made, out, *options)[3:]]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "halted\n", process.communicate()

@@ -25,19 +25,28 @@ from vera_tools.errors import UsageError, VeraToolsError
 _KNOWN = ("adapter_config.json", "config.json")
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
     """Write one file.
+
+    Args:
+        path: The file.
+        data: What it is to hold.
+        sync: Flush it to disk before it appears. Without it, a power failure soon afterwards may leave it empty.
 
     Raises:
         VeraToolsError: the file system refused (full, read-only, ...).
     """
-    with file(path) as temporary:
+    with file(path, sync=sync) as temporary:
         temporary.write_bytes(data)
 
 
 @contextlib.contextmanager
-def file(path: Path) -> Iterator[Path]:
+def file(path: Path, *, sync: bool = True) -> Iterator[Path]:
     """Hand out a temporary path; on leaving without an error it becomes `path`, with `path`'s old permissions.
+
+    Args:
+        path: The file.
+        sync: As for `write_bytes`.
 
     Raises:
         VeraToolsError: the file system refused.
@@ -51,9 +60,11 @@ def file(path: Path) -> Iterator[Path]:
             os.fchmod(descriptor, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
             os.close(descriptor)
             yield temporary
-            _sync(temporary)
+            if sync:
+                _sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            if sync:
+                _sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -239,12 +250,13 @@ def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
     if sync:
         _sync_tree(temporary)
     _put_in_place(temporary, path)
+    if sync:
+        _sync(path.parent)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
     if not os.path.lexists(path):
         temporary.rename(path)
-        _sync(path.parent)
         return
     try:
         exchange(temporary, path)
@@ -260,7 +272,6 @@ def _put_in_place(temporary: Path, path: Path) -> None:
             raise
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    _sync(path.parent)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ ml_dtypes (bfloat16 and the float8 family for numpy) is imported on first need o
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,7 @@ SHORT = {"float32": "f32", "float64": "f64", "bfloat16": "bf16", "float16": "f16
 LONG = {short: name for name, short in SHORT.items()}
 
 
+@functools.cache
 def np_dtype(name: str) -> np.dtype[Any]:
     """The little-endian numpy dtype called `name` ("float32", "bfloat16", ...).
 

@@ -9,16 +9,16 @@ import hashlib
 import os
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import xxhash
+
 from vera_tools.base import BaseModel
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
 from vera_tools.merging.plan import Entry, Plan, Shard
-from vera_tools.merging.rounding import check_finite
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
@@ -70,7 +70,7 @@ class _Work:
     part: Path
     file: OutputFile
     futures: list[Future[None]] = field(default_factory=list)
-    crc32: dict[str, int] = field(default_factory=dict)
+    xxh3: dict[str, str] = field(default_factory=dict)
     base_sha256: dict[str, str] = field(default_factory=dict)
 
 
@@ -142,7 +142,7 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
         work.file.close()
-        staging.finish(work.shard, work.part, Journal(plan.digest, work.crc32, work.base_sha256))
+        staging.finish(work.shard, work.part, Journal(plan.digest, work.xxh3, work.base_sha256))
     except BaseException:
         for future in work.futures:
             future.cancel()
@@ -164,20 +164,16 @@ def _tasks(
         meter.add(piece.length, work.shard.name)
 
     def compute(entry: Entry) -> None:
-        checksum = 0
+        checksum = xxhash.xxh3_64()
         digest = hashlib.sha256() if entry.kind == "merged" else None
         offset = work.shard.data_start + entry.info.start
-        for block in blocks(plan.base, entry, workspace=workspace, digest=digest):
-            if not allow_nonfinite:
-                check_finite(
-                    block, where=f"{plan.base.label}: {entry.info.name}", what="the base's weight or the result holds"
-                )
+        for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
             data = as_bytes(block)
             work.file.write_at(data, offset)
-            checksum = zlib.crc32(data, checksum)
+            checksum.update(data)
             offset += len(data)
             meter.add(len(data), work.shard.name)
-        work.crc32[entry.info.name] = checksum
+        work.xxh3[entry.info.name] = checksum.hexdigest()
         if digest is not None and entry.origin is not None:
             work.base_sha256[entry.origin[1].name] = digest.hexdigest()
 

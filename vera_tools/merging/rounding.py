@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from vera_tools.dtypes import HALVES, np_dtype
@@ -15,6 +17,9 @@ STRIP = 1 << 18
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
 _LAST_BITS = np.float32(2.0**-23 * 1.02)
 
+# What bfloat16 cuts off a float32: so many bits, and half and one of its last place in them.
+_BITS, _HALF, _ONE = np.uint32(16), np.uint32(1 << 15), np.uint32(1 << 16)
+
 
 def rounded(values: Array, dtype: str) -> Array:
     """`values` in another dtype, rounded to nearest even once. Overflow gives infinity, as a cast does."""
@@ -25,16 +30,16 @@ def rounded(values: Array, dtype: str) -> Array:
         return values.astype(target, copy=False)
 
 
-def to_half(total: Array, *, error: Array, bound: Array, out: Array, workspace: Workspace) -> tuple[Array, Array]:
+def to_half(total: Array, *, error: Array, bound: np.float32, out: Array, workspace: Workspace) -> tuple[Array, Array]:
     """Round float32 sums to a half type, and find those that their own error may have rounded the wrong way.
 
     Where a sum less its error rounds to the same number as the sum plus its error, so does the exact sum. The others
     are doubtful, and what `out` holds there is one of the two.
 
     Args:
-        total: (rows, columns) float32, each the sum of a weight and a product.
+        total: (rows, columns) float32, each the sum of a weight and a product. All are finite.
         error: (rows,) float32: how far the products of a row may be off.
-        bound: (rows,) float32: no sum of the row is larger.
+        bound: No sum is larger.
         out: (rows, columns), bfloat16 or float16: the result.
         workspace: Scratch memory.
 
@@ -43,51 +48,49 @@ def to_half(total: Array, *, error: Array, bound: Array, out: Array, workspace: 
     """
     columns = total.shape[1]
     step = max(1, STRIP // max(1, columns))
-    # Where a weight or a factor is NaN, nothing is known of its row, and each element is looked at by itself.
-    error, bound = (np.nan_to_num(rows, nan=np.inf, posinf=np.inf) for rows in (error, bound))
-    slack = error + bound * _LAST_BITS
-    by_integers = out.dtype == np_dtype("bfloat16") and bool(np.isfinite(slack).all())
-    round_both = _bfloat16_by_integers if by_integers else _by_casts
-    found = [np.empty(0, np.intp)]
-    for start in range(0, total.shape[0], step):
-        strip = slice(start, start + step)
-        above, below = (workspace.array(use, total[strip].shape, np.float32) for use in ("above", "below"))
-        differs = workspace.array("differs", above.shape, np.bool_)
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.add(total[strip], slack[strip, None], out=above)
-            np.subtract(total[strip], slack[strip, None], out=below)
-        round_both(above, below, out=out[strip], differs=differs)
-        found.append(np.flatnonzero(differs) + start * columns)
-    rows, places = np.divmod(np.concatenate(found), columns)
-    # A second look at the few whose result is open: now by the sum itself and not by the largest of the row.
-    with np.errstate(over="ignore", invalid="ignore"):
+    # One slack for all: with one for each row these two sums would take twice as long.
+    slack = error.max() + bound * _LAST_BITS
+    round_both = _bfloat16_by_integers if out.dtype == np_dtype("bfloat16") else _by_casts
+    found = []
+    with np.errstate(over="ignore"):
+        for start in range(0, total.shape[0], step):
+            sums, results = total[start : start + step], out[start : start + step]
+            either = workspace.array("either", (2, *sums.shape), np.float32)
+            np.add(sums, slack, out=either[0])
+            np.subtract(sums, slack, out=either[1])
+            differs = workspace.array("differs", sums.shape, np.bool_)
+            round_both(either, out=results, differs=differs)
+            found.append(np.flatnonzero(differs) + start * columns)
+        rows, places = np.divmod(np.concatenate(found), columns)
+        # A second look at the few whose result is open: now each by its own error and not by the largest.
         sums = total[rows, places]
         margin = error[rows] + np.abs(sums) * _LAST_BITS
-        low, high = (rounded(value, out.dtype.name) for value in (sums - margin, sums + margin))
+        low, high = rounded(np.stack((sums - margin, sums + margin)), out.dtype.name)
     out[rows, places] = high
     doubtful = low.view(np.uint16) != high.view(np.uint16)
     return rows[doubtful], places[doubtful]
 
 
-def _by_casts(above: Array, below: Array, *, out: Array, differs: Array) -> None:
-    out[...] = rounded(above, out.dtype.name)
-    np.not_equal(out.view(np.uint16), rounded(below, out.dtype.name).view(np.uint16), out=differs)
+def _by_casts(either: Array, *, out: Array, differs: Array) -> None:
+    out[...] = rounded(either[0], out.dtype.name)
+    np.not_equal(out.view(np.uint16), rounded(either[1], out.dtype.name).view(np.uint16), out=differs)
 
 
-def _bfloat16_by_integers(above: Array, below: Array, *, out: Array, differs: Array) -> None:
+def _bfloat16_by_integers(either: Array, *, out: Array, differs: Array) -> None:
     """bfloat16 is the upper half of float32, so integers round, at three times the speed of a cast.
 
-    A tie goes away from zero here and not to even; it is doubtful in any case. A NaN may turn into a number.
+    A tie goes away from zero here and not to even; it is doubtful in any case. A NaN might turn into a number.
     """
-    high, low = above.view(np.uint32), below.view(np.uint32)
-    np.add(high, np.uint32(1 << 15), out=high)
-    np.add(low, np.uint32(1 << 15), out=low)
-    np.right_shift(high, np.uint32(16), out=out.view(np.uint16), casting="unsafe")
+    bits = either.view(np.uint32)
+    np.add(bits, _HALF, out=bits)
+    high, low = bits
     np.bitwise_xor(low, high, out=low)
-    np.greater_equal(low, np.uint32(1 << 16), out=differs)
+    np.greater_equal(low, _ONE, out=differs)
+    np.right_shift(high, _BITS, out=high)
+    np.copyto(out.view(np.uint16), high, casting="unsafe")
 
 
-def largest(values: Array, *, axis: int | None = None) -> Array:
+def largest(values: Array) -> Any:
     """The largest magnitude, in the values' own dtype. NaN is larger than infinity.
 
     By integers: without their signs, floats are ordered as their bits are. As signed integers the largest is the
@@ -95,10 +98,9 @@ def largest(values: Array, *, axis: int | None = None) -> Array:
     """
     size = values.dtype.itemsize
     signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
-    positive = values.view(signed).max(axis)
-    negative = values.view(unsigned).max(axis) & unsigned.type(np.iinfo(signed).max)
-    top: Array = np.maximum(positive, np.asarray(negative).view(signed)).view(values.dtype)
-    return top
+    positive = values.view(signed).max()
+    negative = values.view(unsigned).max() & unsigned.type(np.iinfo(signed).max)
+    return np.maximum(positive, negative.view(signed)).view(values.dtype)
 
 
 def check_finite(values: Array, *, where: str, what: str) -> None:

@@ -40,12 +40,12 @@ class Journal:
 
     Attributes:
         plan: Digest of the plan that it was written by.
-        crc32: Checksum of every tensor that was computed, by name.
+        xxh3: Checksum (xxh3_64) of every tensor that was computed, by name.
         base_sha256: Digest of the base's weight that a tensor was merged into, by the base's name.
     """
 
     plan: str
-    crc32: dict[str, int]
+    xxh3: dict[str, str]
     base_sha256: dict[str, str]
 
 
@@ -69,8 +69,8 @@ class Staging:
         return self.output / shard.name
 
     def finish(self, shard: Shard, part: Path, journal: Journal) -> None:
-        """Declare a written file finished."""
-        atomic.write_bytes(self.folder / "journal" / shard.name, json.dumps(asdict(journal)).encode())
+        """Declare a written file finished. What a power failure leaves of it is found out by the checksums."""
+        atomic.write_bytes(self.folder / "journal" / shard.name, json.dumps(asdict(journal)).encode(), sync=False)
         part.replace(self.done(shard))
 
     def journal(self, shard: Shard) -> Journal | None:
@@ -152,7 +152,7 @@ def _clear(folder: Path) -> None:
 
 def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
     marker, plan_file = folder / "shared", folder / "plan"
-    known = plan_file.read_text() if plan_file.exists() else None
+    known = (plan_file.read_text() or None) if plan_file.exists() else None  # a power failure may have emptied it
     if not (resume or shared):
         if marker.exists():
             raise UsageError(
@@ -169,7 +169,7 @@ def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bo
             hint=f"repeat it as it was begun, or delete {folder}",
         )
     if known is None:
-        atomic.write_bytes(plan_file, plan.digest.encode())
+        atomic.write_bytes(plan_file, plan.digest.encode(), sync=False)
     if shared:
         marker.touch()
 

@@ -13,7 +13,7 @@ from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
 from vera_tools.merging.changes import Part
 from vera_tools.merging.plan import Entry
-from vera_tools.merging.rounding import largest, rounded, to_half
+from vera_tools.merging.rounding import check_finite, largest, rounded, to_half
 from vera_tools.merging.workspace import Workspace
 from vera_tools.prng import Array
 from vera_tools.tensorfile import as_bytes
@@ -32,6 +32,7 @@ def blocks(
     workspace: Workspace,
     digest: hashlib._Hash | None = None,
     exact: bool = False,
+    allow_nonfinite: bool = True,
 ) -> Iterator[Array]:
     """The tensor that an entry describes, in row-major order. A block is good until the next one is asked for.
 
@@ -41,14 +42,25 @@ def blocks(
         workspace: Scratch memory.
         digest: Updated with the base's bytes.
         exact: Compute in float64 and leave the result in it, for verification.
+        allow_nonfinite: Take NaN and infinity as they come.
+
+    Raises:
+        CheckFailedError: NaN or infinity.
+        FormatError: the base cannot be read.
     """
     if entry.kind == "merged":
-        yield from _merged(base, entry, digest, exact=exact, workspace=workspace)
+        results = _merged(base, entry, digest, exact=exact, workspace=workspace)
     elif entry.kind == "cast":
-        for start, stop in _flat_blocks(entry.info.size):
-            yield _finished(_read(base, entry, start, stop, workspace), entry, exact=exact)
+        results = (
+            (_finished(_read(base, entry, start, stop, workspace), entry, exact=exact), False)
+            for start, stop in _flat_blocks(entry.info.size)
+        )
     else:
-        yield from _replaced(base, entry, exact=exact, workspace=workspace)
+        results = ((values, False) for values in _replaced(base, entry, exact=exact, workspace=workspace))
+    for values, is_finite in results:
+        if not (is_finite or allow_nonfinite):
+            check_finite(values, where=f"{base.label}: {entry.info.name}", what="the base's weight or the result holds")
+        yield values
 
 
 def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64], workspace: Workspace) -> Delta:
@@ -63,7 +75,8 @@ def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64], w
 
 def _merged(
     base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exact: bool, workspace: Workspace
-) -> Iterator[Array]:
+) -> Iterator[tuple[Array, bool]]:
+    """Blocks of rows, each with whether it is known to be finite."""
     assert entry.origin is not None
     dtype = np.dtype(np.float64) if exact else accumulator(entry.origin[1].dtype)
     change = delta(entry, dtype=dtype, workspace=workspace)
@@ -78,24 +91,36 @@ def _merged(
         with np.errstate(over="ignore", invalid="ignore"):
             np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
         if settle:
-            spread = change.spread(left)
-            bound = largest(weight, axis=1).astype(np.float32) + spread
-            result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
-            rows, places = to_half(total, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
-            if rows.size > arithmetic.CROWDED * result.size:
-                result = rounded(_in_float64(entry, weight, start), entry.info.dtype)
-            else:
-                result[rows, places] = rounded(change.exactly(weight, rows, places, start=start), entry.info.dtype)
-            yield result
+            yield _settled(total, change, weight, left, entry, start=start, workspace=workspace)
         else:
-            yield _finished(total, entry, exact=exact)
+            yield _finished(total, entry, exact=exact), False
+
+
+def _settled(
+    total: Array, change: Delta, weight: Array, left: Array, entry: Entry, *, start: int, workspace: Workspace
+) -> tuple[Array, bool]:
+    """The correctly rounded sum in a half type, of rows from `start` on, and whether it is known to be finite."""
+    dtype = entry.info.dtype
+    with np.errstate(over="ignore", invalid="ignore"):
+        spread = change.spread(left)
+        bound = largest(weight).astype(np.float32) + spread.max()
+    if not np.isfinite(bound):
+        return rounded(_in_float64(entry, weight, start), dtype), False
+    result = workspace.array("result", weight.shape, np_dtype(dtype))
+    rows, places = to_half(total, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
+    if rows.size > arithmetic.CROWDED * result.size:
+        result = rounded(_in_float64(entry, weight, start), dtype)
+    else:
+        result[rows, places] = rounded(change.exactly(weight, rows, places, start=start), dtype)
+    return result, bool(np.isfinite(rounded(bound, dtype)))
 
 
 def _in_float64(entry: Entry, weight: Array, start: int) -> Array:
     """W + change in float64, for the rows from `start` on of which `weight` is the stored weight."""
     double = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
-    total = double.rows(start, start + len(weight), out=np.empty(weight.shape))
-    total += weight.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = double.rows(start, start + len(weight), out=np.empty(weight.shape))
+        total += weight.astype(np.float64)
     return total
 
 

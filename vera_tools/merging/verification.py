@@ -9,13 +9,13 @@ adds, and one wrong bit above the last does not.
 from __future__ import annotations
 
 import hashlib
-import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import xxhash
 
 from vera_tools.base import BaseModel
 from vera_tools.errors import CheckFailedError, FormatError
@@ -91,7 +91,7 @@ def finished(plan: Plan, shards: Sequence[Shard], staging: Staging, *, jobs: int
 def _is_finished(plan: Plan, shard: Shard, staging: Staging) -> bool:
     journal = staging.journal(shard)
     computed = {entry.info.name for entry in shard.entries if entry.kind != "copied"}
-    if journal is None or journal.plan != plan.digest or set(journal.crc32) != computed:
+    if journal is None or journal.plan != plan.digest or set(journal.xxh3) != computed:
         return False
     try:
         file = TensorFile.open(staging.done(shard))
@@ -109,10 +109,10 @@ def _is_whole(base: BaseModel, file: TensorFile, entry: Entry, journal: Journal)
         name, info = entry.origin
         ours, theirs = file.chunks(entry.info), base.files[name].chunks(info)
         return all(a == b for a, b in zip(ours, theirs, strict=True))
-    checksum = 0
+    checksum = xxhash.xxh3_64()
     for chunk in file.chunks(entry.info):
-        checksum = zlib.crc32(chunk, checksum)
-    return checksum == journal.crc32[entry.info.name]
+        checksum.update(chunk)
+    return checksum.hexdigest() == journal.xxh3[entry.info.name]
 
 
 @dataclass(frozen=True)
