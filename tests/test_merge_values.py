@@ -111,13 +111,14 @@ def test_float32_alone_would_round_some_elements_wrongly():
         arithmetic.Delta([factor], transposed=False, dtype=np.dtype(dtype), workspace=Workspace())
         for dtype in (np.float32, np.float64)
     )
-    total = single.rows(0, size, out=np.empty((size, size), np.float32)) + weight.astype(np.float32)
+    product = single.rows(0, size, out=np.empty((size, size), np.float32))
     exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
-    wrong = rounding.rounded(total, "bfloat16") != rounded_once(exact, "bfloat16")
+    wrong = rounding.rounded(product + weight.astype(np.float32), "bfloat16") != rounded_once(exact, "bfloat16")
     result = np.empty_like(weight)
     spread = single.spread(single.left(0, size))
-    rows, columns = rounding.to_half(
-        total,
+    rows, columns = rounding.sum_to_half(
+        product,
+        weight,
         error=spread * arithmetic.ERROR,
         bound=spread.max() + np.abs(weight.astype(np.float32)).max(),
         out=result,
@@ -142,7 +143,9 @@ def test_what_is_not_doubtful_is_right_however_the_error_falls(dtype, scale):
         error = (np.abs(total).max(axis=1) * 2.0 ** -rng.integers(8, 30, 64)).astype(np.float32)
     result = np.empty(total.shape, np_dtype(dtype))
     bound = np.abs(total).max()
-    doubtful = _mask(total.shape, *rounding.to_half(total, error=error, bound=bound, out=result, workspace=Workspace()))
+    nothing = np.full(total.shape, -0.0, np.float32)
+    found = rounding.sum_to_half(total, nothing, error=error, bound=bound, out=result, workspace=Workspace())
+    doubtful = _mask(total.shape, *found)
     low, high = (rounding.rounded(total + sign * error[:, None].astype(np.float64), dtype) for sign in (-0.999, 0.999))
     assert np.array_equal(bits(low[~doubtful]), bits(result[~doubtful]))
     assert np.array_equal(bits(high[~doubtful]), bits(result[~doubtful]))

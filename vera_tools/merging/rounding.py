@@ -30,16 +30,19 @@ def rounded(values: Array, dtype: str) -> Array:
         return values.astype(target, copy=False)
 
 
-def to_half(total: Array, *, error: Array, bound: np.float32, out: Array, workspace: Workspace) -> tuple[Array, Array]:
-    """Round float32 sums to a half type, and find those that their own error may have rounded the wrong way.
+def sum_to_half(
+    total: Array, weight: Array, *, error: Array, bound: np.float32, out: Array, workspace: Workspace
+) -> tuple[Array, Array]:
+    """Add a weight to a product, round to a half type, and find what its own error may have rounded the wrong way.
 
     Where a sum less its error rounds to the same number as the sum plus its error, so does the exact sum. The others
     are doubtful, and what `out` holds there is one of the two.
 
     Args:
-        total: (rows, columns) float32, each the sum of a weight and a product. All are finite.
+        total: (rows, columns) float32, the product; holds the sum afterwards.
+        weight: (rows, columns), of any dtype that float32 holds.
         error: (rows,) float32: how far the products of a row may be off.
-        bound: No sum is larger.
+        bound: No sum is larger. Finite.
         out: (rows, columns), bfloat16 or float16: the result.
         workspace: Scratch memory.
 
@@ -54,12 +57,14 @@ def to_half(total: Array, *, error: Array, bound: np.float32, out: Array, worksp
     found = []
     with np.errstate(over="ignore"):
         for start in range(0, total.shape[0], step):
-            sums, results = total[start : start + step], out[start : start + step]
+            strip = slice(start, start + step)
+            sums = total[strip]
             either = workspace.array("either", (2, *sums.shape), np.float32)
+            _add(weight[strip], sums, scratch=either[0])
             np.add(sums, slack, out=either[0])
             np.subtract(sums, slack, out=either[1])
             differs = workspace.array("differs", sums.shape, np.bool_)
-            round_both(either, out=results, differs=differs)
+            round_both(either, out=out[strip], differs=differs)
             found.append(np.flatnonzero(differs) + start * columns)
         rows, places = np.divmod(np.concatenate(found), columns)
         # A second look at the few whose result is open: now each by its own error and not by the largest.
@@ -69,6 +74,16 @@ def to_half(total: Array, *, error: Array, bound: np.float32, out: Array, worksp
     out[rows, places] = high
     doubtful = low.view(np.uint16) != high.view(np.uint16)
     return rows[doubtful], places[doubtful]
+
+
+def _add(weight: Array, total: Array, *, scratch: Array) -> None:
+    """Add to `total` in place. Casts from bfloat16 are ml_dtypes', which would not let other threads run meanwhile."""
+    if weight.dtype == np_dtype("bfloat16"):
+        bits = scratch.view(np.uint32)
+        np.copyto(bits, weight.view(np.uint16))
+        np.left_shift(bits, _BITS, out=bits)
+        weight = scratch
+    np.add(total, weight, out=total, dtype=np.float32, casting="same_kind")
 
 
 def _by_casts(either: Array, *, out: Array, differs: Array) -> None:

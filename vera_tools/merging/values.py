@@ -13,7 +13,7 @@ from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
 from vera_tools.merging.changes import Part
 from vera_tools.merging.plan import Entry
-from vera_tools.merging.rounding import check_finite, largest, rounded, to_half
+from vera_tools.merging.rounding import check_finite, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 from vera_tools.prng import Array
 from vera_tools.tensorfile import as_bytes
@@ -88,18 +88,21 @@ def _merged(
             digest.update(as_bytes(weight))
         left = change.left(start, stop)
         total = change.product(left, out=workspace.array("total", weight.shape, dtype))
-        with np.errstate(over="ignore", invalid="ignore"):
-            np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
         if settle:
             yield _settled(total, change, weight, left, entry, start=start, workspace=workspace)
         else:
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
             yield _finished(total, entry, exact=exact), False
 
 
 def _settled(
     total: Array, change: Delta, weight: Array, left: Array, entry: Entry, *, start: int, workspace: Workspace
 ) -> tuple[Array, bool]:
-    """The correctly rounded sum in a half type, of rows from `start` on, and whether it is known to be finite."""
+    """The correctly rounded sum in a half type, of rows from `start` on, and whether it is known to be finite.
+
+    `total` holds the product.
+    """
     dtype = entry.info.dtype
     with np.errstate(over="ignore", invalid="ignore"):
         spread = change.spread(left)
@@ -107,7 +110,7 @@ def _settled(
     if not np.isfinite(bound):
         return rounded(_in_float64(entry, weight, start), dtype), False
     result = workspace.array("result", weight.shape, np_dtype(dtype))
-    rows, places = to_half(total, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
+    rows, places = sum_to_half(total, weight, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
     if rows.size > arithmetic.CROWDED * result.size:
         result = rounded(_in_float64(entry, weight, start), dtype)
     else:
