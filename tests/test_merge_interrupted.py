@@ -163,6 +163,20 @@ class TestKill:
         assert report.shards == (victim.name,)
         assert victim.name not in report.resumed
 
+    def test_what_a_power_failure_has_emptied_is_written_again(self, made, tmp_path):
+        out = tmp_path / "out"
+        process = halted(made, out, after=10)
+        process.kill()
+        process.communicate()
+        folder = staging.place(out)
+        finished = sorted(finished_files(out))
+        assert len(finished) >= 2
+        for path in (folder / "plan", folder / "journal" / finished[0]):
+            os.truncate(path, 0)
+        report = vera_tools.merge(made[1], base=made[0], output=out, resume=True)
+        assert set(report.resumed) == set(finished[1:])
+        assert snapshot(out) == made[2]
+
     def test_another_merge_is_not_resumed(self, made, tmp_path):
         out = tmp_path / "out"
         vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))

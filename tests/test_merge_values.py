@@ -248,6 +248,28 @@ def test_overflow_of_a_cast_is_refused(tmp_path):
         vera_tools.merge(make_adapter(tmp_path / "a"), base=base, output=tmp_path / "out", dtype="float16")
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_overflow_of_a_sum_is_refused(dtype, tmp_path):
+    """Weights that are the largest number there is, and changes of which some are larger than half its last place."""
+    base = make_base(tmp_path / "base", dtype=dtype)
+    top = {"float16": 65504.0, "bfloat16": 2.0**128 - 2.0**120}[dtype]
+    adapter = make_adapter(tmp_path / "a", scale=top / 8)
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(base / "model.safetensors")
+    name = next(iter(LAYERS))
+    tensors[f"{name}.weight"][...] = top
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    with np.errstate(over="ignore"):
+        exact = rounded_once(top + exact_delta(adapter, name), dtype).astype(np.float64)
+    count = int(np.count_nonzero(~np.isfinite(exact)))
+    assert 0 < count < exact.size
+    with pytest.raises(CheckFailedError, match=rf"{name}.weight.*NaN or infinity.*{count} that are not"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", allow_nonfinite=True)
+    assert np.array_equal(weights(tmp_path / "out")[f"{name}.weight"].astype(np.float64), exact)
+
+
 @pytest.mark.parametrize("vector", ["vera_lambda_b", "vera_lambda_d"])
 def test_an_adapter_with_nan_is_refused_before_anything_is_written(vector, tmp_path):
     name = f"base_model.model.model.layers.0.self_attn.q_proj.{vector}"
