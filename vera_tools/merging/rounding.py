@@ -11,7 +11,7 @@ from vera_tools.errors import CheckFailedError
 from vera_tools.merging.workspace import Workspace
 from vera_tools.prng import Array
 
-#: Elements that go through all steps of `to_half` together, so that they stay in a CPU's cache.
+#: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
 STRIP = 1 << 18
 
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
