@@ -50,8 +50,8 @@ for name in names:
 
 
 # The host of a virtual machine takes back memory that its guest has freed, and to get it again costs more than to copy
-# a file into it: `cp -r` of the base took 0.8 s, or 1.7 to 4.5 s, with the same figures for every program that writes.
-# So each one finds memory that was in use a moment ago.
+# a file into it: `cp -r` of the base took 0.8 s, or 1.7 to 4.5 s. So each program finds memory that was in use a moment
+# ago.
 TOUCH = """
 import mmap, os
 free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
