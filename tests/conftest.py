@@ -48,23 +48,10 @@ def drift_report():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on loopback with nothing on it, which the client uses in this process and in those it starts."""
-    from huggingface_hub import constants, hf_api
+    from tests.hub_server import HubServer, point_client
 
-    from tests.hub_server import HubServer
-
-    home = tmp_path / "hf-home"
-    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
     with HubServer(tmp_path / "hub-storage") as server:
-        monkeypatch.setenv("HF_ENDPOINT", server.url)
-        monkeypatch.setenv("HF_HOME", str(home))
-        monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(hf_api.api, "endpoint", server.url)
-        template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+        point_client(server, tmp_path / "hf-home", monkeypatch)
         yield server
     assert server.failures == []
 

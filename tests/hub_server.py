@@ -26,8 +26,27 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import pytest
+
 from tests.hub_routes import API, CDN, LARGE_SUFFIXES, Answer, Call, Route, answer_call
 from tests.hub_state import Blob, Commit, Fault, RefusedError, Repo, Request, User, files_of_shard
+
+
+def point_client(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the client talk to this server, in this process and in those it starts, with nothing cached below `home`."""
+    from huggingface_hub import constants, hf_api
+
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE", "HF_HUB_CACHE", "HF_HUB_DISABLE_XET", "HF_XET_CACHE", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(home))
+    monkeypatch.setenv("HF_XET_CACHE", str(home / "xet"))
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.url)
+    template = f"{server.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
 
 
 class HubServer:

@@ -1,0 +1,21 @@
+"""What the commands print and write over fixtures/ is what tests/outputs/ holds, byte for byte."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+
+import pytest
+
+from tests.outputs import COMMANDS, EXPECTED, transcript
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_says_what_it_said_before(command):
+    if command == "drift" and platform.machine() != "x86_64":
+        pytest.skip("the kernels without fused multiply-add are there on x86-64 alone")
+    expected = (EXPECTED / f"{command}.txt").read_text("utf-8").splitlines()
+    found = transcript(command).text
+    difference = list(difflib.unified_diff(expected, found, "tests/outputs", "now", n=1, lineterm=""))
+    assert not difference, "\n".join([*difference[:60], "if this is meant: python -m tests.outputs --write"])
