@@ -24,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 from vera_tools import __version__
-from vera_tools.prng import PairShape, generate
-from vera_tools.recipe import Recipe
-from vera_tools.tensorfile import save
+from vera_tools.files.safetensors import save
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 HIDDEN, INTERMEDIATE, LAYERS = 4096, 11008, 32
 # Name: in_features, out_features.

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from processes import load
 
-from vera_tools.prng import PairShape, bound, generate
-from vera_tools.recipe import Recipe
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import bound, generate
+from vera_tools.projections.recipe import Recipe
 
 SHAPES = {
     "1024 x 1024, r 256": (256, 1024, 1024),

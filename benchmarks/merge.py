@@ -26,7 +26,7 @@ from processes import ENVIRONMENT, PYTHON, load
 from synthetic_base import LINEAR, TARGETS, write_adapter, write_base
 
 from vera_tools.dtypes import np_dtype
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files.safetensors import TensorFile
 
 PEFT = """
 import sys, torch

@@ -13,10 +13,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from vera_tools import tensorfile
-from vera_tools.config import VeraConfig
-from vera_tools.prng import PairShape, generate
-from vera_tools.recipe import Recipe
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.files import safetensors
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY, SHARDS, RANK = 2048, 5632, 256, 32000, 5, 256
 #: (out_features, in_features)
@@ -72,9 +73,9 @@ def write_base(folder: Path, *, layers: int = 22, seed: int = 0) -> Path:
     weight_map = {}
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{SHARDS:05d}.safetensors"
-        infos = tensorfile.layout({name: ("bfloat16", shape) for name, shape in group.items()}, order=list(group))
-        header = tensorfile.encode_header(infos, {"format": "pt"})
-        tensorfile.write(folder / file, header, _pieces(pool, group))
+        infos = safetensors.layout({name: ("bfloat16", shape) for name, shape in group.items()}, order=list(group))
+        header = safetensors.encode_header(infos, {"format": "pt"})
+        safetensors.write(folder / file, header, _pieces(pool, group))
         weight_map |= dict.fromkeys(group, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
@@ -111,7 +112,7 @@ def write_adapter(folder: Path, targets: list[str], *, layers: int = 22, key: in
     folder.mkdir(parents=True)
     config = VeraConfig(r=RANK, target_modules=[name.split(".")[1] for name in targets], projection_prng_key=key)
     (folder / "adapter_config.json").write_text(config.to_json())
-    tensorfile.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    safetensors.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return folder
 
 

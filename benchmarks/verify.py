@@ -15,11 +15,12 @@ from pathlib import Path
 import numpy as np
 from processes import PYTHON, load, paired, run
 
-from vera_tools.config import VeraConfig
-from vera_tools.manifest import ProjectionRecord
-from vera_tools.prng import PairShape, digests, generate
-from vera_tools.recipe import Recipe
-from vera_tools.writing import write_checkpoint
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import digests, generate
+from vera_tools.projections.recipe import Recipe
 
 
 def adapter(

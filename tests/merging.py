@@ -10,8 +10,9 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from vera_tools.dtypes import np_dtype
-from vera_tools.prng import PairShape, generate
-from vera_tools.recipe import Recipe
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 Shapes = dict[str, tuple[int, int]]
 

@@ -9,10 +9,11 @@ import json
 import pytest
 
 from tests.conftest import FIXTURES, ROOT
-from vera_tools import atlas, schema
+from vera_tools import schema
 from vera_tools.dtypes import FLOATS, HALVES
-from vera_tools.prng import digests
-from vera_tools.recipe import Recipe
+from vera_tools.platforms import atlas
+from vera_tools.projections.prng import digests
+from vera_tools.projections.recipe import Recipe
 
 FILES = sorted((FIXTURES / "atlas").glob("*.json"))
 MINORS = ["1.13", *(f"2.{minor}" for minor in range(16))]

@@ -13,8 +13,9 @@ import textwrap
 import pytest
 
 from tests.conftest import CHECKPOINTS, run_cli
-from vera_tools import atomic
+from vera_tools.checkpoints import destination
 from vera_tools.errors import UsageError, VeraToolsError
+from vera_tools.files import atomic
 
 
 def listing(folder):
@@ -164,7 +165,7 @@ def test_a_killed_process_leaves_the_old_state_and_one_hidden_folder(tmp_path):
     (tmp_path / "out" / "old").write_bytes(b"old")
     program = f"""
         import os, pathlib
-        from vera_tools import atomic
+        from vera_tools.files import atomic
         with atomic.folder(pathlib.Path({str(tmp_path / "out")!r}), overwrite=True) as temporary:
             (temporary / "a").write_bytes(b"half")
             os._exit(9)
@@ -244,23 +245,23 @@ class TestReplacement:
 class TestRefuseOutput:
     def test_an_empty_one(self):
         with pytest.raises(UsageError, match="the output is empty"):
-            atomic.refuse_output("", overwrite=True)
+            destination.refuse_output("", overwrite=True)
 
     def test_one_on_the_hub(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(UsageError, match="hf://ann/x: is on the Hub; name a local path"):
-            atomic.refuse_output("hf://ann/x", overwrite=True)
+            destination.refuse_output("hf://ann/x", overwrite=True)
         assert run_cli("pull", "ann/x", "-o", "hf://ann/x").returncode == 2
         assert listing(tmp_path) == []
 
     def test_an_input_without_a_name_is_not_taken_for_this_folder(self, tmp_path):
-        assert atomic.refuse_output(tmp_path / "out", overwrite=False, inputs=("",)) == tmp_path / "out"
+        assert destination.refuse_output(tmp_path / "out", overwrite=False, inputs=("",)) == tmp_path / "out"
 
     @pytest.mark.parametrize("below", ["out", "a/b/out"])
     def test_below_a_file(self, below, tmp_path):
         (tmp_path / "f").write_text("x")
         with pytest.raises(UsageError, match=r"/f: is not a folder"):
-            atomic.refuse_output(tmp_path / "f" / below, overwrite=False)
+            destination.refuse_output(tmp_path / "f" / below, overwrite=False)
 
     @pytest.mark.parametrize(
         ("output", "message"),
@@ -271,33 +272,33 @@ class TestRefuseOutput:
         (tmp_path / "in" / "config.json").write_text("{}")
         inputs = (None, "hf://owner/name", tmp_path / "in")
         with pytest.raises(UsageError, match=message):
-            atomic.refuse_output(tmp_path / output, overwrite=True, inputs=inputs)
+            destination.refuse_output(tmp_path / output, overwrite=True, inputs=inputs)
         (tmp_path / "link").symlink_to(tmp_path / "in")
         with pytest.raises(UsageError, match=message):
-            atomic.refuse_output(tmp_path / output, overwrite=True, inputs=(tmp_path / "link",))
-        assert atomic.refuse_output(tmp_path / "other", overwrite=False, inputs=inputs) == tmp_path / "other"
+            destination.refuse_output(tmp_path / output, overwrite=True, inputs=(tmp_path / "link",))
+        assert destination.refuse_output(tmp_path / "other", overwrite=False, inputs=inputs) == tmp_path / "other"
 
     @pytest.mark.parametrize("name", ["notes.txt", "deep/adapter_config.json"])
     def test_overwriting_what_no_tool_wrote(self, name, tmp_path):
         (tmp_path / "out" / name).parent.mkdir(parents=True)
         (tmp_path / "out" / name).write_text("x")
         with pytest.raises(UsageError, match="holds neither an adapter nor a model"):
-            atomic.refuse_output(tmp_path / "out", overwrite=True)
+            destination.refuse_output(tmp_path / "out", overwrite=True)
 
     @pytest.mark.parametrize("name", ["adapter_config.json", "config.json", "model-00001-of-00002.safetensors", None])
     def test_overwriting_what_a_tool_wrote_or_nothing(self, name, tmp_path):
         (tmp_path / "out").mkdir()
         if name:
             (tmp_path / "out" / name).write_text("x")
-        assert atomic.refuse_output(tmp_path / "out", overwrite=True) == tmp_path / "out"
+        assert destination.refuse_output(tmp_path / "out", overwrite=True) == tmp_path / "out"
 
     def test_a_file_by_a_folder_and_a_folder_by_a_file(self, tmp_path):
         (tmp_path / "file").write_text("x")
         with pytest.raises(UsageError, match="is a file, and a folder is to be written"):
-            atomic.refuse_output(tmp_path / "file", overwrite=True)
+            destination.refuse_output(tmp_path / "file", overwrite=True)
         with pytest.raises(UsageError, match="is a folder, and a file is to be written"):
-            atomic.refuse_output(tmp_path, overwrite=True, is_file=True)
-        assert atomic.refuse_output(tmp_path / "file", overwrite=True, is_file=True) == tmp_path / "file"
+            destination.refuse_output(tmp_path, overwrite=True, is_file=True)
+        assert destination.refuse_output(tmp_path / "file", overwrite=True, is_file=True) == tmp_path / "file"
 
 
 def test_a_parent_that_cannot_be_made_is_said_in_plain_words(tmp_path):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from tests.conftest import CHECKPOINTS, NAMES, base_of
-from vera_tools import tensorfile
-from vera_tools.base import BaseModel, Renaming, rounds_through
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints.base import BaseModel, Renaming, rounds_through
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.files import safetensors
 
 INDEX = "model.safetensors.index.json"
 LLAMA = "peft-0.21.2-llama-f32-kept"
@@ -25,7 +25,7 @@ def make(folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: str = "floa
     """A base of zeros in one file."""
     folder.mkdir(exist_ok=True)
     arrays = {name: np.zeros(shape, np_dtype(dtype)) for name, shape in shapes.items()}
-    tensorfile.save(folder / "model.safetensors", arrays, {"format": "pt"})
+    safetensors.save(folder / "model.safetensors", arrays, {"format": "pt"})
     if config is not None:
         (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     return folder
@@ -34,11 +34,11 @@ def make(folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: str = "floa
 def shard(source: Path, target: Path, *, index: bool) -> Path:
     """The same base in three files, as transformers writes a large one."""
     target.mkdir()
-    with tensorfile.TensorFile.open(source / "model.safetensors") as file:
+    with safetensors.TensorFile.open(source / "model.safetensors") as file:
         arrays = {name: file.read(name) for name in sorted(file.tensors)}
     weight_map = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(arrays)}
     for name in sorted(set(weight_map.values())):
-        tensorfile.save(target / name, {t: a for t, a in arrays.items() if weight_map[t] == name}, {"format": "pt"})
+        safetensors.save(target / name, {t: a for t, a in arrays.items() if weight_map[t] == name}, {"format": "pt"})
     if index:
         (target / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return target

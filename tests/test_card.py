@@ -9,11 +9,11 @@ from huggingface_hub import ModelCard
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES
-from vera_tools.checkpoint import Checkpoint
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.resolution import resolve
 from vera_tools.errors import FormatError
 from vera_tools.hub import card
-from vera_tools.projections import resolve
 
 NAME = "peft-0.21.2-llama-f32-kept"
 

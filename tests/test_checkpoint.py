@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from tests.conftest import CHECKPOINTS, NAMES, base_of
-from vera_tools import tensorfile
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint, assumed_rounding, find
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding, find
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
-from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY
-from vera_tools.prng import PairShape
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import TensorFile
+from vera_tools.projections.pair import PairShape
 
 KEPT, SEED_ONLY = "peft-0.21.2-llama-f32-kept", "peft-0.21.2-llama-f32-seedonly"
 WEIGHTS = "adapter_model.safetensors"
@@ -29,7 +29,7 @@ def rewrite(folder, change, *, metadata=None) -> None:
     with TensorFile.open(folder / WEIGHTS) as file:
         tensors = {name: file.read(name) for name in file.tensors}
     change(tensors)
-    tensorfile.save(folder / WEIGHTS, tensors, metadata or {"format": "pt"})
+    safetensors.save(folder / WEIGHTS, tensors, metadata or {"format": "pt"})
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -267,7 +267,7 @@ def test_find_sees_every_checkpoint_below_a_folder_in_order(tmp_path):
 def test_reading_a_checkpoint_and_its_base_imports_no_torch():
     adapter, base = str(CHECKPOINTS / SEED_ONLY), str(base_of(SEED_ONLY))
     program = (
-        "import sys; from vera_tools.checkpoint import Checkpoint; from vera_tools.base import BaseModel\n"
+        "import sys; from vera_tools.checkpoints.checkpoint import Checkpoint; from vera_tools.checkpoints.base import BaseModel\n"
         f"with Checkpoint.open({adapter!r}) as c, BaseModel.open({base!r}) as b:\n"
         "    print(c.pair_shape(b).in_max)\n"
         "print(sorted({'torch', 'safetensors', 'peft', 'transformers', 'huggingface_hub'} & set(sys.modules)))"

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import CHECKPOINTS, FIXTURES, NAMES
-from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.errors import FormatError, NotVeraError, UsageError
+from vera_tools.files.strict_json import parse_json
 
 WILD = sorted((FIXTURES / "configs").glob("*.json"))
 OURS = [path for path in WILD if "pvera" not in path.name]

@@ -16,14 +16,15 @@ import pytest
 from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES, base_of, run_cli, run_json
 from vera_tools import drift, record, verify
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.drifting import drift as drifting
-from vera_tools.drifting import effect, environments, philox, probe
+from vera_tools.drifting import effect, environments, probe
 from vera_tools.drifting.comparison import compare_reports, load
-from vera_tools.drifting.streams import Draw, identify_stream
 from vera_tools.errors import FormatError, UnprovenError, UsageError
-from vera_tools.prng import generate
-from vera_tools.recipe import Recipe
+from vera_tools.platforms.streams import Draw, identify_stream
+from vera_tools.projections import philox
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
 FUSED_X86 = platform.machine() == "x86_64" and torch_draws.rounding() == "fused"
@@ -343,7 +344,7 @@ class TestEffect:
             assert effect.measure(adapter, trained, trained).worst.relative_change == 0
 
     def test_in_features_of_each_layer_come_from_the_base(self):
-        from vera_tools.base import BaseModel
+        from vera_tools.checkpoints.base import BaseModel
 
         with Checkpoint.open(CHECKPOINTS / SEED_ONLY) as adapter, BaseModel.open(base_of(SEED_ONLY)) as base:
             trained = generate(Recipe(prng_key=102), adapter.pair_shape(base))

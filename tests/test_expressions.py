@@ -9,8 +9,8 @@ import time
 import pytest
 
 from tests.conftest import CHECKPOINTS, run_json
-from vera_tools import expressions
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints import expressions
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import FormatError
 
 KEPT = "peft-0.21.2-llama-f32-kept"

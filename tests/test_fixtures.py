@@ -15,7 +15,7 @@ import pytest
 
 from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES, NAMES, ROOT
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files.safetensors import TensorFile
 
 GENERATOR = FIXTURES / "generate.py"
 WEIGHTS = {True: "model.safetensors", False: "adapter_model.safetensors"}

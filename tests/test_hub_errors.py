@@ -22,7 +22,7 @@ import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli
 from vera_tools import schema
 from vera_tools.errors import HubError, VeraToolsError
-from vera_tools.hub import client as hub_module
+from vera_tools.files import hub_client as hub_module
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
@@ -43,7 +43,7 @@ def leftovers(folder):
 def quick(monkeypatch):
     """Retries without the waits between them."""
     without = type("time", (), {"sleep": staticmethod(lambda seconds: None)})
-    for module in ("vera_tools.hub.client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
+    for module in ("vera_tools.files.hub_client", "huggingface_hub.utils._http", "huggingface_hub.file_download"):
         monkeypatch.setattr(f"{module}.time", without)
 
 

@@ -23,7 +23,7 @@ from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
 from tests.hub_state import git_sha1
 from vera_tools import schema
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
-from vera_tools.hub.client import RemoteFile
+from vera_tools.files.hub_client import RemoteFile
 from vera_tools.hub.transfer import check_arrived
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
@@ -351,7 +351,7 @@ def test_embed(hub, tmp_path):
 
 
 def test_the_revision_may_not_move_meanwhile(hub, tmp_path, monkeypatch):
-    from vera_tools.hub import client as hub_module
+    from vera_tools.files import hub_client as hub_module
 
     repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
     resolve, moves = hub_module.resolve, [1]

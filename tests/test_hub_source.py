@@ -11,13 +11,13 @@ import pytest
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_json
 from tests.hub_state import git_sha1
-from vera_tools import source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import FormatError, HubError, UsageError
-from vera_tools.hub import client as hub_module
-from vera_tools.hub import source as hub_source
-from vera_tools.hub.client import Reference
+from vera_tools.files import hub as hub_source
+from vera_tools.files import hub_client as hub_module
+from vera_tools.files import local
+from vera_tools.files.hub_client import Reference
 
 NAME = "peft-0.21.2-llama-f32-kept"
 
@@ -88,7 +88,7 @@ def test_the_revision_is_pinned_when_the_folder_is_opened(hub):
     repo = hub.add_repo("ann/x", {"config.json": b'{"a": 1}'})
     folder = hub_source.folder("hf://ann/x")
     hub.commit(repo, "refs/heads/main", repo.head.oid, {"config.json": hub.store(b"{}", large=False)}, "later", "ann")
-    assert source.read_text(folder, "config.json") == '{"a": 1}'
+    assert local.read_text(folder, "config.json") == '{"a": 1}'
 
 
 def test_private_files_are_read_with_the_token_and_the_storage_never_sees_it(hub, monkeypatch):
@@ -195,10 +195,10 @@ def test_what_passes_is_tried_again(hub, fault, where):
 def test_small_files_are_checked_against_gits_name(hub, size):
     hub.add_repo("ann/x", {"config.json": bytes(size)})
     folder = hub_source.folder("hf://ann/x")
-    assert source.read_text(folder, "config.json") == "\0" * size
+    assert local.read_text(folder, "config.json") == "\0" * size
     if size:
         with hub.fault("resolve-cache", corrupt=size // 2), pytest.raises(HubError, match="not the ones on the Hub"):
-            source.read_text(folder, "config.json")
+            local.read_text(folder, "config.json")
 
 
 @pytest.mark.parametrize("window", [512, 16 << 10])

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES
 from vera_tools.dtypes import FLOATS
-from vera_tools.identification import Pair, identify, identify_pair, max_ulp, same_bits, with_digests
-from vera_tools.prng import PairShape, digests, generate
-from vera_tools.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files.safetensors import TensorFile
+from vera_tools.projections.floats import max_ulp
+from vera_tools.projections.identification import identify, identify_pair, same_bits, with_digests
+from vera_tools.projections.pair import Pair, PairShape
+from vera_tools.projections.prng import digests, generate
+from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
 
 KEY = 11
 SMALL = PairShape(16, 256, 192)

@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import CHECKPOINTS, ROOT, base_of, run_cli, run_json
-from vera_tools import atomic, embed_projections, strip_projections, to_lora, verify
+from vera_tools import embed_projections, strip_projections, to_lora, verify
 from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
-from vera_tools.prng import PairShape
+from vera_tools.files import atomic
+from vera_tools.projections.pair import PairShape
 
 LLAMA = "peft-0.21.2-llama-f32-kept"
 FILES = ("adapter_model.safetensors", "adapter_config.json")

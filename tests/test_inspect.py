@@ -7,8 +7,8 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
-from vera_tools import tensorfile
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.files import safetensors
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -16,7 +16,7 @@ def test_counts_are_those_of_the_file(name):
     code, document = run_json("inspect", CHECKPOINTS / name, "--base", base_of(name))
     assert code == 0
     path = CHECKPOINTS / name / "adapter_model.safetensors"
-    with tensorfile.TensorFile.open(path) as file:
+    with safetensors.TensorFile.open(path) as file:
         sizes = {tensor: info.size for tensor, info in file.tensors.items()}
     pair = sum(size for tensor, size in sizes.items() if tensor in ("base_model.vera_A", "base_model.vera_B"))
     assert document["parameters"]["trainable"] == sum(sizes.values()) - pair
@@ -50,7 +50,7 @@ def test_formula_of_the_paper_for_equal_shapes(tmp_path):
         prefix = f"base_model.model.layers.{n}.q_proj.vera_lambda_"
         tensors[prefix + "b"] = np.ones(d_model, np.float32)
         tensors[prefix + "d"] = np.ones(r, np.float32)
-    tensorfile.save(tmp_path / "adapter_model.safetensors", tensors, {})
+    safetensors.save(tmp_path / "adapter_model.safetensors", tensors, {})
     VeraConfig(r=r, target_modules=["q_proj"], save_projection=False).save_pretrained(tmp_path)
     report = vera_tools.inspect(tmp_path)
     assert report.vector_parameters == layers * (d_model + r)

@@ -15,12 +15,13 @@ import pytest
 
 from tests import peft_loads, torch_draws
 from tests.conftest import CHECKPOINTS, base_of
-from vera_tools import tensorfile, verify
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint
-from vera_tools.prng import generate
-from vera_tools.recipe import Recipe
-from vera_tools.tensorfile import TensorFile
+from vera_tools import verify
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import TensorFile
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.loads import (
     BASE_DTYPES,
     OLD_PEFT,
@@ -58,7 +59,7 @@ def rewrite(folder: Path, change) -> None:
         tensors = {name: file.read(name) for name in file.tensors}
     for name in ("base_model.vera_A", "base_model.vera_B"):
         tensors[name] = change(tensors[name])
-    tensorfile.save(path, tensors, {"format": "pt"})
+    safetensors.save(path, tensors, {"format": "pt"})
 
 
 def set_config(folder: Path, **changes) -> None:

@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
 from vera_tools import record, strip_projections, to_lora
+from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.errors import (
     AssumedRecipeWarning,
     AssumedShapeWarning,
@@ -21,8 +22,7 @@ from vera_tools.errors import (
     UnprovenError,
     UsageError,
 )
-from vera_tools.manifest import Manifest
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files.safetensors import TensorFile
 
 FLOAT32 = [name for name in NAMES if "bf16" not in name and "noavx" not in name]
 TOLERANCE = {"f32": 1e-5, "bf16": 4e-3}

@@ -9,18 +9,11 @@ import re
 import pytest
 
 from vera_tools import schema
+from vera_tools._version import TOOL
+from vera_tools.checkpoints.manifest import METADATA_KEY, BaseRecord, Manifest, Original, ProjectionRecord, TensorRecord
 from vera_tools.errors import FormatError
-from vera_tools.manifest import (
-    METADATA_KEY,
-    TOOL,
-    BaseRecord,
-    Manifest,
-    Original,
-    ProjectionRecord,
-    TensorRecord,
-)
-from vera_tools.prng import PairShape
-from vera_tools.recipe import Recipe, candidates
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.recipe import Recipe, candidates
 
 DIGESTS = {"vera_A": "a" * 64, "vera_B": "b" * 64}
 RECORD = ProjectionRecord(Recipe(prng_key=7), False, PairShape(4, 6, 5), "float32", DIGESTS)

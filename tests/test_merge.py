@@ -26,8 +26,8 @@ from vera_tools.errors import (
     UnprovenError,
     UsageError,
 )
+from vera_tools.files.safetensors import TensorFile
 from vera_tools.hub import card
-from vera_tools.tensorfile import TensorFile
 
 Q0 = "model.layers.0.self_attn.q_proj"
 WEIGHTS = Path("model.safetensors")

@@ -147,7 +147,7 @@ class TestKill:
         vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
         folder = staging.place(out)
         victim = min((folder / "output").iterdir())
-        with vera_tools.tensorfile.TensorFile.open(victim) as file:
+        with vera_tools.files.safetensors.TensorFile.open(victim) as file:
             name = "model.rest" if damage == "copied" else ".weight"
             info = next(info for tensor, info in file.tensors.items() if name in tensor and "norm" not in tensor)
             place = file.data_start + info.start + 1000

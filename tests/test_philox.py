@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 
-from vera_tools.drifting import philox
 from vera_tools.dtypes import np_dtype
-from vera_tools.prng import PairShape, bound
+from vera_tools.projections import philox
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import bound
 
 # Random123's known answers for philox4x32-10: counter, key, result.
 KNOWN = [

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 
 from tests import plain, torch_draws
 from tests.conftest import FIXTURES
-from vera_tools import prng
 from vera_tools.dtypes import FLOATS, np_dtype
-from vera_tools.prng import PairShape, blocks, digests, fma, generate
-from vera_tools.recipe import Recipe, candidates
+from vera_tools.projections import prng
+from vera_tools.projections.floats import fma
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import blocks, digests, generate
+from vera_tools.projections.recipe import Recipe, candidates
 
 CASES = json.loads((FIXTURES / "golden" / "streams.json").read_text())["cases"]
 STREAMS = [

@@ -13,9 +13,11 @@ import pytest
 from tests.conftest import CHECKPOINTS, base_of
 from tests.test_base import make
 from tests.test_checkpoint import rewrite
-from vera_tools import writing
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints import writing
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
+from vera_tools.checkpoints.resolution import arrays, resolve, stored_pair
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -24,10 +26,9 @@ from vera_tools.errors import (
     UsageError,
     VeraToolsWarning,
 )
-from vera_tools.manifest import MANIFEST_NAME
-from vera_tools.prng import PairShape, digests, generate
-from vera_tools.projections import arrays, resolve, stored_pair
-from vera_tools.recipe import Recipe
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import digests, generate
+from vera_tools.projections.recipe import Recipe
 
 KEPT, SEED_ONLY = "peft-0.21.2-llama-f32-kept", "peft-0.21.2-llama-f32-seedonly"
 BF16 = "peft-0.21.2-llama-bf16-seedonly"

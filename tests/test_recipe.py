@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vera_tools import recipe as module
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.recipe import KEY_MAX, KEY_MIN, Recipe, candidates, check_key
+from vera_tools.projections import recipe as module
+from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates, check_key
 
 KEYS = st.integers(KEY_MIN, KEY_MAX)
 ALL = [

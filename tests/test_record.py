@@ -9,9 +9,9 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
-from vera_tools import tensorfile
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
-from vera_tools.manifest import MANIFEST_NAME, Manifest
+from vera_tools.files import safetensors
 
 KEPT = "peft-0.21.2-llama-f32-kept"
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
@@ -134,7 +134,7 @@ def test_a_folder_in_the_manifests_place_is_named(checkpoint):
 
 def test_a_checkpoint_without_an_adapted_layer_has_nothing_to_record(checkpoint):
     folder = checkpoint(SEED_ONLY)
-    tensorfile.save(folder / "adapter_model.safetensors", {}, {"format": "pt"})
+    safetensors.save(folder / "adapter_model.safetensors", {}, {"format": "pt"})
     code, document = run_json("record", folder)
     assert code == 4
     assert document["error"]["what"] == "there is no adapted layer"

@@ -14,8 +14,8 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from vera_tools import tensorfile
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError, VeraToolsError
+from vera_tools.files import safetensors
 
 KEPT = "peft-0.21.2-llama-f32-kept"
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
@@ -54,8 +54,8 @@ def test_stored_checkpoint_gives_back_its_own_bits(tmp_path):
     assert code == 0
     assert document["origin"] == "stored"
     with (
-        tensorfile.TensorFile.open(out) as ours,
-        tensorfile.TensorFile.open(CHECKPOINTS / KEPT / "adapter_model.safetensors") as stored,
+        safetensors.TensorFile.open(out) as ours,
+        safetensors.TensorFile.open(CHECKPOINTS / KEPT / "adapter_model.safetensors") as stored,
     ):
         for name in ("base_model.vera_A", "base_model.vera_B"):
             assert np.array_equal(ours.read(name), stored.read(name))
@@ -94,11 +94,11 @@ def test_seed_only_needs_in_max():
 def test_unrelated_stored_pair_is_not_passed_off(checkpoint):
     folder = checkpoint(KEPT)
     path = folder / "adapter_model.safetensors"
-    with tensorfile.TensorFile.open(path) as file:
+    with safetensors.TensorFile.open(path) as file:
         arrays = {name: file.read(name) for name in file.tensors}
     arrays["base_model.vera_A"][:] = 1
     arrays["base_model.vera_B"][:] = 1
-    tensorfile.save(path, arrays, {})
+    safetensors.save(path, arrays, {})
     with pytest.warns(AssumedRecipeWarning, match="no known recipe makes the stored projections"):
         report = vera_tools.regenerate(folder)
     assert report.record.assumed
@@ -138,7 +138,7 @@ def test_the_file_is_written_as_it_is_drawn(tmp_path, recipe):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 6e6  # the pair is 16.8 MB
-    with tensorfile.TensorFile.open(tmp_path / "pair.safetensors") as file:
+    with safetensors.TensorFile.open(tmp_path / "pair.safetensors") as file:
         assert {name: file.sha256(f"base_model.{name}") for name in ("vera_A", "vera_B")} == report.record.sha256
 
 
@@ -153,7 +153,7 @@ def test_no_pair_is_begun_that_no_adapter_has(tmp_path, output):
 
 def test_a_full_disk_is_known_before_the_draw(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 5, 5))
-    monkeypatch.setattr("vera_tools.verifying.regenerate.digests", None)
+    monkeypatch.setattr("vera_tools.converting.regenerate.digests", None)
     with pytest.raises(VeraToolsError, match=r"not enough room on the disk \(expected 64 bytes, found 5 free\)"):
         vera_tools.regenerate(key=1, r=2, in_features=4, out_features=4, output=tmp_path / "pair.safetensors")
     monkeypatch.undo()

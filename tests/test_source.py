@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.source import LocalFile, LocalFolder, is_remote, locate, read_all, read_text
+from vera_tools.files.local import LocalFile, LocalFolder, read_all, read_text
+from vera_tools.files.opening import is_remote, locate
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import safetensors.numpy
 from tests.conftest import CHECKPOINTS, NAMES, run_cli, run_json
 from tests.test_lora import base_model, distance
 from vera_tools import strip_projections, verify
+from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.converting.strip import exact_in_peft
 from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
-from vera_tools.manifest import Manifest
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files.safetensors import TensorFile
 
 KEPT = [name for name in NAMES if "kept" in name]
 PAIR = {"base_model.vera_A", "base_model.vera_B"}

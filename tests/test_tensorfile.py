@@ -17,10 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.conftest import CHECKPOINTS, FIXTURES
-from vera_tools import tensorfile
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
 from vera_tools.errors import FormatError
-from vera_tools.tensorfile import Deferred, TensorFile, encode_header, layout, parse_header
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import Deferred, TensorFile, encode_header, layout, parse_header
 
 HOSTILE = runpy.run_path(str(FIXTURES / "hostile" / "safetensors_files.py"))["FILES"]
 REAL = sorted(CHECKPOINTS.glob("*/*.safetensors"))
@@ -60,7 +60,7 @@ def test_literal_bytes_are_read(save):
 
 def test_literal_bytes_are_written(tmp_path):
     tensors = {"b": np.array([[3.0, -1.0]], np_dtype("bfloat16")), "w": np.float32([1.0, -2.0])}
-    tensorfile.save(tmp_path / "file", tensors, {"format": "pt"})
+    safetensors.save(tmp_path / "file", tensors, {"format": "pt"})
     assert (tmp_path / "file").read_bytes() == LITERAL
 
 
@@ -89,8 +89,8 @@ def test_hostile_files_are_written_by_their_program(tmp_path):
 
 def test_a_header_over_the_limit_is_not_read(tmp_path):
     with (tmp_path / "file").open("wb") as stream:
-        stream.write(struct.pack("<Q", tensorfile.MAX_HEADER + 1))
-        stream.truncate(tensorfile.MAX_HEADER + 1000)  # a sparse file, so the header would fit in it
+        stream.write(struct.pack("<Q", safetensors.MAX_HEADER + 1))
+        stream.truncate(safetensors.MAX_HEADER + 1000)  # a sparse file, so the header would fit in it
     with pytest.raises(FormatError, match="expected a header length of at most 100000000, found 100000001"):
         TensorFile.open(tmp_path / "file")
 
@@ -164,7 +164,7 @@ def test_every_dtype_of_the_library_is_read_and_written_alike(tmp_path, code):
         array = file.read("t")
     assert (array.shape, array.tobytes()) == ((2, 3), as_bytes(tensor))
     assert array.dtype.name == NAMES[code]
-    tensorfile.save(tmp_path / "ours", {"t": array}, {})
+    safetensors.save(tmp_path / "ours", {"t": array}, {})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
     loaded = load_file(tmp_path / "ours")["t"]
     assert (loaded.dtype, as_bytes(loaded)) == (dtype, as_bytes(tensor))
@@ -178,7 +178,7 @@ def test_a_packed_dtype_is_copied_but_not_read_as_numbers(save, code, tmp_path):
         with pytest.raises(FormatError, match=r"safetensors: t: no numpy dtype for float"):
             file.read("t")
         assert file.sha256("t") == hashlib.sha256(body).hexdigest()
-        tensorfile.save(tmp_path / "copy", {"t": file.deferred("t")}, {})
+        safetensors.save(tmp_path / "copy", {"t": file.deferred("t")}, {})
     with TensorFile.open(tmp_path / "copy") as copy:
         assert b"".join(map(bytes, copy.chunks(copy.tensors["t"]))) == body
 
@@ -203,7 +203,7 @@ def test_what_we_write_the_library_reads(tmp_path_factory, tensors, seed):
         raw = random.integers(0, high, int(np.prod(shape)) * np_dtype(dtype).itemsize).astype(np.uint8)
         arrays[name] = raw.view(np_dtype(dtype)).reshape(shape)
     metadata = {"é": "ß", "a": "1"} if seed % 2 else {}
-    tensorfile.save(path, arrays, metadata)
+    safetensors.save(path, arrays, metadata)
     with safe_open(path, "pt") as theirs, TensorFile.open(path) as ours:
         assert (theirs.metadata() or {}) == ours.metadata == metadata
         assert set(theirs.keys()) == set(ours.tensors) == set(arrays)
@@ -253,15 +253,15 @@ def test_the_layout_is_the_librarys_own(tmp_path):
     save_file(tensors, tmp_path / "theirs", {"format": "pt"})
     with TensorFile.open(tmp_path / "theirs") as file:
         arrays = {name: file.read(name) for name in sorted(file.tensors, reverse=True)}
-    tensorfile.save(tmp_path / "ours", arrays, {"format": "pt"})
+    safetensors.save(tmp_path / "ours", arrays, {"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_what_is_written_twice_is_written_the_same(tmp_path):
     arrays = {name: np.zeros(2, np.float32) for name in "cab"}
     metadata = {key: key for key in "zyxabc"}
-    tensorfile.save(tmp_path / "one", arrays, metadata)
-    tensorfile.save(
+    safetensors.save(tmp_path / "one", arrays, metadata)
+    safetensors.save(
         tmp_path / "two", dict(sorted(arrays.items())), dict(sorted(metadata.items(), key=lambda item: item[0]))
     )
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
@@ -279,39 +279,39 @@ def test_a_header_is_encoded_as_it_was_parsed():
 
 
 def test_a_tensor_may_be_made_while_it_is_written(tmp_path):
-    size = 3 * tensorfile.CHUNK
+    size = 3 * safetensors.CHUNK
     block = np.ones(1000, np.float32)
 
     def pieces():
         for start in range(0, size, 1000):
             yield block[: min(1000, size - start)]
 
-    made = Deferred("float32", (3, tensorfile.CHUNK), pieces)
+    made = Deferred("float32", (3, safetensors.CHUNK), pieces)
     tracemalloc.start()
-    tensorfile.save(tmp_path / "made", {"made": made, "small": np.zeros(2, np.float16)}, {})
+    safetensors.save(tmp_path / "made", {"made": made, "small": np.zeros(2, np.float16)}, {})
     assert tracemalloc.get_traced_memory()[1] < 1 << 20
     tracemalloc.stop()
     with TensorFile.open(tmp_path / "made") as file:
         assert (file.read("made") == 1).all()
-        assert file.read("made").shape == (3, tensorfile.CHUNK)
+        assert file.read("made").shape == (3, safetensors.CHUNK)
         chunks = [len(chunk) for chunk in file.chunks(file.tensors["made"])]
-        assert chunks == [tensorfile.CHUNK] * 12
-        tensorfile.save(tmp_path / "copy", {name: file.deferred(name) for name in file.tensors}, {})
+        assert chunks == [safetensors.CHUNK] * 12
+        safetensors.save(tmp_path / "copy", {name: file.deferred(name) for name in file.tensors}, {})
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "made").read_bytes()
 
 
 def test_arrays_of_any_memory_layout_are_written_in_rows(tmp_path):
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
-    tensorfile.save(tmp_path / "rows", {"t": array}, {})
-    tensorfile.save(tmp_path / "columns", {"t": np.asfortranarray(array)}, {})
-    tensorfile.save(tmp_path / "strided", {"t": np.repeat(array, 2, axis=1)[:, ::2]}, {})
+    safetensors.save(tmp_path / "rows", {"t": array}, {})
+    safetensors.save(tmp_path / "columns", {"t": np.asfortranarray(array)}, {})
+    safetensors.save(tmp_path / "strided", {"t": np.repeat(array, 2, axis=1)[:, ::2]}, {})
     assert (tmp_path / "rows").read_bytes() == (tmp_path / "columns").read_bytes()
     assert (tmp_path / "rows").read_bytes() == (tmp_path / "strided").read_bytes()
 
 
 def test_reading_headers_imports_no_torch():
     program = (
-        "import sys; from vera_tools.tensorfile import TensorFile; "
+        "import sys; from vera_tools.files.safetensors import TensorFile; "
         f"TensorFile.open({str(REAL[0])!r}).close(); print(sorted(m for m in sys.modules if m in "
         "('torch', 'safetensors', 'peft', 'transformers', 'ml_dtypes', 'huggingface_hub')))"
     )

@@ -18,13 +18,15 @@ from hypothesis import strategies as st
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
-from vera_tools import schema, tensorfile
-from vera_tools.checkpoint import Checkpoint
-from vera_tools.config import VeraConfig
+from vera_tools import schema
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import CheckFailedError
-from vera_tools.manifest import MANIFEST_NAME
-from vera_tools.prng import PairShape, generate
-from vera_tools.recipe import Recipe
+from vera_tools.files import safetensors
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 KEPT = "peft-0.21.2-llama-f32-kept"
 SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
@@ -48,11 +50,11 @@ EXPECTED = {
 def edit(folder: Path, change) -> None:
     """Rewrite a checkpoint's tensors: `change` gets a dict of arrays and may alter it."""
     path = folder / "adapter_model.safetensors"
-    with tensorfile.TensorFile.open(path) as file:
+    with safetensors.TensorFile.open(path) as file:
         arrays = {name: file.read(name) for name in file.tensors}
         metadata = file.metadata
     change(arrays)
-    tensorfile.save(path, arrays, metadata)
+    safetensors.save(path, arrays, metadata)
 
 
 def set_config(folder: Path, **keys: object) -> None:
@@ -114,11 +116,11 @@ class TestRealCheckpoints:
 
     def test_lone_file_of_ours_is_enough(self, tmp_path):
         with Checkpoint.open(CHECKPOINTS / KEPT) as opened:
-            from vera_tools.projections import resolve
+            from vera_tools.checkpoints.resolution import resolve
 
             record = resolve(opened).record
             arrays = {name: opened.weights.read(name) for name in opened.weights.tensors if "vera_lambda" in name}
-        tensorfile.save(tmp_path / "alone.safetensors", arrays, record.to_metadata())
+        safetensors.save(tmp_path / "alone.safetensors", arrays, record.to_metadata())
         report = one(tmp_path / "alone.safetensors")
         assert report.verdict == "reproducible"
         assert not failed(report)
@@ -576,7 +578,7 @@ class TestManifest:
             "base_model.model.q_proj.vera_lambda_d": np.ones(4, np.float32),
         }
         tensors["base_model.vera_A"], tensors["base_model.vera_B"] = generate(Recipe(prng_key=0), PairShape(4, 8, 8))
-        tensorfile.save(tmp_path / "adapter_model.safetensors", tensors, {})
+        safetensors.save(tmp_path / "adapter_model.safetensors", tensors, {})
         VeraConfig(r=4, target_modules=["q_proj"]).save_pretrained(tmp_path)
         vera_tools.record(tmp_path)
         edit(tmp_path, lambda arrays: arrays["base_model.model.q_proj.vera_lambda_b"].__setitem__(3, 2))
@@ -628,7 +630,7 @@ model.save_pretrained({str(folder)!r})
         assert "projections.match" in failed(report)
 
     def test_a_recorded_pair_beyond_the_limit_is_not_drawn(self, checkpoint, monkeypatch):
-        monkeypatch.setattr("vera_tools.projections.MOST_BYTES", 1 << 20)
+        monkeypatch.setattr("vera_tools.checkpoints.resolution.MOST_BYTES", 1 << 20)
         folder = checkpoint(SEED_ONLY)
         vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
         assert one(folder).verdict == "reproducible"

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from tests.conftest import CHECKPOINTS, plain, run_cli, run_json, run_terminal
-from vera_tools import tensorfile, verify
+from vera_tools import verify
 from vera_tools.errors import FormatError
-from vera_tools.tensorfile import TensorFile
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import TensorFile
 
 KEPT = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
 
@@ -87,7 +88,7 @@ def hostile(checkpoint):
     with TensorFile.open(folder / "adapter_model.safetensors") as file:
         tensors = {name: file.read(name) for name in file.tensors}
     tensors[HOSTILE] = np.zeros(1, np.float32)
-    tensorfile.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    safetensors.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return folder
 
 

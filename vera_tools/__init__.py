@@ -12,43 +12,43 @@ from typing import TYPE_CHECKING, Any
 from vera_tools._version import __version__
 
 if TYPE_CHECKING:
+    from vera_tools.checkpoints.config import VeraConfig as VeraConfig
     from vera_tools.comparing.diff import diff as diff
-    from vera_tools.config import VeraConfig as VeraConfig
+    from vera_tools.comparing.inspect import inspect as inspect
     from vera_tools.converting.embed import embed_projections as embed_projections
     from vera_tools.converting.foreign import from_foreign as from_foreign
     from vera_tools.converting.lora import to_lora as to_lora
+    from vera_tools.converting.regenerate import regenerate as regenerate
     from vera_tools.converting.strip import strip_projections as strip_projections
     from vera_tools.drifting.drift import drift as drift
     from vera_tools.hub.pull import pull as pull
     from vera_tools.hub.push import push as push
-    from vera_tools.identification import identify as identify
     from vera_tools.merging.merge import merge as merge
     from vera_tools.nn import VeraModel as VeraModel
     from vera_tools.nn import load_adapter as load_adapter
     from vera_tools.nn import save_adapter as save_adapter
-    from vera_tools.recipe import Recipe as Recipe
-    from vera_tools.verifying.inspect import inspect as inspect
+    from vera_tools.projections.identification import identify as identify
+    from vera_tools.projections.recipe import Recipe as Recipe
     from vera_tools.verifying.record import record as record
-    from vera_tools.verifying.regenerate import regenerate as regenerate
     from vera_tools.verifying.verify import verify as verify
 
 # Public name: the module it lives in. No module may bear a public function's name, or importing it would shadow that.
 _HOMES = {
-    "Recipe": "recipe",
-    "VeraConfig": "config",
+    "Recipe": "projections.recipe",
+    "VeraConfig": "checkpoints.config",
     "VeraModel": "nn",
     "diff": "comparing.diff",
     "embed_projections": "converting.embed",
     "drift": "drifting.drift",
     "from_foreign": "converting.foreign",
-    "identify": "identification",
-    "inspect": "verifying.inspect",
+    "identify": "projections.identification",
+    "inspect": "comparing.inspect",
     "load_adapter": "nn",
     "merge": "merging.merge",
     "pull": "hub.pull",
     "push": "hub.push",
     "record": "verifying.record",
-    "regenerate": "verifying.regenerate",
+    "regenerate": "converting.regenerate",
     "save_adapter": "nn",
     "strip_projections": "converting.strip",
     "to_lora": "converting.lora",

@@ -9,6 +9,9 @@ import functools
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
 
 # safetensors code: (name, bits per element); every code that safetensors 0.8 defines.
 _TABLE = {

@@ -11,8 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from vera_tools._version import TOOL
 from vera_tools.errors import VeraToolsError
-from vera_tools.manifest import TOOL
 
 #: Called with (done, total, what) as work goes on; total is 0 where it is unknown.
 Progress = Callable[[int, int, str], None]

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools import atomic
 from vera_tools.cli.shared import (
     Output,
     base_option,
@@ -19,11 +18,12 @@ from vera_tools.cli.shared import (
 )
 from vera_tools.drifting.drift import DEVICES, TIMEOUT, DriftReport, drift
 from vera_tools.dtypes import FLOATS
+from vera_tools.files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from vera_tools.drifting.streams import Environment
+    from vera_tools.platforms.streams import Environment
 
 
 @click.command("drift")

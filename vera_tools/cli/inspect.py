@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools.cli.shared import Output, base_option, human_bytes, labelled, output_options
-from vera_tools.verifying.inspect import InspectReport, inspect
+from vera_tools.comparing.inspect import InspectReport, inspect
 
 if TYPE_CHECKING:
     from rich.console import Console

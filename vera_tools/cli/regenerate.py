@@ -17,7 +17,7 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
-from vera_tools.verifying.regenerate import RegenerateReport, regenerate
+from vera_tools.converting.regenerate import RegenerateReport, regenerate
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -16,7 +16,7 @@ import click
 
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import UsageError, VeraToolsWarning
-from vera_tools.recipe import Recipe
+from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress, Report, printable
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools import atomic
 from vera_tools.cli.shared import Output, base_option, labelled, output_options
 from vera_tools.errors import UsageError
-from vera_tools.identification import Match
-from vera_tools.manifest import PROJECTIONS
+from vera_tools.files import atomic
+from vera_tools.projections.identification import Match
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
 from vera_tools.verifying.loads import BASE_DTYPES, Load
 from vera_tools.verifying.verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify

@@ -13,16 +13,18 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, Checkpoint, Layer
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Layer
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, ProjectionRecord
+from vera_tools.checkpoints.resolution import arrays, resolve
 from vera_tools.comparing.updates import Norms, Pair, UpdateComparison, Vectors
-from vera_tools.config import VeraConfig
+from vera_tools.dtypes import Array
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
-from vera_tools.identification import max_ulp
-from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS, ProjectionRecord
-from vera_tools.projections import arrays, resolve
+from vera_tools.files.safetensors import TensorFile
+from vera_tools.projections.floats import max_ulp
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Progress, Report
-from vera_tools.tensorfile import Array, TensorFile
 
 CARD_NAME = "README.md"
 #: Each layer's updates, and why what they show is not certain.

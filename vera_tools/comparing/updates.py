@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vera_tools.prng import Array
+from vera_tools.dtypes import Array
 
 #: lambda_b (out,) and lambda_d (r,) of one layer.
 Vectors = tuple[Array, Array]

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vera_tools import source
-from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
-from vera_tools.config import CONFIG_NAME
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError
-from vera_tools.manifest import MANIFEST_NAME
+from vera_tools.files import opening
 from vera_tools.report import Progress, Report
 
 Status = Literal["converted", "up to date", "unchanged", "skipped", "failed"]
@@ -116,7 +116,7 @@ def convert_all(
     """
     if out_dir is not None and not os.fspath(out_dir):
         raise UsageError("the output is empty", hint="name the folder that the outputs go to")
-    source.refuse_empty(root)
+    opening.refuse_empty(root)
     top = Path(root)
     own = None if out_dir is None else Path(out_dir).resolve()
     # Listed before anything is written, so that outputs below the root are not taken for inputs.

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vera_tools import tensorfile
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, parse_json
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import BaseRecord, Manifest, Original, ProjectionRecord
+from vera_tools.checkpoints.resolution import arrays, resolve
+from vera_tools.checkpoints.writing import write_checkpoint, write_manifest
 from vera_tools.converting.output import (
     ConversionReport,
     Destination,
@@ -24,11 +26,11 @@ from vera_tools.converting.output import (
     foreign_metadata,
     refuse_half_a_pair,
 )
+from vera_tools.dtypes import Array
 from vera_tools.errors import FormatError, NothingToDoError
-from vera_tools.manifest import BaseRecord, Manifest, Original, ProjectionRecord
-from vera_tools.projections import arrays, resolve
-from vera_tools.tensorfile import Array, Deferred
-from vera_tools.writing import write_checkpoint, write_manifest
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import Deferred
+from vera_tools.files.strict_json import parse_json
 
 Tensors = Mapping[str, Array | Deferred]
 
@@ -159,7 +161,7 @@ class _Restoration:
         (folder / CONFIG_NAME).write_bytes(text.encode())
         header = _header(self.original)
         names = _names_in_order(header, tensors) or []
-        tensorfile.write(folder / WEIGHTS_NAME, header, tensorfile.pieces(tensors[name] for name in names))
+        safetensors.write(folder / WEIGHTS_NAME, header, safetensors.pieces(tensors[name] for name in names))
         return write_manifest(folder, record, base=base)
 
 
@@ -172,7 +174,7 @@ def _header(original: Original) -> bytes:
 
 def _names_in_order(header: bytes, tensors: Tensors) -> list[str] | None:
     """The header's tensors in the order of their bytes, or None where they are not the ones at hand."""
-    _, infos = tensorfile.parse_header(header, where="the manifest: original.header")
+    _, infos = safetensors.parse_header(header, where="the manifest: original.header")
     found = {
         name: (tensor.dtype if isinstance(tensor, Deferred) else tensor.dtype.name, tensor.shape)
         for name, tensor in tensors.items()
@@ -188,6 +190,6 @@ def _file_sha256(original: Original, tensors: Tensors) -> str | None:
     if names is None:
         return None
     digest = hashlib.sha256(struct.pack("<Q", len(header)) + header)
-    for piece in tensorfile.pieces(tensors[name] for name in names):
-        digest.update(tensorfile.as_bytes(piece))
+    for piece in safetensors.pieces(tensors[name] for name in names):
+        digest.update(safetensors.as_bytes(piece))
     return digest.hexdigest()

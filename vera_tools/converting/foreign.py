@@ -22,18 +22,20 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools import atomic, source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
+from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.checkpoints.resolution import resolve
+from vera_tools.checkpoints.writing import write_checkpoint
 from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
-from vera_tools.identification import Pair, identify_pair
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord
-from vera_tools.prng import PairShape
-from vera_tools.projections import resolve
-from vera_tools.tensorfile import Deferred, TensorFile
-from vera_tools.writing import write_checkpoint
+from vera_tools.files import atomic, local, opening
+from vera_tools.files.safetensors import Deferred, TensorFile
+from vera_tools.files.strict_json import parse_json
+from vera_tools.projections.identification import identify_pair
+from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 
 FORMATS = ("peft-draft", "anima")
 
@@ -110,7 +112,7 @@ def from_foreign(
     """
     if format is not None and format not in FORMATS:
         raise UsageError("not a format that can be brought in", expected=" or ".join(FORMATS), found=format)
-    folder, name = source.locate(checkpoint)
+    folder, name = opening.locate(checkpoint)
     if CONFIG_NAME not in folder.names():
         if format == "peft-draft":
             raise FormatError(f"there is no {CONFIG_NAME}", where=folder.label)
@@ -144,8 +146,8 @@ def from_foreign(
         )
 
 
-def _refuse_adapter_hub(folder: source.Folder) -> None:
-    config = parse_json(source.read_text(folder, CONFIG_NAME), where=folder.path_of(CONFIG_NAME))
+def _refuse_adapter_hub(folder: local.Folder) -> None:
+    config = parse_json(local.read_text(folder, CONFIG_NAME), where=folder.path_of(CONFIG_NAME))
     if isinstance(config, dict) and "peft_type" not in config and {"config", "model_class"} <= config.keys():
         raise NotVeraError(
             "no exact mapping to VeRA: adapter-hub draws its matrices from the global generator",
@@ -182,7 +184,7 @@ def _draft_names(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _from_anima(
-    folder: source.Folder,
+    folder: local.Folder,
     name: str | None,
     label: str,
     output: str | os.PathLike[str] | None,
@@ -198,7 +200,7 @@ def _from_anima(
         raise FormatError(
             "not one file", where=label, expected="one safetensors file", found=f"{len(files)}", hint="name the file"
         )
-    target = atomic.refuse_output(output, overwrite=overwrite, inputs=(label, base))
+    target = destination.refuse_output(output, overwrite=overwrite, inputs=(label, base))
     with contextlib.ExitStack() as stack:
         weights = stack.enter_context(TensorFile(folder.open(files[0])))
         _refuse_by_name(weights)

@@ -19,17 +19,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vera_tools import tensorfile
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint, Layer
-from vera_tools.config import CONFIG_NAME
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint, Layer
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.resolution import Resolved, resolve, rows
+from vera_tools.checkpoints.writing import describe
 from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
-from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
-from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
-from vera_tools.projections import Resolved, resolve, rows
-from vera_tools.tensorfile import Array, Deferred, TensorFile
-from vera_tools.writing import describe
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import Deferred, TensorFile
 
 #: What vLLM's --max-lora-rank may be; adapters of any rank up to it are padded to it.
 VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -277,7 +277,7 @@ def _write(
 ) -> Manifest:
     """Config, weights and manifest. The manifest's tensors are the LoRA's, its projections those it was made from."""
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
-    tensorfile.save(folder / WEIGHTS_NAME, tensors, {**foreign_metadata(checkpoint), **record.to_metadata()})
+    safetensors.save(folder / WEIGHTS_NAME, tensors, {**foreign_metadata(checkpoint), **record.to_metadata()})
     with TensorFile.open(folder / WEIGHTS_NAME) as file:
         records = {n: TensorRecord(info.shape, info.dtype, file.sha256(n)) for n, info in file.tensors.items()}
         manifest = dataclasses.replace(

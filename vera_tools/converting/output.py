@@ -12,13 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vera_tools import atomic, source
-from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME
+from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
-from vera_tools.manifest import MANIFEST_NAME, METADATA_KEY, PROJECTIONS, Manifest, ProjectionRecord
+from vera_tools.files import atomic, local
+from vera_tools.files.safetensors import CHUNK
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
-from vera_tools.tensorfile import CHUNK
 
 #: Files that sign or hash a checkpoint: OpenSSF model signing, sigstore bundles, OpenPGP, minisign, checksum lists.
 SIGNATURES = ("*.sig", "*.sigstore", "*.sigstore.json", "*.asc", "*.gpg", "*.p7s", "*.minisig", "*sha256*", "*sha512*")
@@ -57,7 +59,7 @@ class Destination:
         """Check the arguments that say where to, before any work is done.
 
         Raises:
-            UsageError: neither or both of `output` and `in_place`; the output cannot be there (`atomic.refuse_output`);
+            UsageError: neither or both of `output` and `in_place`; the output cannot be there (`destination.refuse_output`);
                 in place on the Hub, or on a weights file of another name.
         """
         if (output is None) != in_place:
@@ -74,8 +76,8 @@ class Destination:
                 warnings.warn(message, SignatureWarning, stacklevel=3)
             return cls(path, True, True, tuple(others), (), checkpoint)
         assert output is not None
-        here = checkpoint.folder.path if isinstance(checkpoint.folder, source.LocalFolder) else None
-        path = atomic.refuse_output(output, overwrite=overwrite, inputs=(here, base))
+        here = checkpoint.folder.path if isinstance(checkpoint.folder, local.LocalFolder) else None
+        path = destination.refuse_output(output, overwrite=overwrite, inputs=(here, base))
         others = [name for name in others if not name.startswith(".")]  # git's and the system's
         left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
         return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)
@@ -181,7 +183,7 @@ def refuse_half_a_pair(checkpoint: Checkpoint) -> None:
 
 def _own_folder(checkpoint: Checkpoint) -> Path:
     folder = checkpoint.folder
-    if not isinstance(folder, source.LocalFolder):
+    if not isinstance(folder, local.LocalFolder):
         raise UsageError(
             "nothing on the Hub is changed in place", where=checkpoint.label, hint="write to a folder (-o)"
         )
@@ -201,7 +203,7 @@ def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
 
 
-def _copy(file: source.ByteSource, path: Path) -> None:
+def _copy(file: local.ByteSource, path: Path) -> None:
     try:
         with path.open("wb") as stream:
             buffer = memoryview(bytearray(min(CHUNK, file.size)))

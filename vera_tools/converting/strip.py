@@ -8,7 +8,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.manifest import Original
+from vera_tools.checkpoints.resolution import Resolved, resolve
+from vera_tools.checkpoints.writing import write_checkpoint
 from vera_tools.converting.output import (
     ConversionReport,
     Destination,
@@ -18,11 +21,9 @@ from vera_tools.converting.output import (
     refuse_half_a_pair,
 )
 from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
-from vera_tools.identification import Identification
-from vera_tools.manifest import PROJECTIONS, Original
-from vera_tools.projections import Resolved, resolve
+from vera_tools.projections.identification import Identification
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
-from vera_tools.writing import write_checkpoint
 
 _REMEDY = (
     "vera-tools loads it exactly everywhere; embedding makes it exact in PEFT >= 0.21 with default options, "

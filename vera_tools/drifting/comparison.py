@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vera_tools import atlas, schema
-from vera_tools.config import parse_json
-from vera_tools.drifting.streams import Draw, Environment, shortened
+from vera_tools import schema
 from vera_tools.errors import FormatError, UsageError
+from vera_tools.files.strict_json import parse_json
+from vera_tools.platforms import atlas
+from vera_tools.platforms.streams import Draw, Environment, shortened
 
 #: What a run's own rows are called beside those of saved reports.
 THIS_RUN = "this run"

@@ -19,21 +19,22 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vera_tools import atlas, source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint, assumed_rounding
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding
+from vera_tools.checkpoints.resolution import Resolved, arrays, resolve
 from vera_tools.drifting import environments
 from vera_tools.drifting.comparison import Comparison, compare_reports, load
 from vera_tools.drifting.effect import Effect, logits_change, measure
 from vera_tools.drifting.environments import Answer, Interpreter, ask, this_interpreter, weaker_capabilities
-from vera_tools.drifting.streams import Draw, Environment, identify_stream
-from vera_tools.dtypes import FLOATS, HALVES, np_dtype
+from vera_tools.dtypes import FLOATS, HALVES, Array, np_dtype
 from vera_tools.errors import UsageError
-from vera_tools.identification import Match, Pair, compare
-from vera_tools.manifest import PROJECTIONS
-from vera_tools.prng import Array, generate
-from vera_tools.projections import Resolved, arrays, resolve
-from vera_tools.recipe import Recipe
+from vera_tools.files import opening
+from vera_tools.platforms import atlas
+from vera_tools.platforms.streams import Draw, Environment, identify_stream
+from vera_tools.projections.identification import Match, compare
+from vera_tools.projections.pair import PROJECTIONS, Pair
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress, Report
 
 #: What every environment draws. The first pair is large enough that fused and separate differ in the half types too,
@@ -361,7 +362,7 @@ class _Judge:
         assert self._adapter is not None
         if self._base is None:
             return {"logits_why_not": "no base model was named"}
-        if source.is_remote(self._base) or not Path(self._base).is_dir():
+        if opening.is_remote(self._base) or not Path(self._base).is_dir():
             return {"logits_why_not": "the base is not a model's folder on this disk"}
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:

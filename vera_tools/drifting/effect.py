@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import MODULES, Checkpoint
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.drifting import logits
-from vera_tools.prng import Array
+from vera_tools.dtypes import Array
 from vera_tools.report import Progress
 
 Pair = tuple[Array, Array]

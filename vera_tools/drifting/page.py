@@ -11,11 +11,11 @@ import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from vera_tools._version import TOOL
 from vera_tools.drifting.drift import DriftReport, Sample
-from vera_tools.drifting.streams import Environment, Stream
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
-from vera_tools.manifest import TOOL
+from vera_tools.platforms.streams import Environment, Stream
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ import importlib.util
 from pathlib import Path
 
 from vera_tools.errors import HubError
-from vera_tools.hub import client as hub
-from vera_tools.hub.client import Reference, RemoteFile
+from vera_tools.files import hub_client as hub
+from vera_tools.files.hub_client import Reference, RemoteFile
 from vera_tools.hub.transfer import check_arrived
 
 

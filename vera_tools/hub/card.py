@@ -11,10 +11,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
-from vera_tools.hub.client import Reference
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord
+from vera_tools.files.hub_client import Reference
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load
 from vera_tools.verifying.verify import CheckpointReport
 

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vera_tools import atomic
-from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
-from vera_tools.config import CONFIG_NAME
+from vera_tools._version import TOOL
+from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
+from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.errors import FormatError, HubError
+from vera_tools.files import atomic
+from vera_tools.files import hub_client as hub
+from vera_tools.files.hub_client import Reference, RemoteFile
 from vera_tools.hub import blobs
-from vera_tools.hub import client as hub
-from vera_tools.hub.client import Reference, RemoteFile
 from vera_tools.hub.transfer import (
     PROVENANCE_NAME,
     Digests,
@@ -33,7 +35,6 @@ from vera_tools.hub.transfer import (
     select,
     speaking_of,
 )
-from vera_tools.manifest import TOOL
 from vera_tools.report import Report
 from vera_tools.verifying.verify import CheckpointReport, verify
 
@@ -133,7 +134,7 @@ def pull(
     reference = Reference.parse(repo)
     if revision is not None:
         reference = Reference(reference.repo, revision, reference.subfolder)
-    target = atomic.refuse_output(output, overwrite=overwrite, inputs=(base,))
+    target = destination.refuse_output(output, overwrite=overwrite, inputs=(base,))
     snapshot = _fetch(reference, include=tuple(include), allow_pickle=allow_pickle)
     with _room(target), atomic.folder(target, overwrite=overwrite) as folder:
         files = tuple(_take(snapshot, path, folder, target) for path in snapshot.files)
@@ -203,7 +204,7 @@ def _from_cache(reference: Reference, *, include: tuple[str, ...], allow_pickle:
     from huggingface_hub import get_cached_repo_tree
     from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
-    from vera_tools.hub.source import CachedFolder
+    from vera_tools.files.hub import CachedFolder
 
     inside = CachedFolder(reference)
     folder = inside.path

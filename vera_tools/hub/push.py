@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from vera_tools import source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
+from vera_tools.checkpoints.resolution import resolve
+from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import (
     CheckFailedError,
     FormatError,
@@ -32,16 +34,14 @@ from vera_tools.errors import (
     UsageError,
     VeraToolsError,
 )
+from vera_tools.files import hub_client as hub
+from vera_tools.files import local, opening
+from vera_tools.files.hub import HubFile
+from vera_tools.files.hub_client import Reference, RemoteFile
 from vera_tools.hub import card
-from vera_tools.hub import client as hub
-from vera_tools.hub.client import Reference, RemoteFile
-from vera_tools.hub.source import HubFile
 from vera_tools.hub.transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
-from vera_tools.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
-from vera_tools.projections import resolve
 from vera_tools.report import Report
 from vera_tools.verifying.verify import CheckpointReport, verify
-from vera_tools.writing import describe
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
@@ -216,10 +216,10 @@ def _target(repo: str, revision: str | None, *, create_pr: bool) -> Reference:
 
 
 def _local(checkpoint: str | os.PathLike[str]) -> Path:
-    if source.is_remote(checkpoint):
+    if opening.is_remote(checkpoint):
         raise UsageError("only a local checkpoint can be pushed", where=os.fspath(checkpoint), hint="pull it first")
-    folder, name = source.locate(checkpoint)
-    if name not in (None, WEIGHTS_NAME, CONFIG_NAME) or not isinstance(folder, source.LocalFolder):
+    folder, name = opening.locate(checkpoint)
+    if name not in (None, WEIGHTS_NAME, CONFIG_NAME) or not isinstance(folder, local.LocalFolder):
         raise UsageError("a checkpoint's folder is pushed, not one file", where=os.fspath(checkpoint))
     return folder.path
 
@@ -240,7 +240,7 @@ def _temporary() -> Iterator[Path]:
 
 
 def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
-    names = select(source.LocalFolder(folder).names(), include=include)
+    names = select(local.LocalFolder(folder).names(), include=include)
     if CONFIG_NAME not in names:
         raise FormatError("no adapter here", where=folder, expected=CONFIG_NAME)
     staged.mkdir()
@@ -336,7 +336,7 @@ class _Remote:
         with contextlib.closing(
             HubFile(self.api, self.reference.repo, self.head, self.files[name], label=label)
         ) as file:
-            return source.read_all(file, limit=16 << 20)
+            return local.read_all(file, limit=16 << 20)
 
     def holds(self, name: str, digest: Digests) -> bool:
         """Whether this very content is there."""

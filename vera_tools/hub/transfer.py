@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vera_tools.checkpoint import PICKLE_NAME, WEIGHTS_NAME
-from vera_tools.config import CONFIG_NAME
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, VeraToolsError
-from vera_tools.hub.client import RemoteFile
-from vera_tools.manifest import MANIFEST_NAME
+from vera_tools.files.hub_client import RemoteFile
 from vera_tools.verifying.checks import Check
 from vera_tools.verifying.verify import CheckpointReport
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools.base import Linear
-from vera_tools.checkpoint import PICKLE_NAME, Checkpoint, Layer
-from vera_tools.dtypes import HALVES
+from vera_tools.checkpoints.base import Linear
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, Checkpoint, Layer
+from vera_tools.checkpoints.resolution import Resolved, arrays
+from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.merging.arithmetic import Factor
 from vera_tools.merging.rounding import check_finite
-from vera_tools.prng import Array
-from vera_tools.projections import Resolved, arrays
 
 
 class Adapter:

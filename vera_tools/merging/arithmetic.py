@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vera_tools.dtypes import Array
 from vera_tools.merging.workspace import Workspace
-from vera_tools.prng import Array
 
 #: Elements of a weight that are merged at a time: 4 MB of float32, which stays in a CPU's outer cache.
 BLOCK = 1 << 20

@@ -9,14 +9,14 @@ from typing import Literal
 
 import numpy as np
 
-from vera_tools.base import BaseModel, Linear, Renaming
-from vera_tools.checkpoint import MODULES, Layer
+from vera_tools.checkpoints.base import BaseModel, Linear, Renaming
+from vera_tools.checkpoints.checkpoint import MODULES, Layer
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
+from vera_tools.files.safetensors import TensorInfo
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.arithmetic import BLOCK
 from vera_tools.merging.rounding import check_finite
-from vera_tools.tensorfile import TensorInfo
 
 # Tensors that stand beside a packed weight: GPTQ and AWQ, bitsandbytes, float8 and compressed-tensors scales.
 _PACKED = (

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
-from vera_tools.source import ByteSource, LocalFile
+from vera_tools.files.local import ByteSource, LocalFile
 
 #: Bytes a single request copies, so that progress is seen and an interrupt is heard.
 PIECE = 64 << 20

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import xxhash
 
-from vera_tools.base import BaseModel
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.files.local import LocalFile
+from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
 from vera_tools.merging.plan import Entry, Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
 from vera_tools.report import Progress
-from vera_tools.source import LocalFile
-from vera_tools.tensorfile import as_bytes
 
 #: Each worker holds some 15 MB; more of them than this would only wait for the disk.
 MOST_WORKERS = 8

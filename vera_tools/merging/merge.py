@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from vera_tools import atomic, source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.resolution import resolve
 from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
+from vera_tools.files import local
 from vera_tools.merging import execution, heads, record, staging, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
 from vera_tools.merging.plan import Plan, Shard, make, portion
-from vera_tools.projections import resolve
 from vera_tools.report import Progress, Report
 
 
@@ -166,7 +167,7 @@ def merge(
     references = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
     _check_arguments(references, factors, shard=shard, finish=finish)
-    path = atomic.refuse_output(output, overwrite=overwrite, inputs=(base, *references))
+    path = destination.refuse_output(output, overwrite=overwrite, inputs=(base, *references))
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(BaseModel.open(base))
         refuse_quantised(model)
@@ -244,7 +245,7 @@ def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
     """Refuse where the disk cannot hold what is to be written, whatever the system shares between copies."""
     here = folder.stat().st_dev
     sources = [file.source for file in plan.base.files.values()]
-    may_share = any(isinstance(file, source.LocalFile) and os.fstat(file.fileno()).st_dev == here for file in sources)
+    may_share = any(isinstance(file, local.LocalFile) and os.fstat(file.fileno()).st_dev == here for file in sources)
     needed = sum(item.computed if may_share else item.size for item in todo)
     free = shutil.disk_usage(folder).free
     if needed > free:

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from vera_tools import source
 from vera_tools._version import __version__
-from vera_tools.base import INDEX_SUFFIX, BaseModel
+from vera_tools.checkpoints.base import INDEX_SUFFIX, BaseModel
 from vera_tools.dtypes import BITS, CODES, FLOATS
 from vera_tools.errors import UsageError
+from vera_tools.files import local
+from vera_tools.files.safetensors import TensorFile, TensorInfo, encode_header, layout
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import Change, Part, collect
 from vera_tools.merging.tying import untying
-from vera_tools.tensorfile import TensorFile, TensorInfo, encode_header, layout
 
 Kind = Literal["copied", "cast", "merged", "replaced", "added"]
 
@@ -111,7 +111,7 @@ class Plan:
     shards: tuple[Shard, ...]
     index_name: str | None
     index: str | None
-    copied_files: dict[str, source.Folder]
+    copied_files: dict[str, local.Folder]
     config: str | None
     dtype: str | None
     max_shard_size: int | None
@@ -267,14 +267,14 @@ def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tupl
     old = base.index or {}
     metadata = {**old.get("metadata", {}), "total_size": total}
     if old.get("weight_map") == weight_map and total == sum(info.nbytes for _, info in base.tensors.values()):
-        return name, source.read_text(base.folder, name, limit=256 << 20)
+        return name, local.read_text(base.folder, name, limit=256 << 20)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.info.size for shard in shards for entry in shard.entries)
     document = {**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     return name, json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
-def _copied_files(base: BaseModel) -> dict[str, source.Folder]:
+def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
     names = base.folder.names()
     if "config.json" not in names:
         return {}  # a lone file among others, which need not belong to it

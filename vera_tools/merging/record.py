@@ -9,9 +9,10 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from vera_tools import source
-from vera_tools.hub.client import name_of
-from vera_tools.manifest import TOOL, ProjectionRecord
+from vera_tools._version import TOOL
+from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.files import local
+from vera_tools.files.hub_client import name_of
 from vera_tools.merging.plan import Kind, Plan
 from vera_tools.report import printable
 
@@ -114,7 +115,7 @@ def model_card(plan: Plan) -> str:
 def _kept(plan: Plan) -> list[str]:
     if CARD_NAME not in plan.base.folder.names() or "config.json" not in plan.base.folder.names():
         return []
-    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", source.read_text(plan.base.folder, CARD_NAME), re.DOTALL)
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", local.read_text(plan.base.folder, CARD_NAME), re.DOTALL)
     lines: list[str] = []
     keeping = False
     for line in match[1].splitlines() if match else ():

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools.dtypes import HALVES, np_dtype
+from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.errors import CheckFailedError
 from vera_tools.merging.workspace import Workspace
-from vera_tools.prng import Array
 
 #: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
 STRIP = 1 << 18

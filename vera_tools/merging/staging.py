@@ -26,8 +26,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vera_tools import atomic
 from vera_tools.errors import UsageError
+from vera_tools.files import atomic
 from vera_tools.merging.plan import Plan, Shard
 
 # What flock says where a file system has no locks; then nothing can be promised, and nothing is refused.

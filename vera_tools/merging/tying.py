@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vera_tools.base import INPUT_EMBEDDINGS, OUTPUT_LAYERS, BaseModel
+from vera_tools.checkpoints.base import INPUT_EMBEDDINGS, OUTPUT_LAYERS, BaseModel
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vera_tools.base import BaseModel
-from vera_tools.dtypes import HALVES, np_dtype
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.dtypes import HALVES, Array, np_dtype
+from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
 from vera_tools.merging.changes import Part
 from vera_tools.merging.plan import Entry
 from vera_tools.merging.rounding import check_finite, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
-from vera_tools.prng import Array
-from vera_tools.tensorfile import as_bytes
 
 if TYPE_CHECKING:
     import hashlib

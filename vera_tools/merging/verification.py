@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from vera_tools.base import BaseModel
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.files.safetensors import TensorFile, as_bytes
 from vera_tools.merging.execution import Meter
 from vera_tools.merging.plan import Entry, Plan, Shard
 from vera_tools.merging.rounding import rounded
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks, delta
 from vera_tools.merging.workspace import Workspace
-from vera_tools.prng import Array
-from vera_tools.tensorfile import TensorFile, as_bytes
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import threading
 import numpy as np
 from numpy.typing import DTypeLike
 
-from vera_tools.prng import Array
+from vera_tools.dtypes import Array
 
 
 class Workspace(threading.local):

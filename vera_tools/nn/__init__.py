@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.model import VeraModel
 

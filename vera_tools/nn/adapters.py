@@ -12,17 +12,19 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.dtypes import Array
 from vera_tools.errors import UsageError, VeraToolsWarning
-from vera_tools.identification import identify
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord
 from vera_tools.nn import targets
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
 from vera_tools.nn.saved_module import SavedModule
-from vera_tools.prng import Array, generate
-from vera_tools.recipe import Recipe
+from vera_tools.projections.identification import identify
+from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 
 class Adapters(nn.Module):

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed, nn
 
-from vera_tools import atomic
-from vera_tools.base import rounds_through
-from vera_tools.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, VeraConfig
-from vera_tools.dtypes import HALVES
+from vera_tools.checkpoints.base import rounds_through
+from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, BaseRecord, ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.resolution import Resolved, arrays, resolve
+from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
-from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, BaseRecord, ProjectionRecord, TensorRecord
+from vera_tools.files import atomic
 from vera_tools.nn import targets
 from vera_tools.nn.layer import features
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.saved_module import SavedModule
-from vera_tools.prng import Array
-from vera_tools.projections import Resolved, arrays, resolve
-from vera_tools.recipe import Recipe
-from vera_tools.writing import write_checkpoint
+from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.projections.recipe import Recipe
 
 if TYPE_CHECKING:
     from vera_tools.nn.model import VeraModel

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.functional import add_vera, delta_weight

@@ -14,14 +14,14 @@ from typing import Any
 
 from torch import nn
 
-from vera_tools.config import VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import UsageError
-from vera_tools.manifest import PROJECTIONS
 from vera_tools.nn import peft_arguments
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.rows import NO_ADAPTER, Rows
 from vera_tools.nn.status import LayerStatus, ModelStatus, layer_status, model_status
+from vera_tools.projections.pair import PROJECTIONS
 
 
 class _with_signature_of_base:  # noqa: N801 (a decorator)

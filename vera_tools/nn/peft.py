@@ -25,14 +25,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import UsageError
-from vera_tools.manifest import PROJECTIONS
+from vera_tools.files.opening import is_remote
 from vera_tools.nn import peft_arguments
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
-from vera_tools.recipe import Recipe
-from vera_tools.source import is_remote
+from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.projections.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -220,7 +220,7 @@ def _as_peft_takes_it(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which PEFT finds a checkpoint."""
     if not is_remote(checkpoint):
         return {"model_id": os.fspath(checkpoint)}
-    from vera_tools.hub.client import Reference
+    from vera_tools.files.hub_client import Reference
 
     reference = Reference.parse(os.fspath(checkpoint))
     return {

@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vera_tools.dtypes import np_dtype
-from vera_tools.prng import Array
+from vera_tools.dtypes import Array, np_dtype
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vera_tools.config import TASK_HEADS, VeraConfig
+from vera_tools.checkpoints.config import TASK_HEADS, VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
 from vera_tools.nn.saved_module import SavedModule
-from vera_tools.prng import PairShape
+from vera_tools.projections.pair import PairShape
 
 #: What is adapted by default, by the base config's model_type: the choices of PEFT 0.21.
 DEFAULT_TARGETS: dict[str, list[str] | str] = {

@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vera_tools.checkpoint import MODULES, Checkpoint
-from vera_tools.config import TASK_HEADS, VeraConfig
+from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
+from vera_tools.checkpoints.config import TASK_HEADS, VeraConfig
 from vera_tools.dtypes import FLOATS, np_dtype
-from vera_tools.tensorfile import TensorInfo
+from vera_tools.files.safetensors import TensorInfo
 
 Status = Literal["pass", "fail", "warn", "skip"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vera_tools.base import BaseModel, Renaming
-from vera_tools.checkpoint import MODULES, Checkpoint
-from vera_tools.config import TASK_HEADS
+from vera_tools.checkpoints.base import BaseModel, Renaming
+from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
+from vera_tools.checkpoints.config import TASK_HEADS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import EMBEDDINGS, Check, belongs, saved_modules, some
 

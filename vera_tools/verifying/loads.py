@@ -15,9 +15,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
-from vera_tools import atlas
 from vera_tools.dtypes import HALVES
-from vera_tools.recipe import Recipe
+from vera_tools.platforms import atlas
+from vera_tools.projections.recipe import Recipe
 
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
 ROUNDINGS = ("fused", "separate")

@@ -7,14 +7,14 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools import atomic, source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
+from vera_tools.checkpoints.resolution import Resolved, resolve
+from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.manifest import MANIFEST_NAME, Manifest
-from vera_tools.projections import Resolved, resolve
+from vera_tools.files import atomic, local, opening
 from vera_tools.report import Report
-from vera_tools.writing import describe
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def record(
         UnprovenError: seed-only with nothing recorded, and `strict`.
         UsageError: a checkpoint on the Hub, or a seed-only one for which nothing says in_max.
     """
-    if source.is_remote(checkpoint):
+    if opening.is_remote(checkpoint):
         raise UsageError(
             "a manifest is written beside a local checkpoint",
             where=os.fspath(checkpoint),
@@ -100,9 +100,9 @@ def record(
                 "there is no adapted layer", where=opened.weights.label, expected="vera_lambda_b and vera_lambda_d"
             )
         folder = opened.folder
-        assert isinstance(folder, source.LocalFolder)
+        assert isinstance(folder, local.LocalFolder)
         path = folder.path / MANIFEST_NAME
-        if kind := source.not_a_file(path):
+        if kind := local.not_a_file(path):
             raise FormatError(f"this is {kind}, not a file", where=path, hint="take it away")
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         resolved = resolve(
@@ -113,7 +113,7 @@ def record(
             stored_dtype=stored_dtype,
             strict=strict,
         )
-        digest_base = base is not None and not source.is_remote(base)
+        digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
     data = manifest.to_json().encode()
     before = path.read_bytes() if path.exists() else None

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from vera_tools.checkpoint import ROOT, Checkpoint
-from vera_tools.identification import Identification
-from vera_tools.manifest import PROJECTIONS, Manifest, ProjectionRecord
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
+from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
+from vera_tools.projections.identification import Identification
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.checks import EMBEDDINGS, Check, Scan, some
 
 # What PEFT fills in or changes when it saves an adapter again. None of it changes what the adapter computes.

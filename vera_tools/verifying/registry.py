@@ -15,14 +15,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from vera_tools import schema, source
-from vera_tools.config import CONFIG_NAME, parse_json
+from vera_tools import schema
+from vera_tools._version import TOOL
+from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.errors import FormatError, HubError, UsageError, VeraToolsError
-from vera_tools.hub import client as hub
-from vera_tools.hub.client import Reference
-from vera_tools.identification import Match
-from vera_tools.manifest import PROJECTIONS, TOOL
-from vera_tools.recipe import Recipe
+from vera_tools.files import hub_client as hub
+from vera_tools.files import opening
+from vera_tools.files.hub_client import Reference
+from vera_tools.files.strict_json import parse_json
+from vera_tools.projections.identification import Match
+from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.checks import Check
 from vera_tools.verifying.loads import Load
 
@@ -68,7 +71,7 @@ class Result:
 
 def is_pattern(path: str) -> bool:
     """Whether this stands for many: ``hf://owner/*``."""
-    return source.is_remote(path) and any(character in path for character in "*?[")
+    return opening.is_remote(path) and any(character in path for character in "*?[")
 
 
 def run(
@@ -134,7 +137,7 @@ def matching(pattern: str) -> list[str]:
 
 
 def _explicit(path: str, verify: Verify, known: _Log) -> list[Result]:
-    if not source.is_remote(path):
+    if not opening.is_remote(path):
         return [Result(path, None, verify(path))]
     try:
         if hub.is_offline():

@@ -17,17 +17,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from vera_tools import source
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, Checkpoint, find
-from vera_tools.config import CONFIG_NAME
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, find
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.checkpoints.resolution import refuse_size, stored_pair
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError
-from vera_tools.identification import Identification, Match, Pair, identify_pair, same_bits, with_digests
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord
-from vera_tools.prng import PairShape, digests
-from vera_tools.projections import refuse_size, stored_pair
-from vera_tools.recipe import Recipe
+from vera_tools.files import opening
+from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
+from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
+from vera_tools.projections.prng import digests
+from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress, Report, printable
 from vera_tools.verifying import checks, fit, recorded, registry
 from vera_tools.verifying.checks import Check, Scan
@@ -418,10 +419,10 @@ class _Once:
 def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
     seen: set[str] = set()
     for root in roots:
-        if source.is_remote(root):
+        if opening.is_remote(root):
             yield os.fspath(root)
             continue
-        source.refuse_empty(root)
+        opening.refuse_empty(root)
         path, empty = Path(root), True
         if os.path.isfile(path):
             yield os.fspath(root)

@@ -7,12 +7,12 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import Checkpoint, Layer
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import Checkpoint, Layer
 from vera_tools.dtypes import BITS, CODES
-from vera_tools.prng import PairShape
+from vera_tools.files.safetensors import TensorInfo
+from vera_tools.projections.pair import PairShape
 from vera_tools.report import Report
-from vera_tools.tensorfile import TensorInfo
 
 
 @dataclass(frozen=True)

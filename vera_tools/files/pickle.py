@@ -8,10 +8,10 @@ from __future__ import annotations
 import io
 import struct
 
-from vera_tools import source, tensorfile
 from vera_tools.dtypes import CODES, np_dtype
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.source import Folder, MemoryFile
+from vera_tools.files import local, safetensors
+from vera_tools.files.local import Folder, MemoryFile
 
 #: A pickle is read into memory whole; no VeRA adapter comes near this.
 MAX_PICKLE = 8 << 30
@@ -31,7 +31,7 @@ def read_pickle(folder: Folder, name: str) -> MemoryFile:
         raise UsageError("reading a pickle needs torch", where=where, hint="pip install 'vera-tools[torch]'") from error
     file = folder.open(name)
     try:
-        data = source.read_all(file, limit=MAX_PICKLE)
+        data = local.read_all(file, limit=MAX_PICKLE)
     finally:
         file.close()
     try:
@@ -48,7 +48,7 @@ def read_pickle(folder: Folder, name: str) -> MemoryFile:
             raise FormatError("safetensors has no such dtype", where=f"{where}: {key}", found=dtype)
         flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
         arrays[str(key)] = flat.view(np_dtype(dtype)).reshape(tuple(tensor.shape))
-    infos = tensorfile.layout({key: (array.dtype.name, array.shape) for key, array in arrays.items()})
-    header = tensorfile.encode_header(infos, {})
+    infos = safetensors.layout({key: (array.dtype.name, array.shape) for key, array in arrays.items()})
+    header = safetensors.encode_header(infos, {})
     body = b"".join(arrays[key].tobytes() for key in infos)
     return MemoryFile(where, struct.pack("<Q", len(header)) + header + body)

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vera_tools import atomic, tensorfile
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, Checkpoint
+from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
+from vera_tools.checkpoints.manifest import ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.resolution import refuse_size, resolve
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import AssumedRecipeWarning, UsageError, VeraToolsError
-from vera_tools.manifest import PROJECTIONS, ProjectionRecord, TensorRecord
-from vera_tools.prng import PairShape, blocks, digests
-from vera_tools.projections import refuse_size, resolve
-from vera_tools.recipe import Recipe
+from vera_tools.files import atomic, safetensors
+from vera_tools.projections.pair import PROJECTIONS, PairShape
+from vera_tools.projections.prng import blocks, digests
+from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Report
 
 
@@ -93,7 +95,7 @@ def regenerate(
         FormatError: the checkpoint cannot be read.
     """
     if output is not None:
-        atomic.refuse_output(output, overwrite=overwrite, is_file=True)
+        destination.refuse_output(output, overwrite=overwrite, is_file=True)
     record, origin = (
         _of_key(key, r, in_features, out_features, recipe, stored_dtype, output)
         if checkpoint is None
@@ -112,9 +114,9 @@ def _write(path: Path, record: ProjectionRecord) -> None:
     assert recipe is not None
     names = reversed(PROJECTIONS) if recipe.b_first else PROJECTIONS
     tensors = {ROOT + name: (record.dtype, record.shape.of(name)) for name in names}
-    header = tensorfile.encode_header(tensorfile.layout(tensors, order=list(tensors)), record.to_metadata())
+    header = safetensors.encode_header(safetensors.layout(tensors, order=list(tensors)), record.to_metadata())
     drawn = blocks([recipe], record.shape, stored_dtype=record.dtype)
-    tensorfile.write(path, header, (block.values[recipe] for block in drawn))
+    safetensors.write(path, header, (block.values[recipe] for block in drawn))
 
 
 def _refuse_size(shape: PairShape, dtype: str, output: str | os.PathLike[str] | None) -> None:

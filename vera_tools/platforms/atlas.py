@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.drifting.streams import Draw, Environment, agreeing, shortened
+from vera_tools.platforms.streams import Draw, Environment, agreeing, shortened
 
 _MACHINES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64"}
 _CAPABILITIES = {"default": "without AVX2", "avx2": "with AVX2", "avx512": "with AVX-512"}

@@ -14,16 +14,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vera_tools import schema
-from vera_tools._version import __version__
-from vera_tools.config import parse_json
+from vera_tools._version import TOOL
 from vera_tools.errors import FormatError
-from vera_tools.prng import PairShape
-from vera_tools.recipe import Recipe
+from vera_tools.files.strict_json import parse_json
+from vera_tools.projections.pair import PROJECTIONS, PairShape
+from vera_tools.projections.recipe import Recipe
 
 MANIFEST_NAME = "vera_manifest.json"
 METADATA_KEY = "vera_tools"
-TOOL = {"name": "vera-tools", "version": __version__}
-PROJECTIONS = ("vera_A", "vera_B")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 

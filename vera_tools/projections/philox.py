@@ -22,8 +22,10 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools.dtypes import HALVES, np_dtype
-from vera_tools.prng import Array, PairShape, bound, fma
+from vera_tools.dtypes import HALVES, Array, np_dtype
+from vera_tools.projections.floats import fma
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import bound
 
 NAME = "philox4x32-10"
 BLOCK_SIZE = 256

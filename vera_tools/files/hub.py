@@ -14,10 +14,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vera_tools import source
 from vera_tools.errors import HubError
-from vera_tools.hub import client as hub
-from vera_tools.hub.client import Reference, RemoteFile
+from vera_tools.files import hub_client as hub
+from vera_tools.files import local
+from vera_tools.files.hub_client import Reference, RemoteFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -29,7 +29,7 @@ WINDOW = 16 << 10
 MOST = 16 << 20
 
 
-def folder(reference: str) -> source.Folder:
+def folder(reference: str) -> local.Folder:
     """Open ``hf://owner/name[@revision][/subfolder]``; offline, what the client's cache holds of it.
 
     Raises:
@@ -192,7 +192,7 @@ class HubFile:
         return response
 
 
-class CachedFolder(source.LocalFolder):
+class CachedFolder(local.LocalFolder):
     """What the client's cache holds of a folder, for when HF_HUB_OFFLINE is set."""
 
     def __init__(self, reference: Reference) -> None:

@@ -7,16 +7,17 @@ case costs one full draw. Only where nothing fits exactly are other keys and ord
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from vera_tools.dtypes import FLOATS, HALVES
-from vera_tools.manifest import PROJECTIONS
-from vera_tools.prng import BLOCK, Array, PairShape, blocks
-from vera_tools.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
+from vera_tools.dtypes import FLOATS, HALVES, Array
+from vera_tools.projections.floats import as_bits, max_ulp
+from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
+from vera_tools.projections.prng import BLOCK, blocks
+from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
 
 MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absent"]
 
@@ -26,37 +27,6 @@ MAX_PLACES = 16
 MAX_ROUNDING = 2.0**-3
 #: Keys that training scripts are known to leave in place of the configured one.
 USUAL_KEYS = (0, 1, 42)
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Stored projections, readable by ranges.
-
-    Attributes:
-        shape: r, in_max, out_max.
-        dtype: The stored dtype of both.
-        read: (name, start, stop) -> elements of the flattened tensor.
-    """
-
-    shape: PairShape
-    dtype: str
-    read: Callable[[str, int, int], Array]
-
-    @classmethod
-    def of(cls, vera_A: Array, vera_B: Array) -> Pair:
-        """A pair that is in memory.
-
-        Raises:
-            ValueError: not (r, in_max) and (out_max, r) of one floating-point dtype.
-        """
-        if vera_A.ndim != 2 or vera_B.ndim != 2 or vera_A.shape[0] != vera_B.shape[1] or vera_A.dtype != vera_B.dtype:
-            raise ValueError(
-                "expected vera_A (r, in_max) and vera_B (out_max, r) of one dtype, "
-                f"found {vera_A.dtype}{list(vera_A.shape)} and {vera_B.dtype}{list(vera_B.shape)}"
-            )
-        flat = {"vera_A": vera_A.reshape(-1), "vera_B": vera_B.reshape(-1)}
-        shape = PairShape(vera_A.shape[0], vera_A.shape[1], vera_B.shape[0])
-        return cls(shape, vera_A.dtype.name, lambda name, start, stop: flat[name][start:stop])
 
 
 @dataclass(frozen=True)
@@ -167,16 +137,16 @@ def same_bits(recipe: Recipe, others: Collection[Recipe], shape: PairShape, stor
     for block in blocks([recipe, *rivals], shape, stored_dtype=stored_dtype, wanted=wanted):
         if len(wanted) == 1:
             break
-        reference = _bits(block.values[recipe])
-        wanted -= {other for other, values in block.values.items() if not np.array_equal(_bits(values), reference)}
+        reference = as_bits(block.values[recipe])
+        wanted -= {other for other, values in block.values.items() if not np.array_equal(as_bits(values), reference)}
     return wanted - {recipe}
 
 
 def _exact(pair: Pair, recipes: tuple[Recipe, ...]) -> list[Recipe]:
     wanted = set(recipes)
     for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype, wanted=wanted, first=1 << 10):
-        stored = _bits(pair.read(block.tensor, block.start, block.stop))
-        wanted -= {recipe for recipe, values in block.values.items() if not np.array_equal(_bits(values), stored)}
+        stored = as_bits(pair.read(block.tensor, block.start, block.stop))
+        wanted -= {recipe for recipe, values in block.values.items() if not np.array_equal(as_bits(values), stored)}
         if not wanted:
             break
     return [recipe for recipe in recipes if recipe in wanted]  # a set's order is another one in every process
@@ -210,7 +180,7 @@ def _nearest(pair: Pair, recipes: tuple[Recipe, ...]) -> Recipe:
     for block in blocks(recipes, pair.shape, stored_dtype=pair.dtype):
         stored = pair.read(block.tensor, block.start, block.stop)
         for recipe, values in block.values.items():
-            differing[recipe][block.tensor] += int(np.count_nonzero(_bits(values) != _bits(stored)))
+            differing[recipe][block.tensor] += int(np.count_nonzero(as_bits(values) != as_bits(stored)))
             if block.start == 0:  # enough to tell near from far where no element is the same
                 wide = values.astype(np.float64)
                 difference = np.linalg.norm(_finite(wide - stored.astype(np.float64)))
@@ -262,7 +232,7 @@ class _Totals:
         self.finite = True
 
     def add(self, start: int, stored: Array, values: Array) -> None:
-        wrong = np.flatnonzero(_bits(stored) != _bits(values))
+        wrong = np.flatnonzero(as_bits(stored) != as_bits(values))
         wide = values.astype(np.float64)
         self.reference += float(np.dot(wide, wide))
         self.count += wrong.size
@@ -302,28 +272,6 @@ class _Totals:
         if self.finite and norm <= MAX_ROUNDING and self.max_abs <= bound * MAX_ROUNDING:
             return "rounded"
         return "edited" if self.count <= size // 2 else "unrelated"
-
-
-def max_ulp(a: Array, b: Array) -> int:
-    """Largest distance between two arrays of one floating-point dtype, counted in representable numbers."""
-    first, second = _ordered(a), _ordered(b)
-    largest, smallest = np.maximum(first, second), np.minimum(first, second)
-    return int((largest - smallest).max()) if largest.size else 0
-
-
-def _ordered(values: Array) -> Array:
-    """Floats as uint64 in the floats' own order, so that neighbours differ by 1 (and -0.0 equals 0.0)."""
-    bits = _bits(values)
-    width = 8 * bits.dtype.itemsize
-    sign = np.uint64(1 << (width - 1))
-    wide = bits.astype(np.uint64)
-    magnitude = wide & (sign - np.uint64(1))
-    ordered: Array = np.where(wide & sign, sign - magnitude, sign + magnitude)
-    return ordered
-
-
-def _bits(values: Array) -> Array:
-    return values.view(np.dtype(f"u{values.dtype.itemsize}"))
 
 
 def _finite(values: Array) -> Array:

@@ -11,10 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from vera_tools.drifting import philox
-from vera_tools.identification import Match
-from vera_tools.prng import PairShape, digests
-from vera_tools.recipe import Recipe, candidates
+from vera_tools.projections import philox
+from vera_tools.projections.identification import Match
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import digests
+from vera_tools.projections.recipe import Recipe, candidates
 
 Digests = Mapping[str, str]
 

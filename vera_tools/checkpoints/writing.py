@@ -7,13 +7,20 @@ import platform
 from collections.abc import Mapping
 from pathlib import Path
 
-from vera_tools import tensorfile
-from vera_tools.base import BaseModel
-from vera_tools.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.config import CONFIG_NAME, VeraConfig
-from vera_tools.manifest import MANIFEST_NAME, BaseRecord, Manifest, Original, ProjectionRecord, TensorRecord
-from vera_tools.prng import Array
-from vera_tools.tensorfile import Deferred
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.manifest import (
+    MANIFEST_NAME,
+    BaseRecord,
+    Manifest,
+    Original,
+    ProjectionRecord,
+    TensorRecord,
+)
+from vera_tools.dtypes import Array
+from vera_tools.files import safetensors
+from vera_tools.files.safetensors import Deferred
 
 
 def write_checkpoint(
@@ -44,7 +51,7 @@ def write_checkpoint(
     """
     text = config if isinstance(config, str) else config.to_json()
     (folder / CONFIG_NAME).write_bytes(text.encode())
-    tensorfile.save(folder / WEIGHTS_NAME, tensors, {**(metadata or {}), **record.to_metadata()})
+    safetensors.save(folder / WEIGHTS_NAME, tensors, {**(metadata or {}), **record.to_metadata()})
     return write_manifest(folder, record, base=base, original=original)
 
 

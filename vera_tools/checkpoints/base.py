@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from vera_tools import source
-from vera_tools.config import parse_json
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import CheckFailedError, FormatError
-from vera_tools.tensorfile import TensorFile, TensorInfo
+from vera_tools.files import local, opening
+from vera_tools.files.safetensors import TensorFile, TensorInfo
+from vera_tools.files.strict_json import parse_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -58,7 +58,7 @@ class Linear:
     transposed: bool
 
 
-class BaseModel(source.Closing):
+class BaseModel(local.Closing):
     """An open base model.
 
     Attributes:
@@ -70,9 +70,7 @@ class BaseModel(source.Closing):
         config: The parsed config.json, or {}.
     """
 
-    def __init__(
-        self, folder: source.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None
-    ) -> None:
+    def __init__(self, folder: local.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None) -> None:
         self.label, self.folder, self.index = label, folder, index
         self.files: dict[str, TensorFile] = {}
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
@@ -99,7 +97,7 @@ class BaseModel(source.Closing):
         Raises:
             FormatError: no safetensors file there, or one of them is malformed.
         """
-        folder, name = source.locate(reference)
+        folder, name = opening.locate(reference)
         label = os.fspath(reference)
         if name is not None and not name.endswith(INDEX_SUFFIX):
             return cls(folder, [name], label=label, index=None)
@@ -107,7 +105,7 @@ class BaseModel(source.Closing):
         indices = [name] if name else [entry for entry in names if entry.endswith(INDEX_SUFFIX)]
         if len(indices) == 1:
             where = folder.path_of(indices[0])
-            index = parse_json(source.read_text(folder, indices[0], limit=256 << 20), where=where)
+            index = parse_json(local.read_text(folder, indices[0], limit=256 << 20), where=where)
             if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
                 raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
             missing = [file for file in index["weight_map"].values() if file not in names]
@@ -255,7 +253,7 @@ class BaseModel(source.Closing):
         if "config.json" not in self.folder.names():
             return {}
         try:
-            config = json.loads(source.read_text(self.folder, "config.json"))
+            config = json.loads(local.read_text(self.folder, "config.json"))
         except (ValueError, RecursionError) as error:
             raise FormatError(f"not JSON: {error}", where=self.folder.path_of("config.json")) from error
         return config if isinstance(config, dict) else {}

@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_tools.config import parse_json
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
 from vera_tools.errors import FormatError
-from vera_tools.source import ByteSource, Closing, LocalFile
+from vera_tools.files.local import ByteSource, Closing, LocalFile
+from vera_tools.files.strict_json import parse_json
 
 Array = npt.NDArray[Any]
 

@@ -24,43 +24,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from vera_tools.dtypes import HALVES, np_dtype
-from vera_tools.recipe import Recipe
-
-Array = npt.NDArray[Any]
+from vera_tools.dtypes import HALVES, Array, np_dtype
+from vera_tools.projections.floats import fma
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.recipe import Recipe
 
 #: Elements drawn at a time: the scratch arrays of one block (about 20 bytes an element) fit in a CPU's L2 cache.
 BLOCK = 1 << 15
-
-
-@dataclass(frozen=True)
-class PairShape:
-    """The dimensions of a projection pair: vera_A is (r, in_max), vera_B is (out_max, r)."""
-
-    r: int
-    in_max: int
-    out_max: int
-
-    @property
-    def vera_A(self) -> tuple[int, int]:
-        """Shape of vera_A."""
-        return (self.r, self.in_max)
-
-    @property
-    def vera_B(self) -> tuple[int, int]:
-        """Shape of vera_B."""
-        return (self.out_max, self.r)
-
-    @property
-    def elements(self) -> int:
-        """Elements in the two tensors together."""
-        return self.r * (self.in_max + self.out_max)
-
-    def of(self, name: str) -> tuple[int, int]:
-        """The shape of the tensor called `name` ("vera_A" or "vera_B")."""
-        return self.vera_A if name == "vera_A" else self.vera_B
 
 
 def bound(fan_in: int) -> float:
@@ -260,42 +231,6 @@ def _double_separate(words: Array, mask: np.uint64, scale: float, low: float, sc
 
 def _double_fused(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
     return fma(_unit_bits(words, mask), scale, low)
-
-
-def fma(a: Array, b: float, c: float) -> Array:
-    """``a * b + c`` in float64 with one rounding.
-
-    Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums: proved algorithms using rounding to odd"
-    (IEEE Transactions on Computers 57, 2008). Valid away from overflow and underflow, as here.
-    """
-    product, product_error = _two_product(a, b)
-    low, low_error = _two_sum(product_error, c)
-    high, high_error = _two_sum(product, low)
-    # The two errors are added with rounding to odd, so that the last addition cannot round twice.
-    tail, tail_error = _two_sum(high_error, low_error)
-    even = (tail.view(np.int64) & 1) == 0
-    towards = np.where(tail_error > 0, np.inf, -np.inf)
-    tail = np.where(even & (tail_error != 0), np.nextafter(tail, towards), tail)
-    return high + tail
-
-
-def _two_sum(a: Array, b: Array | float) -> tuple[Array, Array]:
-    total = a + b
-    part = total - a
-    return total, (a - (total - part)) + (b - part)
-
-
-def _two_product(a: Array, b: float) -> tuple[Array, Array]:
-    product = a * b
-    a_high, a_low = _split(a)
-    b_high, b_low = _split(np.float64(b))
-    return product, a_low * b_low - (((product - a_high * b_high) - a_low * b_high) - a_high * b_low)
-
-
-def _split(a: Any) -> tuple[Any, Any]:
-    scaled = a * 134217729.0  # 2**27 + 1: Veltkamp's splitting into two halves of 26 bits
-    high = scaled - (scaled - a)
-    return high, a - high
 
 
 _Affine = Callable[[Array, np.uint64, float, float, _Scratch], Array]

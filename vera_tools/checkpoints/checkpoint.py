@@ -13,13 +13,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vera_tools import source
-from vera_tools.base import BaseModel, Linear, rounds_through
-from vera_tools.config import CONFIG_NAME, VeraConfig, parse_json
+from vera_tools.checkpoints.base import BaseModel, Linear, rounds_through
+from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
-from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, Manifest, ProjectionRecord
-from vera_tools.prng import PairShape
-from vera_tools.tensorfile import TensorFile, TensorInfo
+from vera_tools.files import local, opening
+from vera_tools.files.safetensors import TensorFile, TensorInfo
+from vera_tools.files.strict_json import parse_json
+from vera_tools.projections.pair import PROJECTIONS, PairShape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -49,7 +50,7 @@ class Layer:
     lambda_d: TensorInfo | None
 
 
-class Checkpoint(source.Closing):
+class Checkpoint(local.Closing):
     """An open checkpoint.
 
     Attributes:
@@ -63,11 +64,11 @@ class Checkpoint(source.Closing):
     """
 
     def __init__(
-        self, folder: source.Folder, weights_name: str | None, *, label: str, allow_pickle: bool = False
+        self, folder: local.Folder, weights_name: str | None, *, label: str, allow_pickle: bool = False
     ) -> None:
         self.label, self.folder = label, folder
-        names = source.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
-        self.config_text = source.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
+        names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
+        self.config_text = local.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
         if self.config_text is not None:
             # Refuse other adapters by their config before anything is said about their weights.
             self.config = VeraConfig.from_json(self.config_text, where=folder.path_of(CONFIG_NAME))
@@ -89,7 +90,7 @@ class Checkpoint(source.Closing):
         if MANIFEST_NAME in names:
             try:
                 self.manifest = Manifest.from_json(
-                    source.read_text(folder, MANIFEST_NAME), where=folder.path_of(MANIFEST_NAME)
+                    local.read_text(folder, MANIFEST_NAME), where=folder.path_of(MANIFEST_NAME)
                 )
             except FormatError as error:
                 self.manifest_error = error
@@ -107,7 +108,7 @@ class Checkpoint(source.Closing):
             FormatError: unreadable or malformed.
             UsageError: the name is empty.
         """
-        folder, name = source.locate(reference)
+        folder, name = opening.locate(reference)
         return cls(folder, name, label=os.fspath(reference), allow_pickle=allow_pickle)
 
     def close(self) -> None:
@@ -257,7 +258,7 @@ def find(root: Path) -> Iterator[Path]:
     Raises:
         FormatError: no such folder.
     """
-    if not source.is_folder(root):
+    if not local.is_folder(root):
         raise FormatError("no such folder", where=root)
     seen: set[str] = set()
     closed: list[Path] = []
@@ -276,7 +277,7 @@ def find(root: Path) -> Iterator[Path]:
 
 
 def _open_weights(
-    folder: source.Folder, names: list[str], weights_name: str | None, *, allow_pickle: bool
+    folder: local.Folder, names: list[str], weights_name: str | None, *, allow_pickle: bool
 ) -> TensorFile:
     if weights_name and weights_name not in (CONFIG_NAME, MANIFEST_NAME, PICKLE_NAME):
         return TensorFile(folder.open(weights_name))
@@ -284,7 +285,7 @@ def _open_weights(
         return TensorFile(folder.open(WEIGHTS_NAME))
     if PICKLE_NAME in names:
         if allow_pickle:
-            from vera_tools.legacy import read_pickle
+            from vera_tools.files.pickle import read_pickle
 
             return TensorFile(read_pickle(folder, PICKLE_NAME))
         raise FormatError(

@@ -1,4 +1,4 @@
-"""Where bytes come from: a folder on disk, or (through `vera_tools.hub.source`) a repository on the Hub.
+"""Where bytes come from: a folder on disk, or (through `vera_tools.files.hub`) a repository on the Hub.
 
 Everything above this module reads through `Folder` and `ByteSource`, by ranges, and so never needs to know which.
 Files are read with pread, not mapped: a file that is truncated while it is read becomes an error, not a SIGBUS.
@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from vera_tools.errors import FormatError, UsageError
+from vera_tools.errors import FormatError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -207,42 +207,6 @@ def present(folder: Folder, names: Iterable[str]) -> list[str]:
     files = folder.names()
     local = folder.path if isinstance(folder, LocalFolder) else None
     return [name for name in names if name in files or (local and os.path.lexists(local / name))]
-
-
-def is_remote(reference: str | os.PathLike[str]) -> bool:
-    """Whether the argument names something on the Hub."""
-    return os.fspath(reference).startswith("hf://")
-
-
-def locate(reference: str | os.PathLike[str]) -> tuple[Folder, str | None]:
-    """The folder that a CHECKPOINT or BASE argument stands for, and the file in it that was named, if one was.
-
-    Args:
-        reference: A folder, a file, or ``hf://owner/name[@revision][/subfolder]``.
-
-    Raises:
-        FormatError: nothing is there, or it may not be looked at.
-        UsageError: the name is empty.
-    """
-    refuse_empty(reference)
-    if is_remote(reference):
-        from vera_tools.hub import source as hub_source
-
-        return hub_source.folder(os.fspath(reference)), None
-    path = Path(reference)
-    if is_folder(path):
-        return LocalFolder(path), None
-    if path.is_file():
-        return LocalFolder(path.parent), path.name
-    if kind := not_a_file(path):
-        raise FormatError(f"this is {kind}, not a file or a folder", where=path)
-    raise FormatError("no such file or folder", where=path)
-
-
-def refuse_empty(reference: str | os.PathLike[str]) -> None:
-    """Raise UsageError for an empty name: a variable that was not set, which `Path` would take for this folder."""
-    if not os.fspath(reference):
-        raise UsageError("the name is empty", expected="a folder or a file")
 
 
 def is_folder(path: Path) -> bool:

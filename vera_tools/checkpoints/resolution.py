@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
-from vera_tools.base import BaseModel, rounds_through
-from vera_tools.checkpoint import ROOT, Checkpoint, assumed_rounding
-from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.checkpoints.base import BaseModel, rounds_through
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, assumed_rounding
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, ProjectionRecord
+from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -23,10 +24,10 @@ from vera_tools.errors import (
     VeraToolsError,
     VeraToolsWarning,
 )
-from vera_tools.identification import Identification, Pair, identify_pair, with_digests
-from vera_tools.manifest import MANIFEST_NAME, PROJECTIONS, ProjectionRecord
-from vera_tools.prng import Array, PairShape, digests, generate
-from vera_tools.recipe import Recipe
+from vera_tools.projections.identification import Identification, identify_pair, with_digests
+from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
+from vera_tools.projections.prng import digests, generate
+from vera_tools.projections.recipe import Recipe
 
 #: Bytes of the largest pair that is drawn, which is far more than any model's. A damaged record may name any size.
 MOST_BYTES = 64 << 30

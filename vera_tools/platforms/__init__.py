@@ -1,0 +1,1 @@
+"""What real torch builds draw: the atlas, and the streams that its entries hold."""
