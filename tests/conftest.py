@@ -48,7 +48,7 @@ def drift_report():
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on loopback with nothing on it, which the client uses in this process and in those it starts."""
-    from tests.hub_server import HubServer, point_client
+    from tests.hub.server import HubServer, point_client
 
     with HubServer(tmp_path / "hub-storage") as server:
         point_client(server, tmp_path / "hf-home", monkeypatch)
@@ -107,7 +107,7 @@ def run_json(*args: object, **options: Any) -> tuple[int, dict[str, Any]]:
 @pytest.fixture(scope="session")
 def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
     """Ask a torch whose kernels round separately: a request for `torch_draws.digests` gives the two digests."""
-    command = [sys.executable, str(Path(__file__).parent / "torch_draws.py")]
+    command = [sys.executable, str(Path(__file__).parent / "projections" / "torch_draws.py")]
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

@@ -238,7 +238,7 @@ def merge(note: Transcript) -> None:
 def push(note: Transcript) -> None:
     import pytest
 
-    from tests.hub_server import HubServer, point_client
+    from tests.hub.server import HubServer, point_client
 
     with HubServer(Path("hub")) as server, pytest.MonkeyPatch.context() as monkeypatch:
         point_client(server, Path("home").absolute(), monkeypatch)
@@ -306,8 +306,8 @@ def _somewhere() -> Iterator[None]:
     here = os.getcwd()
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.object(platform, "system", lambda: "System"),
-        mock.patch.object(platform, "machine", lambda: "machine"),
+        mock.patch.object(platform, "system", return_value="System"),
+        mock.patch.object(platform, "machine", return_value="machine"),
         mock.patch.object(importlib.metadata, "version", lambda n: "0.0" if n == "torch" else version(n)),
         mock.patch.dict(os.environ, {"COLUMNS": "100"}),
     ):

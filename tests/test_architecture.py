@@ -17,26 +17,21 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "vera_tools"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-# What everything stands on. Each imports from those before it alone.
-FOUNDATION = [
-    "errors",
-    "_version",
-    "dtypes",
-    "recipe",
-    "prng",
-    "schema",
-    "source",
-    "atomic",
-    "expressions",
-    "config",
-    "tensorfile",
-    "manifest",
-    "base",
-    "checkpoint",
-    "identification",
-    "projections",
-    "writing",
-]
+# The packages, and the modules beside them, from the ground up. Each imports from the levels below its own, and of its
+# own level from itself alone.
+LEVELS: tuple[tuple[str, ...], ...] = (
+    ("errors", "_version", "dtypes"),
+    ("schema", "report"),
+    ("projections",),
+    ("platforms", "files"),
+    ("checkpoints",),
+    ("verifying",),
+    ("comparing", "converting"),
+    ("merging", "drifting", "hub", "nn"),
+    ("cli",),
+    ("__main__", ""),
+)
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 
 
 def module_name(path: Path) -> str:
@@ -70,36 +65,66 @@ def imports(path: Path) -> set[str]:
     return found
 
 
+def every_import(path: Path) -> Iterator[tuple[str, str]]:
+    """(module, name in it) of every import in the file, wherever it stands: in functions too, and for type checkers."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((str(node.module), alias.name) for alias in node.names)
+
+
 def own_imports(path: Path) -> set[str]:
-    """Modules of this package that a file imports, by their names within it."""
-    names = {name.removeprefix("vera_tools.") for name in imports(path) if name.startswith("vera_tools.")}
-    return names & set(MODULES)
+    """Modules of this package that a file imports anywhere, by their names within it."""
+    found = set()
+    for module, name in every_import(path):
+        if module == "vera_tools" or module.startswith("vera_tools."):
+            inside = module.removeprefix("vera_tools").removeprefix(".")
+            full = f"{inside}.{name}".strip(".")
+            found.add(full if full in MODULES else inside)
+    return found - {""}
 
 
-@pytest.mark.parametrize("name", FOUNDATION)
-def test_the_foundation_imports_from_below_only(name):
-    before = set(FOUNDATION[: FOUNDATION.index(name)])
-    assert own_imports(MODULES[name]) <= before
+def package(name: str) -> str:
+    return name.split(".")[0]
+
+
+@pytest.mark.parametrize("name", sorted(set(MODULES) - {""}))
+def test_imports_point_down(name):
+    for other in own_imports(MODULES[name]) - {"_version"}:
+        same = package(other) == package(name)
+        assert same or LEVEL[package(other)] < LEVEL[package(name)], f"{name} imports {other}"
 
 
 def test_imports_go_round_in_no_circle():
-    graph = {name: own_imports(path) - {name} for name, path in MODULES.items()}
+    graph = {name: own_imports(path) - {name} for name, path in MODULES.items() if name}
     # A package is there before its parts: the parts may name it.
     graph = {name: {other for other in others if not name.startswith(f"{other}.")} for name, others in graph.items()}
     done: set[str] = set()
     while ready := {name for name, others in graph.items() if name not in done and others <= done}:
         done |= ready
-    assert set(graph) - done == set()
+    assert {name: others - done for name, others in graph.items() if name not in done} == {}
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_the_command_line_and_torch_stand_at_the_edge(name):
-    inside = name.split(".")[0]
-    for other in own_imports(MODULES[name]):
-        if inside not in ("cli", "__main__"):
-            assert other.split(".")[0] != "cli", f"{name} imports the command line"
-        if inside != "nn":
-            assert other.split(".")[0] != "nn", f"{name} imports torch by way of {other}"
+def test_a_private_name_stays_in_its_package(name):
+    tree = ast.parse(MODULES[name].read_text())
+    aliases = {}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("vera_tools"):
+            continue
+        inside = str(node.module).removeprefix("vera_tools").removeprefix(".")
+        for alias in node.names:
+            full = f"{inside}.{alias.name}".strip(".")
+            if full in MODULES:
+                aliases[alias.asname or alias.name] = full
+            elif package(inside) != package(name) and inside != "_version":
+                assert not alias.name.startswith("_"), f"{name} imports {alias.name} of {inside}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in aliases:
+            other = aliases[node.value.id]
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            assert package(other) == package(name) or not private, f"{name} uses {other}.{node.attr}"
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))

@@ -13,8 +13,8 @@ import warnings
 import numpy as np
 import pytest
 
-from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES, NAMES, ROOT
+from tests.projections import torch_draws
 from vera_tools.files.safetensors import TensorFile
 
 GENERATOR = FIXTURES / "generate.py"

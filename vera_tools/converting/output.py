@@ -59,7 +59,7 @@ class Destination:
         """Check the arguments that say where to, before any work is done.
 
         Raises:
-            UsageError: neither or both of `output` and `in_place`; the output cannot be there (`destination.refuse_output`);
+            UsageError: neither or both of `output` and `in_place`; the output cannot be there (`refuse_output`);
                 in place on the Hub, or on a weights file of another name.
         """
         if (output is None) != in_place:

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from tests.merging import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
+from tests.merging.models import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
 from vera_tools import schema
 from vera_tools.cli.merge import parse_shard, parse_size
 from vera_tools.errors import (

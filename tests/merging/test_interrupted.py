@@ -18,7 +18,7 @@ import pytest
 
 import vera_tools
 from tests.conftest import ROOT, run_cli, run_json
-from tests.merging import make_adapter, make_base, weights
+from tests.merging.models import make_adapter, make_base, weights
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.merging import copying, execution, staging
 from vera_tools.merging import merge as merging

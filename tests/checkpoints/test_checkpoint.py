@@ -267,7 +267,9 @@ def test_find_sees_every_checkpoint_below_a_folder_in_order(tmp_path):
 def test_reading_a_checkpoint_and_its_base_imports_no_torch():
     adapter, base = str(CHECKPOINTS / SEED_ONLY), str(base_of(SEED_ONLY))
     program = (
-        "import sys; from vera_tools.checkpoints.checkpoint import Checkpoint; from vera_tools.checkpoints.base import BaseModel\n"
+        "import sys\n"
+        "from vera_tools.checkpoints.base import BaseModel\n"
+        "from vera_tools.checkpoints.checkpoint import Checkpoint\n"
         f"with Checkpoint.open({adapter!r}) as c, BaseModel.open({base!r}) as b:\n"
         "    print(c.pair_shape(b).in_max)\n"
         "print(sorted({'torch', 'safetensors', 'peft', 'transformers', 'huggingface_hub'} & set(sys.modules)))"

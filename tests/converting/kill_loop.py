@@ -1,6 +1,6 @@
 """Kill conversions with SIGKILL at random moments, and check each time that the old state or the new one is there.
 
-    python tests/kill_loop.py --rounds 300
+    python tests/converting/kill_loop.py --rounds 300
 
 A worker converts one checkpoint to and fro without pause: stripped and embedded in place, or two conversions in turn
 over one output with ``overwrite``. It is killed after a random time, the tree is compared file by file with the two
@@ -26,7 +26,7 @@ from pathlib import Path
 from vera_tools import embed_projections, strip_projections, to_lora
 from vera_tools.errors import NothingToDoError, VeraToolsWarning
 
-CHECKPOINT = Path(__file__).parent.parent / "fixtures" / "checkpoints" / "peft-0.21.2-llama-f32-kept"
+CHECKPOINT = Path(__file__).parents[2] / "fixtures" / "checkpoints" / "peft-0.21.2-llama-f32-kept"
 LONGEST = 0.15  # seconds until a worker is killed, at most; a conversion takes about 0.03
 
 State = tuple[tuple[str, int, str], ...]

@@ -10,7 +10,7 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_json
-from tests.hub_state import git_sha1
+from tests.hub.state import git_sha1
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import FormatError, HubError, UsageError

@@ -10,9 +10,9 @@ import warnings
 import numpy as np
 import pytest
 
+from tests.checkpoints.test_base import make
+from tests.checkpoints.test_checkpoint import rewrite
 from tests.conftest import CHECKPOINTS, base_of
-from tests.test_base import make
-from tests.test_checkpoint import rewrite
 from vera_tools.checkpoints import writing
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint

@@ -28,8 +28,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.hub_routes import API, CDN, LARGE_SUFFIXES, Answer, Call, Route, answer_call
-from tests.hub_state import Blob, Commit, Fault, RefusedError, Repo, Request, User, files_of_shard
+from tests.hub.routes import API, CDN, LARGE_SUFFIXES, Answer, Call, Route, answer_call
+from tests.hub.state import Blob, Commit, Fault, RefusedError, Repo, Request, User, files_of_shard
 
 
 def point_client(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES, base_of, run_cli, run_json
+from tests.projections import torch_draws
 from vera_tools import drift, record, verify
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.drifting import drift as drifting

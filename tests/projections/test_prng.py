@@ -13,8 +13,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests import plain, torch_draws
 from tests.conftest import FIXTURES
+from tests.projections import plain, torch_draws
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.projections import prng
 from vera_tools.projections.floats import fma

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import peft_loads, torch_draws
 from tests.conftest import CHECKPOINTS, base_of
+from tests.projections import torch_draws
+from tests.verifying import peft_loads
 from vera_tools import verify
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint

@@ -1,4 +1,4 @@
-"""What the Hub of `tests.hub_server` holds: users, files, commits, repositories, and what is to go wrong."""
+"""What the Hub of `tests.hub.server` holds: users, files, commits, repositories, and what is to go wrong."""
 
 from __future__ import annotations
 

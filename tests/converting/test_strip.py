@@ -13,7 +13,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, NAMES, run_cli, run_json
-from tests.test_lora import base_model, distance
+from tests.converting.test_lora import base_model, distance
 from vera_tools import strip_projections, verify
 from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.converting.strip import exact_in_peft

@@ -14,7 +14,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, NAMES, ROOT, base_of, run_cli, run_json
-from tests.test_lora import traced_peak
+from tests.converting.test_lora import traced_peak
 from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -133,7 +133,7 @@ def draw(base, adapter, out):
 def test_the_embedded_pair_is_what_peft_draws(name, capability, recipe, tmp_path):
     arguments = (str(base_of(name)), str(CHECKPOINTS / name), str(tmp_path / "drawn.safetensors"))
     if capability:  # torch reads it when it starts, so that takes a process of its own
-        code = "import sys; from tests.test_embed import draw; draw(*sys.argv[1:])"
+        code = "import sys; from tests.converting.test_embed import draw; draw(*sys.argv[1:])"
         env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
         subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, check=True, timeout=300)
     else:

@@ -209,7 +209,7 @@ def test_options_that_contradict_each_other(registry, tmp_path):
 
 @pytest.mark.parametrize("scene", ["in-place", "overwrite"])
 def test_killed_at_any_moment_the_old_state_or_the_new_is_there(scene):
-    """Twenty real SIGKILLs; `python tests/kill_loop.py` sends hundreds."""
+    """Twenty real SIGKILLs; `python tests/converting/kill_loop.py` sends hundreds."""
     command = [sys.executable, str(ROOT / "tests" / "kill_loop.py"), "--rounds", "20", "--scene", scene]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr

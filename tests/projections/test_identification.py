@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests import torch_draws
 from tests.conftest import CHECKPOINTS, FIXTURES
+from tests.projections import torch_draws
 from vera_tools.dtypes import FLOATS
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.floats import max_ulp

@@ -20,7 +20,7 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from tests.hub_state import git_sha1
+from tests.hub.state import git_sha1
 from vera_tools import schema
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
 from vera_tools.files.hub_client import RemoteFile

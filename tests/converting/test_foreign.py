@@ -10,7 +10,7 @@ import pytest
 import safetensors.numpy
 
 from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
-from tests.test_lora import base_model, distance
+from tests.converting.test_lora import base_model, distance
 from vera_tools import diff, from_foreign, strip_projections, verify
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
 

@@ -1,4 +1,4 @@
-"""What the Hub of `tests.hub_server` answers to each request of the official client."""
+"""What the Hub of `tests.hub.server` answers to each request of the official client."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, quote, unquote, urlsplit
 
-from tests.hub_state import Blob, Commit, PullRequest, RefusedError, Repo, User, git_sha1
+from tests.hub.state import Blob, Commit, PullRequest, RefusedError, Repo, User, git_sha1
 
 if TYPE_CHECKING:
-    from tests.hub_server import HubServer
+    from tests.hub.server import HubServer
 
 LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".h5", ".gguf", ".npz")
 LARGE_SIZE = 10 << 20

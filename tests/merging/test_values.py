@@ -9,7 +9,7 @@ import pytest
 
 import vera_tools
 from tests.conftest import CHECKPOINTS, NAMES, base_of
-from tests.merging import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
+from tests.merging.models import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError
 from vera_tools.merging import arithmetic, rounding
