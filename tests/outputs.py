@@ -1,10 +1,10 @@
 """Everything that the commands print and write over fixtures/, as text: what must not change unless it is meant to.
 
-    python -m tests.outputs                 compare with tests/outputs/, and say what differs
+    python -m tests.outputs                 compare with tests/transcripts/, and say what differs
     python -m tests.outputs --write         take what the commands say now as right
-    python -m tests.outputs --full FOLDER   write every document and file in full, to compare two checkouts with diff -r
+    python -m tests.outputs --full FOLDER   write every document and file in full: compare two checkouts with diff -r
 
-tests/outputs/ holds one file a command: what it prints for people stands there in full, JSON documents and the files it
+tests/transcripts/ holds one file a command: what it prints for people stands there in full, JSON documents and the files it
 writes as digests. Times and rates, and what tells of this machine (torch's version, its platform), are masked.
 """
 
@@ -27,7 +27,7 @@ from pathlib import Path
 from unittest import mock
 
 ROOT = Path(__file__).parent.parent
-EXPECTED = Path(__file__).parent / "outputs"
+EXPECTED = Path(__file__).parent / "transcripts"
 CHECKPOINTS = sorted(p.name for p in (ROOT / "fixtures" / "checkpoints").iterdir() if not p.name.endswith("-base"))
 
 # Rounding to bfloat16 hides in which order a BLAS library adds up; float32 sums do not.

@@ -1,4 +1,4 @@
-"""What the commands print and write over fixtures/ is what tests/outputs/ holds, byte for byte."""
+"""What the commands print and write over fixtures/ is what tests/transcripts/ holds, byte for byte."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def test_a_command_says_what_it_said_before(command):
         pytest.skip("the kernels without fused multiply-add are there on x86-64 alone")
     expected = (EXPECTED / f"{command}.txt").read_text("utf-8").splitlines()
     found = transcript(command).text
-    difference = list(difflib.unified_diff(expected, found, "tests/outputs", "now", n=1, lineterm=""))
+    difference = list(difflib.unified_diff(expected, found, "tests/transcripts", "now", n=1, lineterm=""))
     assert not difference, "\n".join([*difference[:60], "if this is meant: python -m tests.outputs --write"])

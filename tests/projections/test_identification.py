@@ -20,9 +20,10 @@ from vera_tools.dtypes import FLOATS
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.floats import max_ulp
 from vera_tools.projections.identification import identify, identify_pair, same_bits, with_digests
+from vera_tools.projections.key import KEY_MAX, KEY_MIN
 from vera_tools.projections.pair import Pair, PairShape
 from vera_tools.projections.prng import digests, generate
-from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
+from vera_tools.projections.recipe import Recipe, candidates
 
 KEY = 11
 SMALL = PairShape(16, 256, 192)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.projections import recipe as module
-from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates, check_key
+from vera_tools.projections.key import KEY_MAX, KEY_MIN, check_key
+from vera_tools.projections.recipe import Recipe, candidates
 
 KEYS = st.integers(KEY_MIN, KEY_MAX)
 ALL = [

@@ -25,6 +25,7 @@ from vera_tools.errors import (
     VeraToolsWarning,
 )
 from vera_tools.projections.identification import Identification, identify_pair, with_digests
+from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests, generate
 from vera_tools.projections.recipe import Recipe
@@ -204,7 +205,7 @@ def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
         )
     then = checkpoint.manifest.config.get("projection_prng_key", 0) if checkpoint.manifest else None
     now = checkpoint.config.projection_prng_key
-    if isinstance(then, int) and (then - now) % 2**32:
+    if isinstance(then, int) and not same_key(then, now):
         raise CheckFailedError(
             "projection_prng_key is not what it was when the manifest was written",
             where=checkpoint.label,

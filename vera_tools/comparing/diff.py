@@ -23,6 +23,7 @@ from vera_tools.dtypes import Array
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.floats import max_ulp
+from vera_tools.projections.key import seed
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Progress, Report
 
@@ -418,8 +419,8 @@ def _recipe_of(other: Checkpoint, checkpoint: Checkpoint) -> ProjectionRecord | 
     if not other.projections and other.recorded is None:
         return None
     record = resolve(other).record
-    keys = {x.config.projection_prng_key % 2**32 for x in (checkpoint, other)}
-    if record.recipe is None or keys != {record.recipe.prng_key % 2**32}:
+    keys = {seed(x.config.projection_prng_key) for x in (checkpoint, other)}
+    if record.recipe is None or keys != {seed(record.recipe.prng_key)}:
         return None
     heights = [layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b]
     fits = (checkpoint.config.r, max(heights, default=0)) == (record.shape.r, record.shape.out_max)

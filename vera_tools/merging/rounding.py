@@ -9,6 +9,7 @@ import numpy as np
 from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.errors import CheckFailedError
 from vera_tools.merging.workspace import Workspace
+from vera_tools.projections.floats import to_odd
 
 #: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
 STRIP = 1 << 18
@@ -24,7 +25,7 @@ def rounded(values: Array, dtype: str) -> Array:
     """`values` in another dtype, rounded to nearest even once. Overflow gives infinity, as a cast does."""
     target = np_dtype(dtype)
     if values.dtype == np.float64 and dtype in HALVES:
-        values = _to_odd(values)  # through float32, without rounding twice
+        values = to_odd(values)  # through float32, without rounding twice
     with np.errstate(over="ignore", invalid="ignore"):
         return values.astype(target, copy=False)
 
@@ -132,14 +133,3 @@ def check_finite(values: Array, *, where: str, what: str) -> None:
         found=f"{int(np.count_nonzero(~np.isfinite(values)))} that are not, among {values.size}",
         hint="--allow-nonfinite merges all the same",
     )
-
-
-def _to_odd(values: Array) -> Array:
-    """float64 to float32 with rounding to odd, after which a second rounding to a half type is as good as one."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        near = values.astype(np.float32)
-    back = near.astype(np.float64)
-    even = (near.view(np.uint32) & 1) == 0
-    adjust = even & (back != values) & np.isfinite(near)
-    towards = np.where(back < values, np.float32(np.inf), np.float32(-np.inf))
-    return np.where(adjust, np.nextafter(near, towards), near)

@@ -1,4 +1,4 @@
-"""What numpy lacks of floating-point arithmetic: a fused multiply-add, and floats as ordered integers."""
+"""What numpy lacks of floating-point arithmetic: fused multiply-add, rounding to odd, floats as ordered integers."""
 
 from __future__ import annotations
 
@@ -43,6 +43,17 @@ def _split(a: Any) -> tuple[Any, Any]:
     scaled = a * 134217729.0  # 2**27 + 1: Veltkamp's splitting into two halves of 26 bits
     high = scaled - (scaled - a)
     return high, a - high
+
+
+def to_odd(values: Array) -> Array:
+    """float64 to float32 with rounding to odd, after which a second rounding to a half type is as good as one."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        near = values.astype(np.float32)
+    back = near.astype(np.float64)
+    even = (near.view(np.uint32) & 1) == 0
+    adjust = even & (back != values) & np.isfinite(near)
+    towards = np.where(back < values, np.float32(np.inf), np.float32(-np.inf))
+    return np.where(adjust, np.nextafter(near, towards), near)
 
 
 def max_ulp(a: Array, b: Array) -> int:

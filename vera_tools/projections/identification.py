@@ -15,9 +15,10 @@ import numpy as np
 
 from vera_tools.dtypes import FLOATS, HALVES, Array
 from vera_tools.projections.floats import as_bits, max_ulp
+from vera_tools.projections.key import KEY_MAX, KEY_MIN, same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import BLOCK, blocks
-from vera_tools.projections.recipe import KEY_MAX, KEY_MIN, Recipe, candidates
+from vera_tools.projections.recipe import Recipe, candidates
 
 MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absent"]
 
@@ -97,7 +98,7 @@ class Identification:
 
     def made_by(self, prng_key: int) -> bool:
         """Whether the bits are exactly what PEFT's draw order gives for this key (modulo 2**32)."""
-        return any(r.is_peft_order and (r.prng_key - prng_key) % 2**32 == 0 for r in self.all_recipes)
+        return any(r.is_peft_order and same_key(r.prng_key, prng_key) for r in self.all_recipes)
 
 
 def identify(vera_A: Array, vera_B: Array, *, prng_key: int) -> Identification:
@@ -160,7 +161,7 @@ def _other_families(key: int) -> list[tuple[Recipe, ...]]:
     ]
     families.append(candidates(key, b_first=True))
     others = dict.fromkeys(k for k in (*USUAL_KEYS, key - 1, key + 1) if KEY_MIN <= k <= KEY_MAX)
-    families += [candidates(other) for other in others if (other - key) % 2**32]
+    families += [candidates(other) for other in others if not same_key(other, key)]
     return families
 
 

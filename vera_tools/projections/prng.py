@@ -27,6 +27,7 @@ import numpy as np
 
 from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.projections.floats import fma
+from vera_tools.projections.key import seed
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.recipe import Recipe
 
@@ -109,7 +110,7 @@ def blocks(
         for recipe in recipes:
             own = name == "vera_B" and recipe.prng_key_B is not None
             key = recipe.prng_key_B if own and recipe.prng_key_B is not None else recipe.prng_key
-            stream = (key & 0xFFFFFFFF, own, recipe.drawn_dtype == "float64")
+            stream = (seed(key), own, recipe.drawn_dtype == "float64")
             if stream not in engines:
                 engines[stream] = _engine(key)
             drawers[recipe] = (stream, _Drawer(recipe, fan_in, stored_dtype))
@@ -130,7 +131,7 @@ def blocks(
 def _engine(key: int) -> np.random.MT19937:
     engine = np.random.MT19937()
     # RandomState's seeding is init_genrand, as torch's; MT19937(seed) would go through SeedSequence instead.
-    state: Any = np.random.RandomState(key & 0xFFFFFFFF).get_state(legacy=False)
+    state: Any = np.random.RandomState(seed(key)).get_state(legacy=False)
     engine.state = state
     return engine
 

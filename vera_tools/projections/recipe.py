@@ -25,11 +25,10 @@ from typing import Any, Literal
 
 from vera_tools.dtypes import FLOATS, HALVES, LONG, SHORT
 from vera_tools.errors import FormatError, UsageError
+from vera_tools.projections.key import check_key
 
 Rounding = Literal["fused", "separate"]
 HalfSampling = Literal["scalar", "opmath"]
-
-KEY_MIN, KEY_MAX = -(2**63), 2**64 - 1
 
 _NAME = re.compile(
     r"mt19937-(?P<drawn>f32|f64|bf16|f16)(?:-(?P<half>scalar|opmath))?-(?P<rounding>fused|separate)"
@@ -37,48 +36,30 @@ _NAME = re.compile(
 )
 
 
-def check_key(key: object) -> int:
-    """`key` itself where ``torch.Generator.manual_seed`` would take it.
-
-    Raises:
-        UsageError: not an int (a bool is none), or outside [-2**63, 2**64), which torch refuses too.
-    """
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise UsageError("not a PRNG key", expected="an integer", found=repr(key))
-    if not KEY_MIN <= key <= KEY_MAX:
-        raise UsageError("not a PRNG key", expected="an integer in [-2**63, 2**64)", found=str(key))
-    return key
-
-
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """How vera_A and vera_B came to be. The defaults are PEFT's on a machine with fused multiply-add.
+class Method:
+    """How a pair is drawn, whatever the key. The defaults are PEFT's on a machine with fused multiply-add.
 
     Attributes:
-        prng_key: What the generator was seeded with. Only its low 32 bits matter.
-        prng_key_B: The key of B's own generator, or None where A and B come from one (PEFT).
         drawn_dtype: torch's default dtype when the pair was drawn.
         half_sampling: For half types only: "scalar" (torch <= 2.11) or "opmath" (torch >= 2.12).
         rounding: How the kernel's affine map rounds.
         rounded_through: The half dtype the values were cast to afterwards, or None.
+        split: B comes from a generator of its own; in PEFT, A and B come from one.
         b_first: B was drawn before A; PEFT draws A first.
 
     Raises:
         UsageError: a combination that no generator has.
     """
 
-    prng_key: int
-    prng_key_B: int | None = None
     drawn_dtype: str = "float32"
     half_sampling: HalfSampling | None = None
     rounding: Rounding = "fused"
     rounded_through: str | None = None
+    split: bool = False
     b_first: bool = False
 
     def __post_init__(self) -> None:
-        check_key(self.prng_key)
-        if self.prng_key_B is not None:
-            check_key(self.prng_key_B)
         _check_choice("drawn_dtype", self.drawn_dtype, FLOATS)
         _check_choice("rounding", self.rounding, ("fused", "separate"))
         _check_choice("rounded_through", self.rounded_through, (None, *HALVES))
@@ -101,7 +82,7 @@ class Recipe:
         parts.append(self.rounding)
         if self.rounded_through:
             parts.append(f"via-{SHORT[self.rounded_through]}")
-        if self.prng_key_B is not None:
+        if self.split:
             parts.append("split")
         if self.b_first:
             parts.append("bfirst")
@@ -110,14 +91,14 @@ class Recipe:
     @property
     def is_peft_order(self) -> bool:
         """Whether A then B come from one generator, as in PEFT."""
-        return self.prng_key_B is None and not self.b_first
+        return not (self.split or self.b_first)
 
-    @classmethod
-    def parse(cls, name: str, *, prng_key: int, prng_key_B: int | None = None) -> Recipe:
-        """The recipe with this name and these keys.
+    @staticmethod
+    def named(name: str) -> Method:
+        """The method with this name.
 
         Raises:
-            UsageError: no such name, or a key too many or too few for it.
+            UsageError: no such name.
         """
         match = _NAME.fullmatch(name)
         if match is None:
@@ -126,17 +107,62 @@ class Recipe:
                 expected="for example mt19937-f32-fused or mt19937-f32-fused-via-bf16",
                 found=name,
             )
-        if bool(match["split"]) != (prng_key_B is not None):
-            raise UsageError("prng_key_B goes with the names that end in -split, and with those only", found=name)
-        return cls(
-            prng_key=prng_key,
-            prng_key_B=prng_key_B,
+        return Method(
             drawn_dtype=LONG[match["drawn"]],
             half_sampling=match["half"],  # type: ignore[arg-type]
             rounding=match["rounding"],  # type: ignore[arg-type]
             rounded_through=LONG[match["via"]] if match["via"] else None,
+            split=bool(match["split"]),
             b_first=bool(match["bfirst"]),
         )
+
+    def with_key(self, prng_key: int, prng_key_B: int | None = None) -> Recipe:
+        """The recipe that draws from these keys.
+
+        Raises:
+            UsageError: a key that torch refuses, or one too many or too few.
+        """
+        if self.split != (prng_key_B is not None):
+            raise UsageError("prng_key_B goes with the names that end in -split, and with those only", found=self.name)
+        choices = {field.name: getattr(self, field.name) for field in dataclasses.fields(Method)}
+        return Recipe(**choices, prng_key=prng_key, prng_key_B=prng_key_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Method):
+    """How vera_A and vera_B came to be: a method, and the keys that its generators were seeded with.
+
+    Attributes:
+        prng_key: What the generator was seeded with (see `projections.key`).
+        prng_key_B: The key of B's own generator, or None where A and B come from one (PEFT); `split` follows from it.
+
+    Raises:
+        UsageError: a key that torch refuses, or a combination that no generator has.
+    """
+
+    prng_key: int
+    prng_key_B: int | None = None
+
+    def __post_init__(self) -> None:
+        check_key(self.prng_key)
+        if self.prng_key_B is not None:
+            check_key(self.prng_key_B)
+        object.__setattr__(self, "split", self.prng_key_B is not None)
+        super().__post_init__()
+
+    @property
+    def method(self) -> Method:
+        """The recipe without its keys."""
+        return Method(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Method)})
+
+    @classmethod
+    def parse(cls, name: str, *, prng_key: int, prng_key_B: int | None = None) -> Recipe:
+        """The recipe with this name and these keys.
+
+        Raises:
+            UsageError: no such name, or a key too many or too few for it.
+        """
+        return Method.named(name).with_key(prng_key, prng_key_B)
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as it stands in reports and manifests."""

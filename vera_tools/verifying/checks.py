@@ -19,6 +19,7 @@ from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.config import TASK_HEADS, VeraConfig
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.files.safetensors import TensorInfo
+from vera_tools.projections.key import seed
 
 Status = Literal["pass", "fail", "warn", "skip"]
 
@@ -88,9 +89,9 @@ def values(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
 
 def _key(checkpoint: Checkpoint) -> Check:
     key = checkpoint.config.projection_prng_key
-    if 0 <= key < 2**32:
+    if key == seed(key):
         return Check("config.key", "pass", f"projection_prng_key {key}")
-    message = f"of projection_prng_key {key} only the low 32 bits matter: it is the same as {key % 2**32}"
+    message = f"of projection_prng_key {key} only the low 32 bits matter: it is the same as {seed(key)}"
     return Check("config.key", "warn", message)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from vera_tools.dtypes import HALVES
 from vera_tools.platforms import atlas
+from vera_tools.projections.key import same_key
 from vera_tools.projections.recipe import Recipe
 
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
@@ -148,9 +149,9 @@ def _redraw(trained: Trained, rounding: str, base_dtype: str) -> tuple[bool | No
     if not trained.recipes:
         return False, "draws it from the key, which does not give the trained pair"
     key = trained.prng_key
-    own = [recipe for recipe in trained.recipes if (recipe.prng_key - key) % 2**32 == 0]
+    own = [recipe for recipe in trained.recipes if same_key(recipe.prng_key, key)]
     wanted = redrawn(key, rounding, base_dtype)
-    same = any(recipe.replace(prng_key=key) == wanted for recipe in own)
+    same = any(recipe.method == wanted.method for recipe in own)
     # The recipes tell what gives the same bits in the stored dtype. Values that a half type did not hold would differ.
     lossless = trained.dtype not in HALVES or wanted.rounded_through == trained.dtype
     if same and lossless:
@@ -165,7 +166,7 @@ def _nearest(made: Collection[Recipe], wanted: Recipe) -> Recipe:
 
 
 def _difference(made: Recipe, wanted: Recipe) -> str:
-    if (made.prng_key - wanted.prng_key) % 2**32:
+    if not same_key(made.prng_key, wanted.prng_key):
         return f"the trained one was made with key {made.prng_key}"
     if not made.is_peft_order:
         return "the trained one was drawn in another order"

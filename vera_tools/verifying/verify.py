@@ -26,6 +26,7 @@ from vera_tools.dtypes import np_dtype
 from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.files import opening
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
+from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
@@ -371,7 +372,7 @@ class Verifier:
         except UsageError as error:
             return "unproven", Check("projections.match", "fail", f"not regenerated: {error}"), {}
         got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))
-        if (recipe.prng_key - key) % 2**32:
+        if not same_key(recipe.prng_key, key):
             message = f"the recorded recipe has key {recipe.prng_key}, the config {key}"
             return "drift", Check("projections.match", "fail", message), got
         wrong = [name for name in PROJECTIONS if got[name] != record.sha256[name]]
