@@ -4,8 +4,8 @@
     python -m tests.outputs --write         take what the commands say now as right
     python -m tests.outputs --full FOLDER   write every document and file in full: compare two checkouts with diff -r
 
-tests/transcripts/ holds one file a command: what it prints for people stands there in full, JSON documents and the files it
-writes as digests. Times and rates, and what tells of this machine (torch's version, its platform), are masked.
+tests/transcripts/ holds one file a command. What it prints for people stands there in full; JSON documents, and files
+that it writes, as digests. Times and rates, and what tells of this machine (torch, its platform), are masked.
 """
 
 from __future__ import annotations

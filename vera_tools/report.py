@@ -5,17 +5,47 @@ Reports hold data only. How one looks in a terminal is the business of the comma
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 from vera_tools._version import TOOL
-from vera_tools.errors import VeraToolsError
+from vera_tools.errors import UsageError, VeraToolsError
 
 #: Called with (done, total, what) as work goes on; total is 0 where it is unknown.
 Progress = Callable[[int, int, str], None]
+
+
+#: Exit codes from best to worst: of several, the worst wins.
+SEVERITY = (0, 3, UsageError.exit_code, 5, 1, 4)
+
+
+def worst(codes: Iterable[int]) -> int:
+    """The exit code that stands for all of these."""
+    return max(codes, key=SEVERITY.index, default=0)
+
+
+class Document:
+    """A dataclass with a JSON form: its fields under their own names, in their order.
+
+    Where a document differs from the fields, the class writes `to_dict` out.
+    """
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports and files."""
+        return {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: documents as dicts, tuples as lists."""
+    if isinstance(value, Document):
+        return value.to_dict()
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 class Report(ABC):

@@ -188,7 +188,6 @@ def make(**changes) -> Trained:
         "prng_key": 3,
         "recipes": (Recipe(prng_key=3),),
         "dtype": "float32",
-        "representable": lambda _: False,
     }
     return Trained(**{**fields, **changes})
 

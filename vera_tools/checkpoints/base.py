@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from vera_tools.checkpoints.names import INPUT_EMBEDDINGS, OUTPUT_LAYERS, module_of
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files import local, opening
@@ -19,10 +20,6 @@ from vera_tools.files.safetensors import TensorFile, TensorInfo
 from vera_tools.files.strict_json import parse_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
-
-#: What transformers' models call their output layer, and the embedding that it may share its weight with.
-OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
-INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 
 
 @dataclass(frozen=True)
@@ -234,13 +231,12 @@ class BaseModel(local.Closing):
 
     def _tied_to(self, name: str, out_features: int) -> str | None:
         """The input embedding that an output layer without a weight of its own shares its weight with."""
-        if name.split(".")[-2] not in OUTPUT_LAYERS or self.config.get("tie_word_embeddings") is False:
+        if module_of(name) not in OUTPUT_LAYERS or self.config.get("tie_word_embeddings") is False:
             return None
         options = [
             tensor
             for tensor, (_, info) in self.tensors.items()
-            if tensor.split(".")[-2:-1] and tensor.split(".")[-2] in INPUT_EMBEDDINGS
-            if tensor.endswith(".weight") and len(info.shape) == 2 and info.shape[0] == out_features
+            if module_of(tensor) in INPUT_EMBEDDINGS and len(info.shape) == 2 and info.shape[0] == out_features
         ]
         return options[0] if len(options) == 1 else None
 

@@ -50,6 +50,55 @@ class Layer:
     lambda_d: TensorInfo | None
 
 
+@dataclass(frozen=True)
+class Config:
+    """adapter_config.json: its text, and what it says."""
+
+    text: str
+    parsed: VeraConfig
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint lies.
+
+    Attributes:
+        label: What the user called it.
+        folder: The folder.
+        file: The file in it that was named, or None.
+        names: Those of a checkpoint's files that are there.
+    """
+
+    label: str
+    folder: local.Folder
+    file: str | None
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(cls, reference: str | os.PathLike[str]) -> Place:
+        """What a CHECKPOINT argument stands for.
+
+        Raises:
+            FormatError: nothing is there, or it may not be looked at.
+            UsageError: the name is empty.
+        """
+        folder, file = opening.locate(reference)
+        names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
+        return cls(os.fspath(reference), folder, file, tuple(names))
+
+    def read_config(self) -> Config | None:
+        """The config, which tells other adapters before anything is said about their weights; None where none is there.
+
+        Raises:
+            NotVeraError: an adapter of another kind.
+            FormatError: unreadable or malformed.
+        """
+        if CONFIG_NAME not in self.names:
+            return None
+        text = local.read_text(self.folder, CONFIG_NAME)
+        return Config(text, VeraConfig.from_json(text, where=self.folder.path_of(CONFIG_NAME)))
+
+
 class Checkpoint(local.Closing):
     """An open checkpoint.
 
@@ -63,16 +112,10 @@ class Checkpoint(local.Closing):
         manifest_error: Why the manifest that is there cannot be used, or None.
     """
 
-    def __init__(
-        self, folder: local.Folder, weights_name: str | None, *, label: str, allow_pickle: bool = False
-    ) -> None:
-        self.label, self.folder = label, folder
-        names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
-        self.config_text = local.read_text(folder, CONFIG_NAME) if CONFIG_NAME in names else None
-        if self.config_text is not None:
-            # Refuse other adapters by their config before anything is said about their weights.
-            self.config = VeraConfig.from_json(self.config_text, where=folder.path_of(CONFIG_NAME))
-        self.weights = _open_weights(folder, names, weights_name, allow_pickle=allow_pickle)
+    def __init__(self, place: Place, config: Config | None, *, allow_pickle: bool = False) -> None:
+        self.label, self.folder = place.label, place.folder
+        self.config_text = config.text if config else None
+        self.weights = _open_weights(place, allow_pickle=allow_pickle)
         try:
             self._refuse_other_kinds()
             self._embedded_error: FormatError | None = None
@@ -80,17 +123,16 @@ class Checkpoint(local.Closing):
                 self._embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
             except FormatError as error:
                 self._embedded, self._embedded_error = None, error
-            if self.config_text is None:
-                self.config = self._config_from_metadata()
+            self.config = config.parsed if config else self._config_from_metadata()
         except BaseException:
             self.close()
             raise
         self.manifest: Manifest | None = None
         self.manifest_error: FormatError | None = None
-        if MANIFEST_NAME in names:
+        if MANIFEST_NAME in place.names:
             try:
                 self.manifest = Manifest.from_json(
-                    local.read_text(folder, MANIFEST_NAME), where=folder.path_of(MANIFEST_NAME)
+                    local.read_text(self.folder, MANIFEST_NAME), where=self.folder.path_of(MANIFEST_NAME)
                 )
             except FormatError as error:
                 self.manifest_error = error
@@ -108,8 +150,8 @@ class Checkpoint(local.Closing):
             FormatError: unreadable or malformed.
             UsageError: the name is empty.
         """
-        folder, name = opening.locate(reference)
-        return cls(folder, name, label=os.fspath(reference), allow_pickle=allow_pickle)
+        place = Place.of(reference)
+        return cls(place, place.read_config(), allow_pickle=allow_pickle)
 
     def close(self) -> None:
         """Close the weights."""
@@ -276,11 +318,10 @@ def find(root: Path) -> Iterator[Path]:
     yield from closed
 
 
-def _open_weights(
-    folder: local.Folder, names: list[str], weights_name: str | None, *, allow_pickle: bool
-) -> TensorFile:
-    if weights_name and weights_name not in (CONFIG_NAME, MANIFEST_NAME, PICKLE_NAME):
-        return TensorFile(folder.open(weights_name))
+def _open_weights(place: Place, *, allow_pickle: bool) -> TensorFile:
+    folder, names = place.folder, place.names
+    if place.file and place.file not in (CONFIG_NAME, MANIFEST_NAME, PICKLE_NAME):
+        return TensorFile(folder.open(place.file))
     if WEIGHTS_NAME in names:
         return TensorFile(folder.open(WEIGHTS_NAME))
     if PICKLE_NAME in names:

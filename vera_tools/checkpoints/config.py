@@ -14,19 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.checkpoints import expressions
+from vera_tools.checkpoints import expressions, names
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 from vera_tools.files import atomic
 from vera_tools.files.strict_json import parse_json
 
 CONFIG_NAME = "adapter_config.json"
-
-#: The heads that PEFT trains and saves whole for these tasks, whether or not the config names them. A model has one.
-TASK_HEADS: dict[str, tuple[str, ...]] = {
-    "SEQ_CLS": ("classifier", "score"),
-    "TOKEN_CLS": ("classifier", "score"),
-    "QUESTION_ANS": ("qa_outputs",),
-}
 
 
 @dataclass(kw_only=True)
@@ -207,10 +200,8 @@ class VeraConfig:
         Raises:
             FormatError: a regular expression takes too long.
         """
-        for name in self.modules_to_save or ():
-            expression = rf"(^|.*\.){name}($|\..*)"
-            if expressions.match(expression, module, where=f"{CONFIG_NAME}: modules_to_save") is not None:
-                return False
+        if self.keeps_from_adapting(module):
+            return False
         if self.target_modules is None or self.target_modules == "all-linear":
             return self._in_layers(module)
         if isinstance(self.target_modules, str):
@@ -219,6 +210,21 @@ class VeraConfig:
         if module in self.target_modules:
             return True
         return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
+
+    def keeps_from_adapting(self, module: str) -> bool:
+        """Whether a saved module covers this one, so that PEFT does not adapt it.
+
+        Raises:
+            FormatError: a regular expression takes too long.
+        """
+        where = f"{CONFIG_NAME}: modules_to_save"
+        return any(names.is_kept_from_adapting(module, saved, where=where) for saved in self.saved_modules)
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """The modules that PEFT trains and saves whole: those that modules_to_save names, and the task's heads."""
+        heads = names.TASK_HEADS.get(self.task_type or "", ())
+        return tuple(dict.fromkeys([*(self.modules_to_save or ()), *heads]))
 
     def _expressions(self) -> Iterator[tuple[str, str]]:
         """The values that PEFT takes for regular expressions, with their fields' names."""

@@ -19,6 +19,7 @@ from vera_tools.errors import FormatError
 from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
+from vera_tools.report import Document
 
 MANIFEST_NAME = "vera_manifest.json"
 METADATA_KEY = "vera_tools"
@@ -26,16 +27,12 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class TensorRecord:
+class TensorRecord(Document):
     """Shape, dtype and sha256 (little-endian, row-major bytes) of one tensor; no sha256 where it was not at hand."""
 
     shape: tuple[int, ...]
     dtype: str
     sha256: str | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
-        return {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str) -> TensorRecord:
@@ -154,7 +151,7 @@ class BaseRecord:
 
 
 @dataclass(frozen=True)
-class Original:
+class Original(Document):
     """The files that a checkpoint was stripped from, so that embedding gives them back byte for byte.
 
     Attributes:
@@ -166,10 +163,6 @@ class Original:
     header: str
     config: str
     sha256: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in the manifest."""
-        return {"header": self.header, "config": self.config, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from vera_tools.cli.shared import (
 )
 from vera_tools.cli.verify import show
 from vera_tools.hub.push import PushReport, push
-from vera_tools.verifying.verify import VerifyReport
+from vera_tools.verifying.report import VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -17,7 +17,8 @@ from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
 from vera_tools.verifying.loads import BASE_DTYPES, Load
-from vera_tools.verifying.verify import VERDICTS, CheckpointReport, Verdict, VerifyReport, verify
+from vera_tools.verifying.report import VERDICTS, CheckpointReport, Verdict, VerifyReport
+from vera_tools.verifying.verify import verify
 
 if TYPE_CHECKING:
     from rich.console import Console

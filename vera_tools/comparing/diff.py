@@ -25,7 +25,7 @@ from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.floats import max_ulp
 from vera_tools.projections.key import seed
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.report import Progress, Report
+from vera_tools.report import Document, Progress, Report
 
 CARD_NAME = "README.md"
 #: Each layer's updates, and why what they show is not certain.
@@ -36,7 +36,7 @@ _CHUNK = 1 << 18  # elements compared at a time
 
 
 @dataclass(frozen=True)
-class TensorDifference:
+class TensorDifference(Document):
     """One tensor that both have and that is not the same. Figures are None where they have no meaning.
 
     Attributes:
@@ -56,18 +56,6 @@ class TensorDifference:
     max_abs: float | None = None
     max_ulp: int | None = None
     cosine: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in the report."""
-        return {
-            "name": self.name,
-            "shapes": [list(shape) for shape in self.shapes],
-            "dtypes": list(self.dtypes),
-            "differing": self.differing,
-            "max_abs": self.max_abs,
-            "max_ulp": self.max_ulp,
-            "cosine": self.cosine,
-        }
 
 
 @dataclass(frozen=True)

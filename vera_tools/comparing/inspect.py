@@ -12,26 +12,17 @@ from vera_tools.checkpoints.checkpoint import Checkpoint, Layer
 from vera_tools.dtypes import BITS, CODES
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.projections.pair import PairShape
-from vera_tools.report import Report
+from vera_tools.report import Document, Report
 
 
 @dataclass(frozen=True)
-class LayerSummary:
+class LayerSummary(Document):
     """One adapted layer. `in_features` is None where neither a base nor a manifest says it."""
 
     module: str
     out_features: int | None
     in_features: int | None
     r: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The layer as it stands in reports."""
-        return {
-            "module": self.module,
-            "out_features": self.out_features,
-            "in_features": self.in_features,
-            "r": self.r,
-        }
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,10 @@ from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.files import opening
-from vera_tools.report import Progress, Report
+from vera_tools.report import Progress, Report, worst
 
 Status = Literal["converted", "up to date", "unchanged", "skipped", "failed"]
 STATUSES: tuple[Status, ...] = ("converted", "up to date", "unchanged", "skipped", "failed")
-
-#: Exit codes, most severe first.
-_SEVERITY = (4, 1, 5, 2, 3, 0)
 
 #: (checkpoint, output, or None for in place) -> report.
 Convert = Callable[[Path, Path | None], ConversionReport]
@@ -60,8 +57,7 @@ class BatchReport(Report):
     @property
     def exit_code(self) -> int:
         """0 where nothing failed, else the most severe failure's code."""
-        codes = {item.error.exit_code for item in self.items if item.status == "failed" and item.error}
-        return next((code for code in _SEVERITY if code in codes), 0)
+        return worst(item.error.exit_code for item in self.items if item.status == "failed" and item.error)
 
     @property
     def summary(self) -> dict[str, int]:

@@ -187,7 +187,6 @@ def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool) -> tuple[L
             recipes=resolved.identification.all_recipes,
             dtype=resolved.record.dtype,
             fits=fits,
-            representable=lambda _: False,  # asked for stored pairs only
         )
     )
 

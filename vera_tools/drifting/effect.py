@@ -23,13 +23,13 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.drifting import logits
 from vera_tools.dtypes import Array
-from vera_tools.report import Progress
+from vera_tools.report import Document, Progress
 
 Pair = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
-class LayerChange:
+class LayerChange(Document):
     """How far one layer's weight update moves.
 
     Attributes:
@@ -44,15 +44,6 @@ class LayerChange:
     in_features: int
     out_features: int
     relative_change: float | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As it stands in reports."""
-        return {
-            "module": self.module,
-            "in_features": self.in_features,
-            "out_features": self.out_features,
-            "relative_change": self.relative_change,
-        }
 
 
 @dataclass(frozen=True)

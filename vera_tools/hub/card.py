@@ -17,7 +17,7 @@ from vera_tools.errors import FormatError
 from vera_tools.files.hub_client import Reference
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load
-from vera_tools.verifying.verify import CheckpointReport
+from vera_tools.verifying.report import CheckpointReport
 
 BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
 END = "<!-- vera-tools: end -->"

@@ -36,7 +36,8 @@ from vera_tools.hub.transfer import (
     speaking_of,
 )
 from vera_tools.report import Report
-from vera_tools.verifying.verify import CheckpointReport, verify
+from vera_tools.verifying.report import CheckpointReport
+from vera_tools.verifying.verify import verify
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from vera_tools.files.hub_client import Reference, RemoteFile
 from vera_tools.hub import card
 from vera_tools.hub.transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
 from vera_tools.report import Report
-from vera_tools.verifying.verify import CheckpointReport, verify
+from vera_tools.verifying.report import CheckpointReport
+from vera_tools.verifying.verify import verify
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi

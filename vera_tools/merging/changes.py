@@ -11,6 +11,7 @@ import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel, Linear, Renaming
 from vera_tools.checkpoints.checkpoint import MODULES, Layer
+from vera_tools.checkpoints.names import lies_in_saved
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.files.safetensors import TensorInfo
@@ -164,7 +165,10 @@ def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, T
                     found=str(list(info.shape)),
                     hint="this is another base, or one whose vocabulary or head was resized",
                 )
-        elif not _is_saved_module(path, checkpoint.config.modules_to_save or ()) and ".base_layer." not in full:
+        elif (
+            not any(lies_in_saved(path, name) for name in checkpoint.config.modules_to_save or ())
+            and ".base_layer." not in full
+        ):
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",
                 where=where,
@@ -189,10 +193,6 @@ def _is_equal(base: BaseModel, name: str, adapter: Adapter, saved: TensorInfo) -
         if not np.array_equal(theirs, adapter.checkpoint.weights.read_elements(saved, start, stop).astype(np.float64)):
             return False
     return True
-
-
-def _is_saved_module(path: str, modules: Sequence[str]) -> bool:
-    return any(re.match(rf"(^|.*\.){re.escape(module)}\.", path) for module in modules)
 
 
 def _change(name: str, entry: _Collected, base: BaseModel) -> Change:

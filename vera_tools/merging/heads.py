@@ -5,8 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from vera_tools.checkpoints.base import OUTPUT_LAYERS
-from vera_tools.checkpoints.config import TASK_HEADS
+from vera_tools.checkpoints.names import OUTPUT_LAYERS, TASK_HEADS
 from vera_tools.merging.plan import Entry, Plan
 
 _CLASSES = {

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vera_tools.checkpoints.base import INPUT_EMBEDDINGS, OUTPUT_LAYERS, BaseModel
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.names import INPUT_EMBEDDINGS, OUTPUT_LAYERS, module_of
 
 
 @dataclass(frozen=True)
@@ -23,21 +24,15 @@ class Untying:
 def untying(base: BaseModel, changed: Iterable[str]) -> Untying:
     """What changing the tensors `changed` means for a base whose output layer may be tied."""
     names = list(changed)
-    inputs = [name for name in names if _module(name) in INPUT_EMBEDDINGS]
-    outputs = [name for name in names if _module(name) in OUTPUT_LAYERS]
+    inputs = [name for name in names if module_of(name) in INPUT_EMBEDDINGS]
+    outputs = [name for name in names if module_of(name) in OUTPUT_LAYERS]
     if base.config.get("tie_word_embeddings") is False or not (inputs or outputs):
         return Untying(False, {})
     if outputs:
         return Untying(True, {})
-    if any(_module(name) in OUTPUT_LAYERS for name in base.tensors):
+    if any(module_of(name) in OUTPUT_LAYERS for name in base.tensors):
         return Untying(base.config.get("tie_word_embeddings") is True, {})
     architectures = base.config.get("architectures") or [""]
     if not any(part in str(architectures[0]) for part in ("CausalLM", "LMHead")):
         return Untying(False, {})  # there is no output layer to look after
     return Untying(True, {f"{OUTPUT_LAYERS[0]}.weight": inputs[0]})
-
-
-def _module(name: str) -> str:
-    """The last part of the module's name, where the tensor is a weight."""
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""

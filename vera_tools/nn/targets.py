@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from vera_tools.checkpoints.config import TASK_HEADS, VeraConfig
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.names import TASK_HEADS
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear

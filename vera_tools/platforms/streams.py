@@ -16,12 +16,13 @@ from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe, candidates
+from vera_tools.report import Document
 
 Digests = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Draw:
+class Draw(Document):
     """A pair to draw: what the probe is asked for, and what a recipe's digests are compared with."""
 
     prng_key: int
@@ -38,10 +39,6 @@ class Draw:
     def numbers(self) -> tuple[int, int, int, int]:
         """As the probe takes it."""
         return self.prng_key, self.r, self.in_max, self.out_max
-
-    def to_dict(self) -> dict[str, int]:
-        """As it stands in reports."""
-        return {"prng_key": self.prng_key, "r": self.r, "in_max": self.in_max, "out_max": self.out_max}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from vera_tools.projections.key import KEY_MAX, KEY_MIN, same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import BLOCK, blocks
 from vera_tools.projections.recipe import Recipe, candidates
+from vera_tools.report import Document
 
 MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absent"]
 
@@ -31,7 +32,7 @@ USUAL_KEYS = (0, 1, 42)
 
 
 @dataclass(frozen=True)
-class Match:
+class Match(Document):
     """One projection against the nearest recipe. Figures are 0 where the two are identical, None where not finite.
 
     Attributes:
@@ -56,20 +57,6 @@ class Match:
     max_abs: float | None = 0.0
     max_ulp: int | None = 0
     relative_norm: float | None = 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        """MATCH as it stands in reports."""
-        return {
-            "shape": None if self.shape is None else list(self.shape),
-            "dtype": self.dtype,
-            "sha256": self.sha256,
-            "match": self.match,
-            "differing": self.differing,
-            "places": [list(place) for place in self.places],
-            "max_abs": self.max_abs,
-            "max_ulp": self.max_ulp,
-            "relative_norm": self.relative_norm,
-        }
 
 
 @dataclass(frozen=True)

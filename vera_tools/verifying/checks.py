@@ -8,33 +8,17 @@ against a manifest, `fit` those against a base model.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import numpy as np
 
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
-from vera_tools.checkpoints.config import TASK_HEADS, VeraConfig
+from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.projections.key import seed
-
-Status = Literal["pass", "fail", "warn", "skip"]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that was looked at. `id` is "<what>.<which>", stable from release to release."""
-
-    id: str
-    status: Status
-    message: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """The check as it stands in reports."""
-        return {"id": self.id, "status": self.status, "message": self.message}
+from vera_tools.verifying.report import Check
 
 
 @dataclass(frozen=True)
@@ -44,11 +28,6 @@ class Scan:
     sha256: str
     bad: int | None
     zero: bool
-
-
-EMBEDDINGS = re.compile(
-    r"(?:^|\.)(embed_tokens|lm_head|wte|wpe|word_embeddings|embed_in|embed_out|shared)(\.base_layer)?\.weight$"
-)
 
 
 def scan(checkpoint: Checkpoint) -> dict[str, Scan]:
@@ -119,12 +98,11 @@ def _layers(checkpoint: Checkpoint) -> Check:
     if missing:
         return Check("tensors.layers", "fail", f"missing: {some(missing)}")
     targets = checkpoint.config.target_modules
-    saved = saved_modules(checkpoint.config)
     idle = [
         target
         for target in (targets if isinstance(targets, list) else [])
         if not any(module == target or module.endswith(f".{target}") for module in checkpoint.layers)
-        and not any(re.match(rf"(^|.*\.){re.escape(name)}($|\.)", target) for name in saved)
+        and not checkpoint.config.keeps_from_adapting(target)
     ]
     if idle:
         message = (
@@ -200,7 +178,7 @@ def _unexpected(checkpoint: Checkpoint) -> Check:
     unknown: list[str] = []
     for name in checkpoint.other_tensors:
         if not _is_expected(name.removeprefix(MODULES), checkpoint) or not name.startswith(MODULES):
-            (embeddings if EMBEDDINGS.search(name) else unknown).append(name)
+            (embeddings if is_embedding(name) else unknown).append(name)
     if outside or unknown:
         parts = [f"no part of this adapter by its config: {some(unknown)}"] if unknown else []
         parts += [f"not in target_modules: {some(outside)}"] if outside else []
@@ -217,20 +195,9 @@ def _is_expected(parameter: str, checkpoint: Checkpoint) -> bool:
     adapted = module.removesuffix(".base_layer") in checkpoint.layers
     if kind == "bias" and (config.bias == "all" or (config.bias == "vera_only" and adapted)):
         return True
-    if adapted and EMBEDDINGS.search(parameter):
+    if adapted and is_embedding(parameter):
         return True  # PEFT saves the weight of an embedding or output layer that is adapted, too
-    return any(belongs(parameter, name) for name in saved_modules(config))
-
-
-def saved_modules(config: VeraConfig) -> tuple[str, ...]:
-    """The modules that PEFT trains and saves whole: those that the config names, and the task's heads."""
-    return tuple(dict.fromkeys([*(config.modules_to_save or ()), *TASK_HEADS.get(config.task_type or "", ())]))
-
-
-def belongs(parameter: str, saved: str) -> bool:
-    """Whether a parameter lies in a module of that name, by PEFT's rule: any module whose full name ends so."""
-    parts = parameter.split(".")
-    return any(".".join(parts[:n]).endswith(saved) for n in range(1, len(parts)))
+    return any(lies_in_saved(parameter, name) for name in config.saved_modules)
 
 
 def _saved(checkpoint: Checkpoint) -> Check:
@@ -240,12 +207,12 @@ def _saved(checkpoint: Checkpoint) -> Check:
     absent = [
         name
         for name in checkpoint.config.modules_to_save or []
-        if not any(belongs(parameter, name) for parameter in parameters)
+        if not any(lies_in_saved(parameter, name) for parameter in parameters)
     ]
     missing = [name for name in absent if name not in heads]
     if missing:
         return Check("tensors.saved", "fail", f"modules_to_save names {some(missing)}, of which nothing is in the file")
-    if absent and not any(belongs(parameter, head) for parameter in parameters for head in heads):
+    if absent and not any(lies_in_saved(parameter, head) for parameter in parameters for head in heads):
         message = (
             f"modules_to_save names {some(absent)}, and no head is in the file: --base tells whether one is missing"
         )

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 from vera_tools.checkpoints.base import BaseModel, Renaming
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
-from vera_tools.checkpoints.config import TASK_HEADS
+from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.errors import CheckFailedError, VeraToolsError
-from vera_tools.verifying.checks import EMBEDDINGS, Check, belongs, saved_modules, some
+from vera_tools.verifying.checks import some
+from vera_tools.verifying.report import Check
 
 
 def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
@@ -57,7 +58,7 @@ def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
         if name.startswith(renaming.add)
         and name.endswith(".weight")
         and len(info.shape) == 2
-        and not EMBEDDINGS.search(f".{name}")
+        and not is_embedding(name)
         for module in [name.removesuffix(".weight")]
         if module not in known and config.targets(_unrename(module, renaming.strip, renaming.add))
     )
@@ -76,7 +77,7 @@ def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
     for name, info in checkpoint.other_tensors.items():
         parameter = name.removeprefix(MODULES)
         place = base.tensors.get(renaming(parameter.replace(".base_layer.", ".")))
-        free = EMBEDDINGS.search(parameter) or any(belongs(parameter, head) for head in heads)
+        free = is_embedding(parameter) or any(lies_in_saved(parameter, head) for head in heads)
         if place is None:
             # A base saved without its head has none, and a tied output layer is not stored.
             wrong += [] if free else [f"{parameter} is none of the base's"]
@@ -97,12 +98,12 @@ def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
 
 def _trained_parameters(checkpoint: Checkpoint, base: BaseModel, renaming: Renaming) -> set[str]:
     """The base's parameters, by the adapter's names, that this config trains and saves besides the vectors."""
-    config, saved = checkpoint.config, saved_modules(checkpoint.config)
+    config, saved = checkpoint.config, checkpoint.config.saved_modules
     names = set()
     for tensor, (_, info) in base.tensors.items():
         parameter = _unrename(tensor, renaming.strip, renaming.add)
         module, _, kind = parameter.rpartition(".")
-        if any(belongs(parameter, name) for name in saved):
+        if any(lies_in_saved(parameter, name) for name in saved):
             names.add(parameter)
         elif kind == "bias" and len(info.shape) == 1:  # GPT-2's old files hold its causal mask as attn.bias
             if module in checkpoint.layers and config.bias != "none":

@@ -11,14 +11,14 @@ Three facts about PEFT decide every row (each was seen by running it):
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from vera_tools.dtypes import HALVES
 from vera_tools.platforms import atlas
 from vera_tools.projections.key import same_key
 from vera_tools.projections.recipe import Recipe
+from vera_tools.report import Document
 
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
 ROUNDINGS = ("fused", "separate")
@@ -27,7 +27,7 @@ OPTIONS: tuple[dict[str, bool], ...] = ({}, {"low_cpu_mem_usage": True}, {"autoc
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Document):
     """One row: what a loader would compute with.
 
     Attributes:
@@ -48,18 +48,6 @@ class Load:
     why: str
     cites: str | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as it stands in reports."""
-        return {
-            "loader": self.loader,
-            "options": dict(self.options),
-            "rounding": self.rounding,
-            "base_dtype": self.base_dtype,
-            "exact": self.exact,
-            "why": self.why,
-            "cites": self.cites,
-        }
-
 
 @dataclass(frozen=True)
 class Trained:
@@ -73,7 +61,7 @@ class Trained:
             nothing is known (seed-only, nothing recorded).
         dtype: The dtype they are stored or recorded in.
         fits: The pair has the size that the adapter's own layers give, which is the size PEFT makes room for.
-        representable: Whether casting the stored values to a half dtype changes none of them.
+        held_by: The dtypes to which the stored values can be cast without a change to any of them.
     """
 
     stored: bool
@@ -81,7 +69,7 @@ class Trained:
     prng_key: int
     recipes: Collection[Recipe] | None
     dtype: str
-    representable: Callable[[str], bool]
+    held_by: frozenset[str] = frozenset()
     fits: bool = True
 
 
@@ -132,11 +120,11 @@ def _vera_tools(trained: Trained) -> tuple[bool | None, str]:
 
 
 def _restored(trained: Trained, options: dict[str, bool], base_dtype: str) -> tuple[bool, str]:
-    if trained.dtype == "float64" and not trained.representable("float32"):
+    if trained.dtype == "float64" and "float32" not in trained.held_by:
         return False, "restores the stored pair in float32, which does not hold its float64 values"
     if not options or base_dtype not in HALVES:
         return True, "restores the stored pair"
-    if trained.representable(base_dtype):
+    if base_dtype in trained.held_by:
         return True, f"rounds the stored pair through {base_dtype}, which changes none of its values"
     return False, f"rounds the stored pair through {base_dtype}"
 

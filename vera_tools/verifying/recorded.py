@@ -11,9 +11,11 @@ from typing import Any
 
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
+from vera_tools.checkpoints.names import is_embedding
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.verifying.checks import EMBEDDINGS, Check, Scan, some
+from vera_tools.verifying.checks import Scan, some
+from vera_tools.verifying.report import Check
 
 # What PEFT fills in or changes when it saves an adapter again. None of it changes what the adapter computes.
 _FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")
@@ -99,7 +101,7 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
         and (infos[name].shape, infos[name].dtype) == (manifest.tensors[name].shape, manifest.tensors[name].dtype)
     ]
     pair_holds = not any(ROOT + name in (*changed, *gone) for name in PROJECTIONS)
-    others_explained = all(EMBEDDINGS.search(name) for name in (*gone, *new))
+    others_explained = all(is_embedding(name) for name in (*gone, *new))
     # Training moves the vectors of all layers that it trains; damage hits a place. One vector can be either.
     if len(moved) > 1 and 2 * len(moved) >= len(vectors) and pair_holds and others_explained:
         message = (

@@ -13,27 +13,20 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from vera_tools import schema
 from vera_tools._version import TOOL
 from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.errors import FormatError, HubError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, HubError, UsageError
 from vera_tools.files import hub_client as hub
 from vera_tools.files import opening
 from vera_tools.files.hub_client import Reference
 from vera_tools.files.strict_json import parse_json
-from vera_tools.projections.identification import Match
-from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.projections.recipe import Recipe
-from vera_tools.verifying.checks import Check
-from vera_tools.verifying.loads import Load
+from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 
-if TYPE_CHECKING:
-    from vera_tools.verifying.verify import CheckpointReport
-
-#: Verifies one: its report, or, where others are to be skipped, the kind of an adapter that is none of ours.
-Verify = Callable[..., "CheckpointReport | str"]
+#: Verifies one: its report, or, where others are to be skipped, that it is none of ours.
+Verify = Callable[..., CheckpointReport | Skipped]
 
 #: The kind of a repository that holds no adapter.
 NO_ADAPTER = "no adapter"
@@ -46,26 +39,26 @@ class Result:
     Attributes:
         path: What it is called.
         commit: The commit that was verified; None for local ones.
-        outcome: Its report; the kind of another adapter, which is skipped; or why it could not be reached.
+        outcome: Its report; that it was skipped; or why it could not be reached.
     """
 
     path: str
     commit: str | None
-    outcome: CheckpointReport | str | VeraToolsError
+    outcome: Outcome
 
     def to_dict(self) -> dict[str, Any]:
         """The verify-line/v1 document."""
         outcome = self.outcome
-        skipped, failed = isinstance(outcome, str), isinstance(outcome, VeraToolsError)
+        status = {Skipped: "skipped", Failed: "failed"}.get(type(outcome), "verified")
         return {
             "schema": "vera-tools/verify-line/v1",
             "tool": dict(TOOL),
             "path": self.path,
             "commit": self.commit,
-            "status": "skipped" if skipped else "failed" if failed else "verified",
-            "kind": outcome if isinstance(outcome, str) else None,
-            "checkpoint": None if isinstance(outcome, str | VeraToolsError) else outcome.to_dict(),
-            "error": outcome.to_dict() if isinstance(outcome, VeraToolsError) else None,
+            "status": status,
+            "kind": outcome.kind if isinstance(outcome, Skipped) else None,
+            "checkpoint": outcome.to_dict() if isinstance(outcome, CheckpointReport) else None,
+            "error": outcome.error.to_dict() if isinstance(outcome, Failed) else None,
         }
 
 
@@ -110,7 +103,7 @@ def run(
                 place, path = tasks[task]
                 for result in task.result():
                     known.write(result)
-                    if result.outcome != NO_ADAPTER:
+                    if not (isinstance(result.outcome, Skipped) and result.outcome.kind == NO_ADAPTER):
                         empty.discard(path)
                     yield place, result
         except BaseException:
@@ -146,7 +139,7 @@ def _explicit(path: str, verify: Verify, known: _Log) -> list[Result]:
         commit = hub.resolve(hub.client(), reference)
         return [_pinned(path, reference, commit, verify, known)]
     except (HubError, UsageError) as error:
-        return [Result(path, None, error)]
+        return [Result(path, None, Failed(path, error))]
 
 
 def _repository(path: str, verify: Verify, known: _Log) -> list[Result]:
@@ -157,17 +150,17 @@ def _repository(path: str, verify: Verify, known: _Log) -> list[Result]:
         commit = hub.resolve(api, reference)
         files = hub.listing(api, reference, commit, recursive=True)
     except HubError as error:
-        return [Result(path, None, error)]
+        return [Result(path, None, Failed(path, error))]
     folders = sorted(str(Path(file).parent) for file in files if Path(file).name == CONFIG_NAME)
     if not folders:
-        return [known.get(path, commit) or Result(path, commit, NO_ADAPTER)]
+        return [known.get(path, commit) or Result(path, commit, Skipped(path, NO_ADAPTER))]
     found = [replace(reference, subfolder="" if folder == "." else folder) for folder in folders]
     results = []
     for inside in found:
         try:
             results.append(_pinned(str(inside), inside, commit, verify, known, skip_others=True))
         except HubError as error:
-            results.append(Result(str(inside), commit, error))
+            results.append(Result(str(inside), commit, Failed(str(inside), error)))
     return results
 
 
@@ -177,7 +170,8 @@ def _pinned(
     if earlier := known.get(path, commit):
         return earlier
     outcome = verify(str(replace(reference, revision=commit)), skip_others=skip_others)
-    return Result(path, commit, outcome if isinstance(outcome, str) else replace(outcome, path=path))
+    named = outcome._replace(path=path) if isinstance(outcome, Skipped) else replace(outcome, path=path)
+    return Result(path, commit, named)
 
 
 class _Log:
@@ -226,29 +220,9 @@ class _Log:
         data = parse_json(line.decode("utf-8", "replace"), where=where)
         schema.validate(data, "verify-line.v1", where=where)
         if data["commit"] and data["status"] != "failed" and data["base"] == self._base:
-            outcome = data["kind"] if data["status"] == "skipped" else _checkpoint(data["checkpoint"])
+            outcome: Outcome = (
+                Skipped(data["path"], data["kind"])
+                if data["status"] == "skipped"
+                else CheckpointReport.from_dict(data["checkpoint"])
+            )
             self._known[data["path"], data["commit"]] = Result(data["path"], data["commit"], outcome)
-
-
-def _checkpoint(data: dict[str, Any]) -> CheckpointReport:
-    """The inverse of `CheckpointReport.to_dict`, for data that a schema has passed."""
-    from vera_tools.verifying.verify import CheckpointReport
-
-    def match(name: str) -> Match:
-        found = data["projections"][name]
-        shape = None if found["shape"] is None else tuple(found["shape"])
-        places = tuple((row, column) for row, column in found["places"])
-        return Match(**{**found, "shape": shape, "places": places})
-
-    return CheckpointReport(
-        path=data["path"],
-        verdict=data["verdict"],
-        checks=tuple(Check(**check) for check in data["checks"]),
-        save_projection=data["save_projection"],
-        projections_stored=data["projections_stored"],
-        recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] else None,
-        also_matches=tuple(Recipe.from_dict(recipe) for recipe in data["also_matches"]),
-        projections=(match(PROJECTIONS[0]), match(PROJECTIONS[1])),
-        loads=tuple(Load(**load) for load in data["loads"]),
-        scope=data["scope"],
-    )

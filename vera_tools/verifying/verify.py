@@ -10,174 +10,43 @@ import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO, TypeVar
-from xml.etree import ElementTree
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
-from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, find
+from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Place, find
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.checkpoints.resolution import refuse_size, stored_pair
-from vera_tools.dtypes import np_dtype
-from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.dtypes import HALVES, np_dtype
+from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.files import opening
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
-from vera_tools.report import Progress, Report, printable
+from vera_tools.report import Progress
 from vera_tools.verifying import checks, fit, recorded, registry
-from vera_tools.verifying.checks import Check, Scan
-from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load, Trained, loader_table, redrawn
+from vera_tools.verifying.checks import Scan
+from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, loader_table, redrawn
+from vera_tools.verifying.report import (
+    ABSENT,
+    VERDICTS,
+    Check,
+    CheckpointReport,
+    Failed,
+    Skipped,
+    Verdict,
+    VerifyReport,
+)
 
-Verdict = Literal["reproducible", "unproven", "drift", "invalid"]
-
-#: From best to worst.
-VERDICTS: tuple[Verdict, ...] = ("reproducible", "unproven", "drift", "invalid")
-_EXIT_CODES = {"reproducible": 0, "unproven": 3, "drift": 1, "invalid": 4}
-_SEVERITY = (0, 3, 5, 1, 4)
 #: The checks that fail where the pair has another size than PEFT makes room for.
 _SIZES = frozenset({"tensors.out_max", "base.pair"})
-_ABSENT = Match(None, None, None, "absent")
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class CheckpointReport:
-    """One checkpoint's verdict.
-
-    Attributes:
-        path: What the caller called it.
-        verdict: reproducible, unproven, drift or invalid.
-        checks: Everything that was looked at.
-        save_projection: The config's; None where it could not be read.
-        projections_stored: Whether both projections are in the file.
-        recipe: What made the projections: exactly, or nearest (see `projections`), or None.
-        also_matches: Other recipes that give the same bits.
-        projections: "vera_A" and "vera_B" against `recipe`.
-        loads: The loader table.
-        scope: What the verdict covers, in words.
-    """
-
-    path: str
-    verdict: Verdict
-    checks: tuple[Check, ...]
-    save_projection: bool | None = None
-    projections_stored: bool | None = None
-    recipe: Recipe | None = None
-    also_matches: tuple[Recipe, ...] = ()
-    projections: tuple[Match, Match] = (_ABSENT, _ABSENT)
-    loads: tuple[Load, ...] = ()
-    scope: str = "nothing was proven"
-
-    @property
-    def ok(self) -> bool:
-        """Whether no check failed."""
-        return not any(check.status == "fail" for check in self.checks)
-
-    def exit_code(self, require: Verdict = "reproducible") -> int:
-        """The exit code where `require` is the worst verdict that passes."""
-        code = 0 if VERDICTS.index(self.verdict) <= VERDICTS.index(require) else _EXIT_CODES[self.verdict]
-        return code if self.ok else _worst([code, 1])
-
-    def to_dict(self) -> dict[str, Any]:
-        """The checkpoint's entry in a verify/v1 document."""
-        return {
-            "path": self.path,
-            "verdict": self.verdict,
-            "ok": self.ok,
-            "save_projection": self.save_projection,
-            "projections_stored": self.projections_stored,
-            "recipe": self.recipe.to_dict() if self.recipe else None,
-            "also_matches": [recipe.to_dict() for recipe in self.also_matches],
-            "projections": {name: match.to_dict() for name, match in zip(PROJECTIONS, self.projections, strict=True)},
-            "loads": [load.to_dict() for load in self.loads],
-            "checks": [check.to_dict() for check in self.checks],
-            "scope": self.scope,
-        }
-
-
-@dataclass(frozen=True)
-class VerifyReport(Report):
-    """The result of one call.
-
-    Attributes:
-        checkpoints: One report each, in the order asked for.
-        skipped: (path, kind) of adapters of other kinds that a recursive search met.
-        failed: (path, error) of those on the Hub that could not be reached, where there are several.
-        require: The worst verdict that passes.
-    """
-
-    name: ClassVar[str] = "verify"
-
-    checkpoints: tuple[CheckpointReport, ...]
-    skipped: tuple[tuple[str, str], ...] = ()
-    require: Verdict = "reproducible"
-    failed: tuple[tuple[str, VeraToolsError], ...] = ()
-
-    @property
-    def exit_code(self) -> int:
-        """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0."""
-        codes = [report.exit_code(self.require) for report in self.checkpoints]
-        return _worst([*codes, *([HubError.exit_code] if self.failed else [])])
-
-    @property
-    def summary(self) -> dict[str, int]:
-        """How many checkpoints have each verdict, and how many were skipped."""
-        counts = dict.fromkeys(("reproducible", "drift", "unproven", "invalid"), 0)
-        for report in self.checkpoints:
-            counts[report.verdict] += 1
-        return {**counts, "skipped": len(self.skipped)}
-
-    def body(self) -> dict[str, Any]:
-        """The verify/v1 document's own part."""
-        return {
-            "checkpoints": [report.to_dict() for report in self.checkpoints],
-            "summary": self.summary,
-            "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
-            "failed": [{"path": path, "error": error.to_dict()} for path, error in self.failed],
-        }
-
-    def to_junit(self) -> str:
-        """JUnit XML: a suite for each checkpoint, a case for its verdict and for each check."""
-        root = ElementTree.Element("testsuites", name="vera-tools verify")
-        for report in self.checkpoints:
-            failed = report.exit_code(self.require) != 0 and report.ok
-            suite = ElementTree.SubElement(root, "testsuite", name=report.path)
-            case = ElementTree.SubElement(suite, "testcase", classname=report.path, name="verdict")
-            if failed or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
-                ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.scope}")
-            for check in report.checks:
-                case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=check.id)
-                if check.status in ("fail", "skip"):
-                    ElementTree.SubElement(
-                        case, "failure" if check.status == "fail" else "skipped", message=check.message
-                    )
-                elif check.status == "warn":
-                    ElementTree.SubElement(case, "system-out").text = f"warning: {check.message}"
-            suite.set("tests", str(len(suite)))
-            suite.set("failures", str(len(suite.findall("testcase/failure"))))
-            suite.set("errors", "0")
-            suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
-        for path, error in self.failed:
-            suite = ElementTree.SubElement(
-                root, "testsuite", name=path, tests="1", failures="0", errors="1", skipped="0"
-            )
-            case = ElementTree.SubElement(suite, "testcase", classname=path, name="verdict")
-            ElementTree.SubElement(case, "error", message=str(error))
-        for key in ("tests", "failures", "errors", "skipped"):
-            root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
-        for element in root.iter():  # XML 1.0 has no way at all to write most control characters
-            element.attrib.update({key: printable(value) for key, value in element.attrib.items()})
-            element.text = element.text and printable(element.text)
-        ElementTree.indent(root)
-        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
 
 
 def verify(
@@ -235,12 +104,12 @@ def verify(
 
 
 def _report(results: list[registry.Result], require: Verdict) -> VerifyReport:
-    outcomes = [(result.path, result.outcome) for result in results]
+    outcomes = [result.outcome for result in results]
     return VerifyReport(
-        tuple(outcome for _, outcome in outcomes if isinstance(outcome, CheckpointReport)),
-        tuple((path, outcome) for path, outcome in outcomes if isinstance(outcome, str)),
+        tuple(outcome for outcome in outcomes if isinstance(outcome, CheckpointReport)),
+        tuple(outcome for outcome in outcomes if isinstance(outcome, Skipped)),
         require,
-        tuple((path, outcome) for path, outcome in outcomes if isinstance(outcome, VeraToolsError)),
+        tuple(outcome for outcome in outcomes if isinstance(outcome, Failed)),
     )
 
 
@@ -251,14 +120,22 @@ class Verifier:
         self._base, self._allow_pickle, self._skip_others = base, allow_pickle, skip_others
         self._memory = _Once()
 
-    def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | str:
-        """One checkpoint's report; or the kind of another adapter, where those are skipped."""
+    def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped:
+        """One checkpoint's report; or that it is another kind of adapter, where those are skipped."""
         try:
-            checkpoint = Checkpoint.open(path, allow_pickle=self._allow_pickle)
+            place = Place.of(path)
+            try:
+                config = place.read_config()
+            except NotVeraError:
+                raise
+            except FormatError as error:
+                return _invalid(path, "config.schema", error)
+            checkpoint = Checkpoint(place, config, allow_pickle=self._allow_pickle)
         except NotVeraError as error:
-            return error.kind if skip_others or self._skip_others else _invalid(path, "config.kind", error)
+            skipped = skip_others or self._skip_others
+            return Skipped(path, error.kind) if skipped else _invalid(path, "config.kind", error)
         except FormatError as error:
-            return _invalid(path, "config.schema" if CONFIG_NAME in (error.where or "") else "tensors.file", error)
+            return _invalid(path, "tensors.file", error)
         with checkpoint:
             try:
                 return self._verify(path, checkpoint)
@@ -303,7 +180,7 @@ class Verifier:
             recipes=identified.all_recipes,
             dtype=pair.dtype,
             fits=fits,
-            representable=lambda dtype: self._memory(("held", dtype, *identity), lambda: _representable(pair, dtype)),
+            held_by=self._memory(("held", *identity), lambda: _held_by(pair)),
         )
         return CheckpointReport(
             path,
@@ -314,7 +191,7 @@ class Verifier:
             recipe=identified.recipe,
             also_matches=identified.also_matches,
             projections=(identified.matches["vera_A"], identified.matches["vera_B"]),
-            loads=self._memory(("loads", trained.save_projection, fits, key, *identity), lambda: loader_table(trained)),
+            loads=loader_table(trained),
             scope=_scope(checkpoint, found),
         )
 
@@ -323,7 +200,7 @@ class Verifier:
         key = config.projection_prng_key
         verdict: Verdict = "unproven"
         recipes: Collection[Recipe] | None = None
-        projections = (_ABSENT, _ABSENT)
+        projections = (ABSENT, ABSENT)
         if record is None:
             message = "vera_A and vera_B are not stored, and nothing records which recipe makes them"
             found.append(Check("projections.match", "skip", message))
@@ -349,9 +226,7 @@ class Verifier:
             recipes=recipes,
             dtype=dtype,
             fits=fits,
-            representable=lambda _: False,
         )
-        table_key = ("loads", key, None if recipes is None else tuple(recipes), dtype, fits)
         return CheckpointReport(
             path,
             verdict,
@@ -361,7 +236,7 @@ class Verifier:
             recipe=record.recipe if record else None,
             also_matches=tuple(recipe for recipe in recipes or () if record and recipe != record.recipe),
             projections=projections,
-            loads=self._memory(table_key, lambda: loader_table(trained)),
+            loads=loader_table(trained),
             scope=_scope(checkpoint, found),
         )
 
@@ -473,7 +348,13 @@ def _scope(checkpoint: Checkpoint, found: list[Check]) -> str:
     return "nothing is covered: run `record` where it was trained, so that it can be proven from then on"
 
 
-def _representable(pair: Pair, dtype: str) -> bool:
+def _held_by(pair: Pair) -> frozenset[str]:
+    """The dtypes that a loader may cast the stored pair to without changing a value."""
+    narrower = [dtype for dtype in ("float32", *HALVES) if dtype != pair.dtype]
+    return frozenset(dtype for dtype in narrower if _is_held_by(pair, dtype)) | {pair.dtype}
+
+
+def _is_held_by(pair: Pair, dtype: str) -> bool:
     """Whether casting the stored values to `dtype` and back changes none of them."""
     step, narrow = 1 << 18, np_dtype(dtype)
     for name in PROJECTIONS:
@@ -485,7 +366,3 @@ def _representable(pair: Pair, dtype: str) -> bool:
             if not np.array_equal(back, values):
                 return False
     return True
-
-
-def _worst(codes: Iterable[int]) -> int:
-    return max(codes, key=_SEVERITY.index, default=0)

@@ -1,0 +1,60 @@
+"""What names mean in PEFT's and transformers' files: saved modules, task heads, embeddings and output layers.
+
+Each of PEFT's rules stands here once, under the name of the function of PEFT's that it mirrors.
+"""
+
+from __future__ import annotations
+
+import re
+
+from vera_tools.checkpoints import expressions
+
+#: What transformers' models call their input embedding, ...
+INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
+#: ... the output layer that may share its weight with it, ...
+OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
+#: ... and the embedding of positions, which is a matrix and no linear layer either.
+POSITION_EMBEDDINGS = ("wpe",)
+
+#: The heads that PEFT trains and saves whole for these tasks, whether or not the config names them. A model has one.
+TASK_HEADS: dict[str, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+_EMBEDDING = re.compile(
+    rf"(?:^|\.)({'|'.join(INPUT_EMBEDDINGS + OUTPUT_LAYERS + POSITION_EMBEDDINGS)})(\.base_layer)?\.weight$"
+)
+
+
+def is_embedding(parameter: str) -> bool:
+    """Whether this is the weight of an embedding or of an output layer, by its name."""
+    return _EMBEDDING.search(parameter) is not None
+
+
+def module_of(parameter: str) -> str:
+    """The last part of the module's name, where the parameter is a weight; "" where it is none."""
+    parts = parameter.split(".")
+    return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
+
+
+def lies_in_saved(parameter: str, saved: str) -> bool:
+    """Whether a parameter lies in a module that an entry of modules_to_save covers.
+
+    PEFT's ``_set_trainable``: every module whose full name ends so, be it in the middle of a word.
+    """
+    parts = parameter.split(".")
+    return any(".".join(parts[:n]).endswith(saved) for n in range(1, len(parts)))
+
+
+def is_kept_from_adapting(module: str, saved: str, *, where: str) -> bool:
+    """Whether an entry of modules_to_save keeps a target module from being adapted.
+
+    PEFT's ``check_target_module_exists``: the entry is a regular expression for a part of the path, and whatever lies
+    below that part is meant too.
+
+    Raises:
+        FormatError: the expression takes too long.
+    """
+    return expressions.match(rf"(^|.*\.){saved}($|\..*)", module, where=where) is not None
