@@ -17,7 +17,7 @@ from vera_tools.checkpoints import writing
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
-from vera_tools.checkpoints.resolution import arrays, resolve, stored_pair
+from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve, stored_pair
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -39,7 +39,7 @@ def assumes(name: str, **options):
     """Resolve a seed-only checkpoint, and see that exactly one warning says so."""
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        resolved = resolve(checkpoint, **options)
+        resolved = resolve(checkpoint, Assumptions(**options))
     assert [warning.category for warning in caught] == [AssumedRecipeWarning]
     return resolved, str(caught[0].message)
 
@@ -55,7 +55,7 @@ def assumes(name: str, **options):
 )
 def test_a_stored_pair_is_taken_as_it_is_and_identified(name, recipe):
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint:
-        resolved = resolve(checkpoint, strict=True)
+        resolved = resolve(checkpoint, Assumptions(strict=True))
         stored = [checkpoint.weights.read(f"base_model.{tensor}") for tensor in ("vera_A", "vera_B")]
         found = arrays(checkpoint, resolved)
     assert (resolved.origin, resolved.record.assumed, resolved.record.recipe.name) == ("stored", False, recipe)
@@ -109,7 +109,7 @@ def test_a_stored_pair_that_is_none_is_an_error_and_not_assumed_away(checkpoint,
     folder = checkpoint(KEPT)
     rewrite(folder, change)
     with Checkpoint.open(folder) as opened, pytest.raises(FormatError, match=re.escape(words)):
-        resolve(opened, in_features=64)
+        resolve(opened, Assumptions(in_features=64))
 
 
 def test_nothing_stored_is_no_pair():
@@ -134,7 +134,7 @@ def test_without_a_base_the_warning_says_what_a_half_precision_one_would_have_do
 
 
 def test_the_dtypes_of_a_base_in_memory_decide_as_one_on_disk_does():
-    resolved, words = assumes(SEED_ONLY, in_features=96, weight_dtypes=["float32", "bfloat16"])
+    resolved, words = assumes(SEED_ONLY, in_features=96, weight_dtypes=frozenset({"float32", "bfloat16"}))
     assert resolved.record.recipe.rounded_through == "bfloat16"
     assert "--base" not in words
 
@@ -152,17 +152,19 @@ def test_the_assumed_pair_is_stored_in_the_dtype_that_was_asked_for():
 def test_strict_refuses_to_assume():
     with Checkpoint.open(CHECKPOINTS / SEED_ONLY) as checkpoint:
         with pytest.raises(UnprovenError, match="nothing records which recipe made the projections") as caught:
-            resolve(checkpoint, in_features=96, strict=True)
+            resolve(checkpoint, Assumptions(in_features=96, strict=True))
         assert caught.value.exit_code == 3
-        assert resolve(checkpoint, in_features=96, recipe="mt19937-f32-separate", strict=True).record.assumed
+        assert resolve(
+            checkpoint, Assumptions.stated(in_features=96, recipe="mt19937-f32-separate", strict=True)
+        ).record.assumed
 
 
 def test_a_recipe_that_the_user_names_is_taken_without_a_warning():
     with Checkpoint.open(CHECKPOINTS / SEED_ONLY) as checkpoint:
-        resolved = resolve(checkpoint, in_features=96, recipe="mt19937-f32-separate-via-f16")
+        resolved = resolve(checkpoint, Assumptions.stated(in_features=96, recipe="mt19937-f32-separate-via-f16"))
         assert resolved.record.recipe == Recipe(prng_key=102, rounding="separate", rounded_through="float16")
         with pytest.raises(UsageError, match="not a recipe's name"):
-            resolve(checkpoint, in_features=96, recipe="mt19937")
+            resolve(checkpoint, Assumptions.stated(in_features=96, recipe="mt19937"))
 
 
 def test_in_max_must_come_from_somewhere():
@@ -170,7 +172,7 @@ def test_in_max_must_come_from_somewhere():
         with pytest.raises(UsageError, match=r"in_max cannot be read off a seed-only checkpoint; .*--in-features"):
             resolve(checkpoint)
         with BaseModel.open(base_of(SEED_ONLY)) as base, pytest.raises(UsageError, match="expected 96, found 95"):
-            resolve(checkpoint, base=base, in_features=95)
+            resolve(checkpoint, Assumptions(base=base, in_features=95))
 
 
 def test_a_base_that_does_not_fit_is_an_error(tmp_path):
@@ -179,14 +181,14 @@ def test_a_base_that_does_not_fit_is_an_error(tmp_path):
         BaseModel.open(make(tmp_path, {"other.weight": (4, 4)})) as base,
         pytest.raises(CheckFailedError, match="the base has no such module"),
     ):
-        resolve(checkpoint, base=base)
+        resolve(checkpoint, Assumptions(base=base))
 
 
 def test_without_a_layer_nothing_can_be_assumed(checkpoint):
     folder = checkpoint(SEED_ONLY)
     rewrite(folder, lambda tensors: (tensors.clear(), tensors.update({"other": np.zeros(1, np.float32)})))
     with Checkpoint.open(folder) as opened, pytest.raises(CheckFailedError, match="nothing is adapted"):
-        resolve(opened, in_features=96)
+        resolve(opened, Assumptions(in_features=96))
 
 
 @pytest.fixture
@@ -194,24 +196,24 @@ def recorded(checkpoint):
     """A seed-only checkpoint with a manifest."""
     folder = checkpoint(SEED_ONLY)
     with Checkpoint.open(folder) as opened:
-        resolved = resolve(opened, in_features=96, recipe="mt19937-f32-separate")
+        resolved = resolve(opened, Assumptions.stated(in_features=96, recipe="mt19937-f32-separate"))
     writing.write_manifest(folder, resolved.record)
     return folder
 
 
 def test_a_recorded_pair_is_regenerated_and_proven(recorded):
     with Checkpoint.open(recorded) as opened:
-        resolved = resolve(opened, strict=True)
+        resolved = resolve(opened, Assumptions(strict=True))
         assert (resolved.origin, resolved.record.recipe.name) == ("recorded", "mt19937-f32-separate")
         assert resolved.record.shape == SHAPE
         assert [a.shape for a in arrays(opened, resolved)] == [(16, 96), (64, 16)]
-        assert resolve(opened, recipe="mt19937-f32-separate").record == resolved.record
+        assert resolve(opened, Assumptions.stated(recipe="mt19937-f32-separate")).record == resolved.record
 
 
 def test_another_recipe_than_the_recorded_one_is_refused(recorded):
     words = "another recipe is recorded already (expected mt19937-f32-separate, found mt19937-f32-fused)"
     with Checkpoint.open(recorded) as opened, pytest.raises(UsageError, match=re.escape(words)):
-        resolve(opened, recipe="mt19937-f32-fused")
+        resolve(opened, Assumptions.stated(recipe="mt19937-f32-fused"))
 
 
 def edit_manifest(folder, change):

@@ -7,7 +7,7 @@ float32 drawn with a fused multiply-add and rounded through the base weights' dt
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,7 +28,7 @@ from vera_tools.projections.identification import Identification, identify_pair,
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests, generate
-from vera_tools.projections.recipe import Recipe
+from vera_tools.projections.recipe import Method, Recipe
 
 #: Bytes of the largest pair that is drawn, which is far more than any model's. A damaged record may name any size.
 MOST_BYTES = 64 << 30
@@ -75,37 +75,63 @@ def stored_pair(checkpoint: Checkpoint) -> Pair | None:
     return Pair(shape, infos["vera_A"].dtype, lambda name, a, b: checkpoint.weights.read_elements(infos[name], a, b))
 
 
-def resolve(
-    checkpoint: Checkpoint,
-    *,
-    base: BaseModel | None = None,
-    in_features: int | None = None,
-    weight_dtypes: Collection[str] = (),
-    recipe: str | None = None,
-    stored_dtype: str = "float32",
-    strict: bool = False,
-) -> Resolved:
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """What a caller knows, or allows to be assumed, of a pair that a checkpoint neither holds nor records.
+
+    Attributes:
+        base: The open base model, for in_max and for the dtype that PEFT rounds through.
+        in_features: in_max, where no base is at hand as files.
+        weight_dtypes: The adapted weights' dtypes, where the base is in memory; they do for `base` in what is assumed.
+        method: How the pair was drawn. None: PEFT's way is assumed.
+        stored_dtype: The dtype that the pair would be stored in.
+        strict: Assume nothing.
+    """
+
+    base: BaseModel | None = None
+    in_features: int | None = None
+    weight_dtypes: frozenset[str] = frozenset()
+    method: Method | None = None
+    stored_dtype: str = "float32"
+    strict: bool = False
+
+    @classmethod
+    def stated(
+        cls,
+        base: BaseModel | None = None,
+        *,
+        in_features: int | None = None,
+        recipe: str | None = None,
+        stored_dtype: str = "float32",
+        strict: bool = False,
+    ) -> Assumptions:
+        """The same, from what the library's functions take: `recipe` is a method's name, or None.
+
+        Raises:
+            UsageError: there is no such name.
+        """
+        method = None if recipe is None else Method.named(recipe)
+        return cls(base=base, in_features=in_features, method=method, stored_dtype=stored_dtype, strict=strict)
+
+
+def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> Resolved:
     """Find out which projections the checkpoint was trained with, without holding them in memory.
 
     Args:
         checkpoint: An open checkpoint.
-        base: Its base model, for in_max and for the dtype that PEFT rounds through.
-        in_features: in_max, where no base is at hand as files.
-        weight_dtypes: The adapted weights' dtypes, where the base is in memory; they do for `base` in what is assumed.
-        recipe: Name of the recipe of a seed-only checkpoint with nothing recorded. Default: PEFT's is assumed.
-        stored_dtype: The dtype an assumed pair would be stored in.
-        strict: Refuse to assume anything.
+        assumptions: What may be assumed of a pair that is neither stored nor recorded.
 
     Raises:
         CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's or of a size
             that no adapter has, or the base does not fit.
         UnprovenError: seed-only with nothing recorded, and `strict`.
-        UsageError: seed-only with nothing recorded, and nothing says in_max; `recipe` contradicts the record;
+        UsageError: seed-only with nothing recorded, and nothing says in_max; the method contradicts the record;
             `in_features` contradicts what is stored, recorded or the base; or no adapter has a pair of this size.
     """
+    given = assumptions or Assumptions()
     pair = stored_pair(checkpoint)
     if pair is not None:
-        _refuse_other_width(in_features, pair.shape, "the stored projections", where=checkpoint.label)
+        _refuse_other_width(given.in_features, pair.shape, "the stored projections", where=checkpoint.label)
         if pair.shape.r != checkpoint.config.r:
             message = (
                 f"the config's r is {checkpoint.config.r}, and the projections' {pair.shape.r}: PEFT cannot load it"
@@ -121,24 +147,24 @@ def resolve(
         return Resolved(ProjectionRecord(made_by, assumed, pair.shape, pair.dtype, sha256), "stored", found)
     record = checkpoint.recorded
     if record is not None:
-        if recipe is not None and (record.recipe is None or record.recipe.name != recipe):
+        if given.method is not None and (record.recipe is None or record.recipe.method != given.method):
             raise UsageError(
                 "another recipe is recorded already",
                 where=checkpoint.label,
                 expected=record.recipe.name if record.recipe else "none",
-                found=recipe,
+                found=given.method.name,
                 hint="delete the record if it is wrong",
             )
-        _refuse_other_width(in_features, record.shape, "the record", where=checkpoint.label)
+        _refuse_other_width(given.in_features, record.shape, "the record", where=checkpoint.label)
         _refuse_stale(record, checkpoint)
         return Resolved(_proven(record, where=checkpoint.label), "recorded")
-    if strict and recipe is None:
+    if given.strict and given.method is None:
         raise UnprovenError(
             "nothing records which recipe made the projections of this seed-only checkpoint",
             where=checkpoint.label,
             hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
         )
-    return Resolved(_assume(checkpoint, base, in_features, weight_dtypes, recipe, stored_dtype), "assumed")
+    return Resolved(_assume(checkpoint, given), "assumed")
 
 
 def refuse_size(
@@ -236,14 +262,8 @@ def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:
     return record
 
 
-def _assume(
-    checkpoint: Checkpoint,
-    base: BaseModel | None,
-    in_features: int | None,
-    weight_dtypes: Collection[str],
-    name: str | None,
-    stored_dtype: str,
-) -> ProjectionRecord:
+def _assume(checkpoint: Checkpoint, given: Assumptions) -> ProjectionRecord:
+    base, in_features = given.base, given.in_features
     shape = checkpoint.pair_shape(base)
     if shape is None:
         if in_features is None:
@@ -259,19 +279,21 @@ def _assume(
     else:
         _refuse_other_width(in_features, shape, "the base model", where=checkpoint.label)
     key = checkpoint.config.projection_prng_key
-    if name is not None:
-        recipe = Recipe.parse(name, prng_key=key)
+    if given.method is not None:
+        recipe = given.method.with_key(key)
     else:
-        through = rounds_through(weight_dtypes) if weight_dtypes else assumed_rounding(checkpoint, base)
+        through = rounds_through(given.weight_dtypes) if given.weight_dtypes else assumed_rounding(checkpoint, base)
         recipe = Recipe(prng_key=key, rounded_through=through)
         warnings.warn(
             f"{checkpoint.label}: nothing records which recipe made the projections; assuming {recipe.name}"
             + (
-                "" if base or weight_dtypes else " (a half-precision base would have rounded them: name it with --base)"
+                ""
+                if base or given.weight_dtypes
+                else " (a half-precision base would have rounded them: name it with --base)"
             ),
             AssumedRecipeWarning,
             stacklevel=3,
         )
-    refuse_size(shape, stored_dtype, where=checkpoint.label)
-    sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
-    return ProjectionRecord(recipe, True, shape, stored_dtype, sha256)
+    refuse_size(shape, given.stored_dtype, where=checkpoint.label)
+    sha256 = digests(recipe, shape, stored_dtype=given.stored_dtype)
+    return ProjectionRecord(recipe, True, shape, given.stored_dtype, sha256)

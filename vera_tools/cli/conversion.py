@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -21,6 +21,14 @@ if TYPE_CHECKING:
 AnyReport = TypeVar("AnyReport", bound=ConversionReport)
 
 
+class DestinationArguments(TypedDict):
+    """What a conversion takes of what the options say about where to write."""
+
+    in_place: bool
+    overwrite: bool
+    allow_pickle: bool
+
+
 @dataclass(frozen=True)
 class Where:
     """What the options say about where to write."""
@@ -33,7 +41,7 @@ class Where:
     allow_pickle: bool
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> DestinationArguments:
         """What a conversion itself takes of them."""
         return {"in_place": self.in_place, "overwrite": self.overwrite, "allow_pickle": self.allow_pickle}
 

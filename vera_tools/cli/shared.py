@@ -10,7 +10,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -272,6 +272,16 @@ def recipe_options(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
+class AssumptionArguments(TypedDict):
+    """What the library's functions take of what is known of projections that a checkpoint does not hold."""
+
+    base: str | None
+    in_features: int | None
+    recipe: str | None
+    stored_dtype: str
+    strict: bool
+
+
 @dataclass(frozen=True)
 class Resolving:
     """What the options say about projections that a checkpoint does not hold."""
@@ -282,7 +292,7 @@ class Resolving:
     strict: bool
 
     @property
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> AssumptionArguments:
         """The same, as the library's functions take it."""
         return {
             "base": self.base,

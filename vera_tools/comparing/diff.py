@@ -17,7 +17,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Layer
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, ProjectionRecord
-from vera_tools.checkpoints.resolution import arrays, resolve
+from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve
 from vera_tools.comparing.updates import Norms, Pair, UpdateComparison, Vectors
 from vera_tools.dtypes import Array
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
@@ -382,14 +382,14 @@ class _Side:
                 shape = other.pair_shape()
                 in_features = shape.in_max if shape else None  # the same layers, so the same in_max
             made_like = None if strict else _recipe_of(other, checkpoint)
-        resolved = resolve(
-            checkpoint,
+        assumptions = Assumptions(
             base=base,
             in_features=None if base is not None else in_features,
-            recipe=made_like.recipe.name if made_like and made_like.recipe else None,
+            method=made_like.recipe.method if made_like and made_like.recipe else None,
             stored_dtype=made_like.dtype if made_like else "float32",
             strict=strict,
         )
+        resolved = resolve(checkpoint, assumptions)
         record = resolved.record
         if made_like and record.recipe:
             warnings.warn(

@@ -16,7 +16,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import BaseRecord, Manifest, Original, ProjectionRecord
-from vera_tools.checkpoints.resolution import arrays, resolve
+from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve
 from vera_tools.checkpoints.writing import write_checkpoint, write_manifest
 from vera_tools.converting.output import (
     ConversionReport,
@@ -98,9 +98,10 @@ def embed_projections(
         if opened.projections:
             raise NothingToDoError("the projections are stored already", where=opened.label)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(
-            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        assumptions = Assumptions.stated(
+            model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
+        resolved = resolve(opened, assumptions)
         vera_A, vera_B = arrays(opened, resolved)
         tensors: Tensors = {
             ROOT + "vera_A": vera_A,

@@ -27,7 +27,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
-from vera_tools.checkpoints.resolution import resolve
+from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.checkpoints.writing import write_checkpoint
 from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
@@ -132,9 +132,10 @@ def from_foreign(
         if config == opened.raw_config and not renamed:
             raise NothingToDoError("it has PEFT's form already", where=opened.label)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(
-            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        assumptions = Assumptions.stated(
+            model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
+        resolved = resolve(opened, assumptions)
         tensors = {new: opened.weights.deferred(old) for old, new in names.items()}
         with target.open() as out:
             text = json.dumps(config, indent=2)

@@ -23,7 +23,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint, Layer
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
-from vera_tools.checkpoints.resolution import Resolved, resolve, rows
+from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve, rows
 from vera_tools.checkpoints.writing import describe
 from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.dtypes import FLOATS, Array, np_dtype
@@ -123,9 +123,10 @@ def to_lora(
         target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(
-            opened, base=model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
+        assumptions = Assumptions.stated(
+            model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
+        resolved = resolve(opened, assumptions)
         record = resolved.record
         widths = in_features_by_layer(opened, model)
         if widths is None:

@@ -14,7 +14,7 @@ from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
 from vera_tools.checkpoints.manifest import ProjectionRecord, TensorRecord
-from vera_tools.checkpoints.resolution import refuse_size, resolve
+from vera_tools.checkpoints.resolution import Assumptions, refuse_size, resolve
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import AssumedRecipeWarning, UsageError, VeraToolsError
 from vera_tools.files import atomic, safetensors
@@ -166,14 +166,14 @@ def _of_checkpoint(
         opened = stack.enter_context(Checkpoint.open(checkpoint))
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         stored = len(opened.projections) == 2
-        resolved = resolve(
-            opened,
-            base=model,
+        assumptions = Assumptions.stated(
+            model,
             in_features=in_features,
             recipe=None if stored else name,
             stored_dtype=stored_dtype or "float32",
             strict=strict,
         )
+        resolved = resolve(opened, assumptions)
         record = resolved.record
         if name and stored:
             recipe = Recipe.parse(name, prng_key=opened.config.projection_prng_key)

@@ -21,7 +21,7 @@ import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding
-from vera_tools.checkpoints.resolution import Resolved, arrays, resolve
+from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.drifting import environments
 from vera_tools.drifting.comparison import Comparison, compare_reports, load
 from vera_tools.drifting.effect import Effect, logits_change, measure
@@ -380,7 +380,7 @@ def _target(
     if adapter is None:
         recipe = Recipe(prng_key=STANDARD[0].prng_key)
         return STANDARD, Target(recipe, 0, "float32", None, generate(recipe, STANDARD[0].shape))
-    resolved: Resolved = resolve(adapter, base=model, in_features=in_features, strict=strict)
+    resolved: Resolved = resolve(adapter, Assumptions(base=model, in_features=in_features, strict=strict))
     record = resolved.record
     recipe_of = record.recipe
     own = Draw(adapter.config.projection_prng_key, record.shape.r, record.shape.in_max, record.shape.out_max)

@@ -24,7 +24,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
-from vera_tools.checkpoints.resolution import resolve
+from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import (
     CheckFailedError,
@@ -400,7 +400,7 @@ def _add_card(
 def _resolved(opened: Checkpoint, model: BaseModel | None, in_features: int | None) -> ProjectionRecord | None:
     """The projections; None where nothing can say what they are, with a warning."""
     try:
-        return resolve(opened, base=model, in_features=in_features).record
+        return resolve(opened, Assumptions(base=model, in_features=in_features)).record
     except UsageError:
         if model is not None or in_features is not None:
             raise

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
-from vera_tools.checkpoints.resolution import resolve
+from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
 from vera_tools.merging import execution, heads, record, staging, verification
@@ -171,10 +171,11 @@ def merge(
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(BaseModel.open(base))
         refuse_quantised(model)
+        assumptions = Assumptions.stated(model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
         adapters = []
         for reference, factor in zip(references, factors, strict=True):
             opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
-            resolved = resolve(opened, base=model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
+            resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
         notes = heads.notes(plan)

@@ -18,7 +18,7 @@ from vera_tools.checkpoints.base import rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, BaseRecord, ProjectionRecord, TensorRecord
-from vera_tools.checkpoints.resolution import Resolved, arrays, resolve
+from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.checkpoints.writing import write_checkpoint
 from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
@@ -88,12 +88,12 @@ def projections(
     weights = [targets.weight_of(module) for module in modules.values()]
     sizes = [features(targets.base_layer(module)) for module in modules.values()]
     in_max, out_max = max(size[0] for size in sizes), max(size[1] for size in sizes)
-    resolved = resolve(
-        checkpoint,
+    assumptions = Assumptions(
         in_features=None if checkpoint.projections or checkpoint.recorded else in_max,  # a wider pair than needed fits
-        weight_dtypes=[dtype_name(weight.dtype) for weight in weights],
+        weight_dtypes=frozenset(dtype_name(weight.dtype) for weight in weights),
         strict=strict,
     )
+    resolved = resolve(checkpoint, assumptions)
     record, known = resolved.record, checkpoint.recorded
     if record.shape.in_max < in_max or record.shape.out_max < out_max:
         raise CheckFailedError(

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
-from vera_tools.checkpoints.resolution import Resolved, resolve
+from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve
 from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import atomic, local, opening
@@ -105,14 +105,10 @@ def record(
         if kind := local.not_a_file(path):
             raise FormatError(f"this is {kind}, not a file", where=path, hint="take it away")
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        resolved = resolve(
-            opened,
-            base=model,
-            in_features=in_features,
-            recipe=recipe,
-            stored_dtype=stored_dtype,
-            strict=strict,
+        assumptions = Assumptions.stated(
+            model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
+        resolved = resolve(opened, assumptions)
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
     data = manifest.to_json().encode()
