@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from vera_tools.checkpoints.base import Linear
 from vera_tools.checkpoints.checkpoint import PICKLE_NAME, Checkpoint, Layer
 from vera_tools.checkpoints.resolution import Resolved, arrays
 from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.merging.arithmetic import Factor
+from vera_tools.files.safetensors import TensorInfo
 from vera_tools.merging.rounding import check_finite
 
 
@@ -79,15 +78,15 @@ class Adapter:
         """
         _ = self.columns
 
-    def check_vectors(self, layer: Layer, *, in_features: int) -> None:
-        """Check one layer's vectors and that the projections are large enough for it.
+    def vectors(self, layer: Layer, *, in_features: int) -> tuple[TensorInfo, TensorInfo]:
+        """One layer's lambda_b and lambda_d, once it is checked that they and the projections fit it.
 
         Raises:
             FormatError: a vector is missing, or of another length than the rank; or the projections are too small.
             CheckFailedError: NaN or infinity.
         """
         where = f"{self.checkpoint.weights.label}: {layer.module}"
-        shape = self.resolved.record.shape
+        shape, found = self.resolved.record.shape, list[TensorInfo]()
         for name, info in (("vera_lambda_b", layer.lambda_b), ("vera_lambda_d", layer.lambda_d)):
             if info is None:
                 raise FormatError(f"{name} is missing", where=where, hint="the checkpoint is incomplete")
@@ -96,32 +95,23 @@ class Adapter:
                     "not a vector", where=f"{where}.{name}", expected="1 dimension", found=str(list(info.shape))
                 )
             self._check(self.checkpoint.weights.read(info.name), info.name)
-        assert layer.lambda_b is not None
-        assert layer.lambda_d is not None
-        if layer.lambda_d.size != shape.r:
+            found.append(info)
+        lambda_b, lambda_d = found
+        if lambda_d.size != shape.r:
             raise FormatError(
                 "vera_lambda_d does not have the rank's length",
                 where=where,
                 expected=str(shape.r),
-                found=str(layer.lambda_d.size),
+                found=str(lambda_d.size),
             )
-        if in_features > shape.in_max or layer.lambda_b.size > shape.out_max:
+        if in_features > shape.in_max or lambda_b.size > shape.out_max:
             raise FormatError(
                 "the projections are too small for this layer",
                 where=where,
-                expected=f"at least {in_features} columns of vera_A and {layer.lambda_b.size} rows of vera_B",
+                expected=f"at least {in_features} columns of vera_A and {lambda_b.size} rows of vera_B",
                 found=f"{shape.in_max} and {shape.out_max}",
             )
-
-    def factor(self, layer: Layer, linear: Linear) -> Factor:
-        """This adapter's part in one weight."""
-        assert layer.lambda_b is not None
-        assert layer.lambda_d is not None
-        vera_A, vera_B = self.pair
-        lambda_b = self.checkpoint.weights.read(layer.lambda_b.name).astype(np.float64) * self.weight
-        lambda_d = self.checkpoint.weights.read(layer.lambda_d.name).astype(np.float64)
-        ins, outs = linear.in_features, linear.out_features
-        return Factor(lambda_b, vera_B[:outs], lambda_d, vera_A[:, :ins], self.columns[:ins])
+        return lambda_b, lambda_d
 
     def to_dict(self) -> dict[str, Any]:
         """The adapter as it stands in the merge record."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.arithmetic import BLOCK
+from vera_tools.merging.arithmetic import BLOCK, Factor
 from vera_tools.merging.rounding import check_finite
 
 # Tensors that stand beside a packed weight: GPTQ and AWQ, bitsandbytes, float8 and compressed-tensors scales.
@@ -35,36 +34,49 @@ _WRAPPED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 
 @dataclass(frozen=True)
-class Part:
-    """One adapter's part in one tensor: a layer whose product is added, or a tensor that takes the base's place."""
+class Product:
+    """One adapter's product that is added to one weight: ``(lambda_b * vera_B) @ (lambda_d * vera_A)``."""
 
     adapter: Adapter
-    layer: Layer | None = None
-    linear: Linear | None = None
-    replacement: TensorInfo | None = None
+    linear: Linear
+    lambda_b: TensorInfo
+    lambda_d: TensorInfo
+
+    def factor(self) -> Factor:
+        """Its factors, with the adapter's weight multiplied in."""
+        adapter, ins, outs = self.adapter, self.linear.in_features, self.linear.out_features
+        vera_A, vera_B = adapter.pair
+        lambda_b, lambda_d = (
+            adapter.checkpoint.weights.read(info.name).astype(np.float64) for info in (self.lambda_b, self.lambda_d)
+        )
+        return Factor(lambda_b * adapter.weight, vera_B[:outs], lambda_d, vera_A[:, :ins], adapter.columns[:ins])
 
 
 @dataclass(frozen=True)
-class Change:
-    """What becomes of one tensor.
+class Replacement:
+    """One adapter's saved tensor, which takes the place of the base's, or is new."""
+
+    adapter: Adapter
+    tensor: TensorInfo
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What becomes of a weight that products are added to.
 
     Attributes:
-        kind: "merged" (a product is added), "replaced" (a saved tensor of the adapter) or "added" (the base has none).
-        parts: The adapters' parts, in an order that does not depend on the order in which they were named.
-        transposed: A merged weight is stored as (in_features, out_features).
+        products: In an order that does not depend on the order in which the adapters were named.
+        transposed: The weight is stored as (in_features, out_features).
         tied_to: The tensor whose values a merged output layer starts from, where the base stores none of its own.
     """
 
-    kind: Literal["merged", "replaced", "added"]
-    parts: tuple[Part, ...]
-    transposed: bool = False
+    products: tuple[Product, ...]
+    transposed: bool
     tied_to: str | None = None
 
 
-@dataclass
-class _Collected:
-    linear: Linear | None = None
-    parts: list[Part] = field(default_factory=list)
+#: What becomes of one tensor of the base, or of one that it lacks.
+Change = Sum | Replacement
 
 
 def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
@@ -75,7 +87,7 @@ def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
         FormatError: an adapter is incomplete, or holds a tensor that is not VeRA's.
         UsageError: two adapters bring the same saved tensor, or one that the base lacks has another weight than 1.
     """
-    found: dict[str, _Collected] = {}
+    found: dict[str, list[Product] | Replacement] = {}
     # The order of summation decides roundings; an order of content makes it independent of the command line's.
     for adapter in sorted(adapters, key=lambda adapter: (adapter.sha256, adapter.weight)):
         renaming = base.locate(adapter.checkpoint.layers)
@@ -83,28 +95,32 @@ def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
             raise FormatError("no layer is adapted", where=adapter.checkpoint.weights.label)
         for layer in adapter.checkpoint.layers.values():
             linear = _linear(base, adapter, layer, renaming)
-            adapter.check_vectors(layer, in_features=linear.in_features)
-            entry = found.setdefault(renaming(layer.module) + ".weight", _Collected(linear))
-            assert entry.linear is not None
-            if entry.linear.transposed != linear.transposed:
+            lambda_b, lambda_d = adapter.vectors(layer, in_features=linear.in_features)
+            products = found.setdefault(name := renaming(layer.module) + ".weight", [])
+            if isinstance(products, Replacement):
+                raise _conflict(adapter, name, products.adapter)
+            if products and products[0].linear.transposed != linear.transposed:
                 raise CheckFailedError(
                     "the adapters disagree on fan_in_fan_out", where=f"{base.label}: {linear.weight}"
                 )
-            entry.parts.append(Part(adapter, layer=layer, linear=linear))
+            products.append(Product(adapter, linear, lambda_b, lambda_d))
         for name, tensor in _saved(base, adapter, renaming).items():
-            entry = found.get(name, _Collected())
-            before = name if entry.linear is None else entry.linear.weight
+            earlier = found.get(name)
+            before = earlier[0].linear.weight if isinstance(earlier, list) else name
             if before in base.tensors and _is_equal(base, before, adapter, tensor):
                 continue  # PEFT saves some weights of the base beside those it trains
-            found[name] = entry
-            if entry.parts:
-                raise UsageError(
-                    f"{entry.parts[0].adapter.label} changes this tensor too, and a saved tensor can only replace it",
-                    where=f"{adapter.label}: {name}",
-                    hint="merge the adapters one after the other",
-                )
-            entry.parts.append(Part(adapter, replacement=tensor))
-    return {name: _change(name, entry, base) for name, entry in found.items()}
+            if earlier is not None:
+                raise _conflict(adapter, name, (earlier[0] if isinstance(earlier, list) else earlier).adapter)
+            found[name] = _replacement(name, Replacement(adapter, tensor), base)
+    return {name: _sum(name, change) if isinstance(change, list) else change for name, change in found.items()}
+
+
+def _conflict(adapter: Adapter, name: str, other: Adapter) -> UsageError:
+    return UsageError(
+        f"{other.label} changes this tensor too, and a saved tensor can only replace it",
+        where=f"{adapter.label}: {name}",
+        hint="merge the adapters one after the other",
+    )
 
 
 def refuse_quantised(base: BaseModel) -> None:
@@ -195,18 +211,17 @@ def _is_equal(base: BaseModel, name: str, adapter: Adapter, saved: TensorInfo) -
     return True
 
 
-def _change(name: str, entry: _Collected, base: BaseModel) -> Change:
-    parts = tuple(entry.parts)
-    if entry.linear is not None:
-        tied_to = None if entry.linear.weight == name else entry.linear.weight
-        return Change("merged", parts, entry.linear.transposed, tied_to)
-    if name in base.tensors:
-        return Change("replaced", parts)
-    if parts[0].adapter.weight != 1:
+def _sum(name: str, products: Sequence[Product]) -> Sum:
+    linear = products[0].linear
+    return Sum(tuple(products), linear.transposed, None if linear.weight == name else linear.weight)
+
+
+def _replacement(name: str, saved: Replacement, base: BaseModel) -> Replacement:
+    if name not in base.tensors and saved.adapter.weight != 1:
         raise UsageError(
             "the base lacks this tensor, so it cannot be weighted",
-            where=f"{parts[0].adapter.label}: {name}",
+            where=f"{saved.adapter.label}: {name}",
             expected="weight 1",
-            found=f"{parts[0].adapter.weight:g}",
+            found=f"{saved.adapter.weight:g}",
         )
-    return Change("added", parts)
+    return saved

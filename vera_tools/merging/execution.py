@@ -20,7 +20,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.files.local import LocalFile
 from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
-from vera_tools.merging.plan import Entry, Plan, Shard
+from vera_tools.merging.plan import Computed, Copied, Merged, Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
@@ -137,7 +137,7 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
     try:
         for future in work.futures:
             future.result()
-        for name in {entry.origin[0] for entry in work.shard.entries if entry.origin}:
+        for name in {entry.origin.file for entry in work.shard.entries if entry.origin}:
             origin = plan.base.files[name].source
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
@@ -163,9 +163,9 @@ def _tasks(
         copy_range(plan.base.files[piece.name].source, piece.start, piece.length, work.file, piece.offset)
         meter.add(piece.length, work.shard.name)
 
-    def compute(entry: Entry) -> None:
+    def compute(entry: Computed) -> None:
         checksum = xxhash.xxh3_64()
-        digest = hashlib.sha256() if entry.kind == "merged" else None
+        digest = hashlib.sha256() if isinstance(entry, Merged) else None
         offset = work.shard.data_start + entry.info.start
         for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
             data = as_bytes(block)
@@ -175,13 +175,13 @@ def _tasks(
             meter.add(len(data), work.shard.name)
         work.xxh3[entry.info.name] = checksum.hexdigest()
         if digest is not None and entry.origin is not None:
-            work.base_sha256[entry.origin[1].name] = digest.hexdigest()
+            work.base_sha256[entry.origin.info.name] = digest.hexdigest()
 
     tasks = [(piece.offset, functools.partial(copy, piece)) for piece in _pieces(plan.base, work.shard)]
     tasks += [
         (work.shard.data_start + entry.info.start, functools.partial(compute, entry))
         for entry in work.shard.entries
-        if entry.kind != "copied"
+        if not isinstance(entry, Copied)
     ]
     for _, task in sorted(tasks, key=lambda item: item[0]):
         yield task
@@ -201,9 +201,8 @@ def _pieces(base: BaseModel, shard: Shard) -> Iterator[_Range]:
     """Everything to copy: neighbours joined, and cut into pieces again that several workers can share."""
     joined: list[_Range] = []
     for entry in shard.entries:
-        if entry.kind != "copied" or entry.info.nbytes == 0:
+        if not isinstance(entry, Copied) or entry.info.nbytes == 0:
             continue
-        assert entry.origin is not None
         name, info = entry.origin
         start, offset = base.files[name].data_start + info.start, shard.data_start + entry.info.start
         last = joined[-1] if joined else None

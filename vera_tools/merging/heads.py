@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 from vera_tools.checkpoints.names import OUTPUT_LAYERS, TASK_HEADS
-from vera_tools.merging.plan import Entry, Plan
+from vera_tools.merging.plan import Merged, Plan, Replaced
 
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",
@@ -20,13 +20,13 @@ def notes(plan: Plan) -> list[str]:
 
     It is said and not set: which class of transformers has the head, its name alone does not prove.
     """
-    added = [entry for entry in plan.entries if entry.kind == "added" and _head(entry)]
+    added = [entry for entry in plan.entries if isinstance(entry, Replaced) and not entry.origin and _head(entry)]
     heads = sorted({_head(entry) for entry in added})
     if not heads:
         return []
     config = plan.base.config
     architectures = [str(name) for name in config.get("architectures") or []]
-    tasks = {str(entry.parts[0].adapter.checkpoint.config.task_type) for entry in added}
+    tasks = {str(entry.saved.adapter.checkpoint.config.task_type) for entry in added}
     ending = next((_CLASSES[task] for task in sorted(tasks) if task in _CLASSES), None)
     settings = []
     if not (ending and any(name.endswith(ending) for name in architectures)):
@@ -59,23 +59,23 @@ def _renamed_trunk(plan: Plan) -> tuple[str, str] | None:
     One that is only lacking, transformers adds itself.
     """
     for entry in plan.entries:
-        for layer in (part.layer for part in entry.parts if part.layer is not None):
-            theirs, _, rest = layer.module.partition(".")
+        for product in entry.products if isinstance(entry, Merged) else ():
+            theirs, _, rest = product.linear.module.partition(".")
             ours = entry.info.name.removesuffix(f".{rest}.weight")
             if rest and ours != entry.info.name and ours != theirs and "." not in ours:
                 return theirs, ours
     return None
 
 
-def _head(entry: Entry) -> str:
+def _head(entry: Replaced) -> str:
     """The head that an added tensor belongs to, or ""."""
-    config = entry.parts[0].adapter.checkpoint.config
+    config = entry.saved.adapter.checkpoint.config
     heads = {head for names in TASK_HEADS.values() for head in names} | set(config.modules_to_save or ())
     parts = entry.info.name.split(".")[:-1]
     return next((part for part in parts if part in heads and part not in OUTPUT_LAYERS), "")
 
 
-def _labels(added: Iterable[Entry]) -> int | None:
+def _labels(added: Iterable[Replaced]) -> int | None:
     """Rows of the head's only matrix, or of its last one where that bears the name it has in RoBERTa's heads."""
     matrices = [entry.info for entry in added if entry.info.name.endswith(".weight") and len(entry.info.shape) == 2]
     last = matrices if len(matrices) == 1 else [info for info in matrices if info.name.endswith(".out_proj.weight")]

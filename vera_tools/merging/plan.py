@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from vera_tools._version import __version__
 from vera_tools.checkpoints.base import INDEX_SUFFIX, BaseModel
@@ -15,7 +15,7 @@ from vera_tools.errors import UsageError
 from vera_tools.files import local
 from vera_tools.files.safetensors import TensorFile, TensorInfo, encode_header, layout
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.changes import Change, Part, collect
+from vera_tools.merging.changes import Change, Product, Replacement, Sum, collect
 from vera_tools.merging.tying import untying
 
 Kind = Literal["copied", "cast", "merged", "replaced", "added"]
@@ -45,24 +45,70 @@ _FOLDERS = ("additional_chat_templates",)
 _NOT_COPIED = ("README.md", "vera_merge.json", ".gitattributes", "adapter_config.json", "vera_manifest.json")
 
 
+class Origin(NamedTuple):
+    """A tensor of the base: the file that it lies in, and its entry there."""
+
+    file: str
+    info: TensorInfo
+
+
 @dataclass(frozen=True)
-class Entry:
-    """One tensor of the result.
+class Copied:
+    """A tensor of the result (`info`: its entry in the output file) whose bytes are the base's."""
+
+    kind: ClassVar[Kind] = "copied"
+
+    info: TensorInfo
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A tensor of the result whose values are the base's, in another dtype."""
+
+    kind: ClassVar[Kind] = "cast"
+
+    info: TensorInfo
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A weight of the result: the base's with products added to it.
 
     Attributes:
         info: Its entry in the output file.
-        kind: What is done: the bytes are "copied", the values "cast" to --dtype, a product is "merged" in, an adapter's
-            saved tensor takes its place ("replaced") or is new ("added").
-        origin: File name and entry of the base's tensor, or None where it is added.
-        parts: The adapters' parts.
-        transposed: A merged weight is stored as (in_features, out_features).
+        origin: The base's weight.
+        products: What is added.
+        transposed: The weight is stored as (in_features, out_features).
     """
 
+    kind: ClassVar[Kind] = "merged"
+
     info: TensorInfo
-    kind: Kind
-    origin: tuple[str, TensorInfo] | None
-    parts: tuple[Part, ...] = ()
-    transposed: bool = False
+    origin: Origin
+    products: tuple[Product, ...]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A tensor of the result that an adapter saved: in the place of the base's, or new where `origin` is None."""
+
+    info: TensorInfo
+    origin: Origin | None
+    saved: Replacement
+
+    @property
+    def kind(self) -> Kind:
+        """It is "replaced", or "added" where the base has none."""
+        return "added" if self.origin is None else "replaced"
+
+
+#: One tensor of the result.
+Entry = Copied | Cast | Merged | Replaced
+#: One whose values are computed.
+Computed = Cast | Merged | Replaced
 
 
 @dataclass(frozen=True)
@@ -194,32 +240,36 @@ def _entries(
     files: dict[str, list[Entry]] = {}
     for file_name, file in base.files.items():
         files[file_name] = [
-            _entry(info, (file_name, info), changes.get(name), dtype) for name, info in file.tensors.items()
+            _entry(info, Origin(file_name, info), changes.get(name), dtype) for name, info in file.tensors.items()
         ]
     last = files[list(files)[-1]]
     for name, old in copies.items():
-        origin = base.tensors[old]
-        last.append(_entry(replace(origin[1], name=name), origin, None, dtype))
+        origin = Origin(*base.tensors[old])
+        last.append(_entry(replace(origin.info, name=name), origin, None, dtype))
     for name, change in changes.items():
         if name in base.tensors:
             continue
-        if change.tied_to is not None:
-            origin = base.tensors[change.tied_to]
-            last.append(_entry(replace(origin[1], name=name), origin, change, dtype))
-            continue
-        saved = change.parts[0].replacement
-        assert saved is not None
-        last.append(_entry(replace(saved, name=name), None, change, dtype))
+        if isinstance(change, Replacement):
+            last.append(Replaced(_cast(replace(change.tensor, name=name), dtype), None, change))
+        elif change.tied_to is not None:
+            origin = Origin(*base.tensors[change.tied_to])
+            last.append(_entry(replace(origin.info, name=name), origin, change, dtype))
     return files
 
 
-def _entry(info: TensorInfo, origin: tuple[str, TensorInfo] | None, change: Change | None, dtype: str | None) -> Entry:
+def _entry(info: TensorInfo, origin: Origin, change: Change | None, dtype: str | None) -> Entry:
+    info = _cast(info, dtype)
+    if isinstance(change, Sum):
+        return Merged(info, origin, change.products, change.transposed)
+    if isinstance(change, Replacement):
+        return Replaced(info, origin, change)
+    return Copied(info, origin) if origin.info.dtype == info.dtype else Cast(info, origin)
+
+
+def _cast(info: TensorInfo, dtype: str | None) -> TensorInfo:
+    """The entry of a tensor in the result, in the dtype it is cast to; where it lies is not known yet."""
     target = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
-    info = TensorInfo(info.name, target, info.shape, 0, info.size * BITS[CODES[target]] // 8)
-    if change is not None:
-        return Entry(info, change.kind, origin, change.parts, change.transposed)
-    assert origin is not None
-    return Entry(info, "copied" if origin[1].dtype == target else "cast", origin)
+    return TensorInfo(info.name, target, info.shape, 0, info.size * BITS[CODES[target]] // 8)
 
 
 def _placed(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Shard:

@@ -12,8 +12,7 @@ from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
-from vera_tools.merging.changes import Part
-from vera_tools.merging.plan import Entry
+from vera_tools.merging.plan import Cast, Computed, Merged, Origin, Replaced
 from vera_tools.merging.rounding import check_finite, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 
@@ -26,7 +25,7 @@ FLAT_BLOCK = 1 << 20
 
 def blocks(
     base: BaseModel,
-    entry: Entry,
+    entry: Computed,
     *,
     workspace: Workspace,
     digest: hashlib._Hash | None = None,
@@ -37,7 +36,7 @@ def blocks(
 
     Args:
         base: The open base.
-        entry: An entry that is not "copied".
+        entry: An entry whose values are computed.
         workspace: Scratch memory.
         digest: Updated with the base's bytes.
         exact: Compute in float64 and leave the result in it, for verification.
@@ -47,11 +46,11 @@ def blocks(
         CheckFailedError: NaN or infinity.
         FormatError: the base cannot be read.
     """
-    if entry.kind == "merged":
+    if isinstance(entry, Merged):
         results = _merged(base, entry, digest, exact=exact, workspace=workspace)
-    elif entry.kind == "cast":
+    elif isinstance(entry, Cast):
         results = (
-            (_finished(_read(base, entry, start, stop, workspace), entry, exact=exact), False)
+            (_finished(_read(base, entry.origin, start, stop, workspace), entry, exact=exact), False)
             for start, stop in _flat_blocks(entry.info.size)
         )
     else:
@@ -62,27 +61,22 @@ def blocks(
         yield values
 
 
-def delta(entry: Entry, *, dtype: np.dtype[np.float32] | np.dtype[np.float64], workspace: Workspace) -> Delta:
+def delta(entry: Merged, *, dtype: np.dtype[np.float32] | np.dtype[np.float64], workspace: Workspace) -> Delta:
     """The change of a merged weight."""
-    factors = [
-        part.adapter.factor(part.layer, part.linear)
-        for part in entry.parts
-        if part.layer is not None and part.linear is not None
-    ]
+    factors = [product.factor() for product in entry.products]
     return Delta(factors, transposed=entry.transposed, dtype=dtype, workspace=workspace)
 
 
 def _merged(
-    base: BaseModel, entry: Entry, digest: hashlib._Hash | None, *, exact: bool, workspace: Workspace
+    base: BaseModel, entry: Merged, digest: hashlib._Hash | None, *, exact: bool, workspace: Workspace
 ) -> Iterator[tuple[Array, bool]]:
     """Blocks of rows, each with whether it is known to be finite."""
-    assert entry.origin is not None
-    dtype = np.dtype(np.float64) if exact else accumulator(entry.origin[1].dtype)
+    dtype = np.dtype(np.float64) if exact else accumulator(entry.origin.info.dtype)
     change = delta(entry, dtype=dtype, workspace=workspace)
     columns = change.shape[1]
     settle = entry.info.dtype in HALVES and dtype == np.float32
     for start, stop in row_blocks(change.shape):
-        weight = _read(base, entry, start * columns, stop * columns, workspace).reshape(-1, columns)
+        weight = _read(base, entry.origin, start * columns, stop * columns, workspace).reshape(-1, columns)
         if digest is not None:
             digest.update(as_bytes(weight))
         left = change.left(start, stop)
@@ -96,7 +90,7 @@ def _merged(
 
 
 def _settled(
-    total: Array, change: Delta, weight: Array, left: Array, entry: Entry, *, start: int, workspace: Workspace
+    total: Array, change: Delta, weight: Array, left: Array, entry: Merged, *, start: int, workspace: Workspace
 ) -> tuple[Array, bool]:
     """The correctly rounded sum in a half type, of rows from `start` on, and whether it is known to be finite.
 
@@ -117,7 +111,7 @@ def _settled(
     return result, bool(np.isfinite(rounded(bound, dtype)))
 
 
-def _in_float64(entry: Entry, weight: Array, start: int) -> Array:
+def _in_float64(entry: Merged, weight: Array, start: int) -> Array:
     """W + change in float64, for the rows from `start` on of which `weight` is the stored weight."""
     double = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
     with np.errstate(over="ignore", invalid="ignore"):
@@ -126,30 +120,28 @@ def _in_float64(entry: Entry, weight: Array, start: int) -> Array:
     return total
 
 
-def _replaced(base: BaseModel, entry: Entry, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
-    (part,) = entry.parts
-    assert part.replacement is not None
+def _replaced(base: BaseModel, entry: Replaced, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
+    adapter, tensor = entry.saved.adapter, entry.saved.tensor
     for start, stop in _flat_blocks(entry.info.size):
-        values = part.adapter.checkpoint.weights.read_elements(part.replacement, start, stop)
-        if part.adapter.weight != 1:
-            values = _weighted(_read(base, entry, start, stop, workspace), values, part)
+        values = adapter.checkpoint.weights.read_elements(tensor, start, stop)
+        if adapter.weight != 1 and entry.origin is not None:  # what the base lacks has weight 1
+            values = _weighted(_read(base, entry.origin, start, stop, workspace), values, adapter.weight)
         yield _finished(values, entry, exact=exact)
 
 
-def _weighted(old: Array, new: Array, part: Part) -> Array:
+def _weighted(old: Array, new: Array, weight: float) -> Array:
     """Between the base's values and the adapter's: base + weight * (saved - base), in float64."""
     before = old.astype(np.float64)
-    result: Array = before + part.adapter.weight * (new.astype(np.float64) - before)
+    result: Array = before + weight * (new.astype(np.float64) - before)
     return result
 
 
-def _finished(values: Array, entry: Entry, *, exact: bool) -> Array:
+def _finished(values: Array, entry: Computed, *, exact: bool) -> Array:
     return values.astype(np.float64, copy=False) if exact else rounded(values, entry.info.dtype)
 
 
-def _read(base: BaseModel, entry: Entry, start: int, stop: int, workspace: Workspace) -> Array:
-    assert entry.origin is not None
-    name, info = entry.origin
+def _read(base: BaseModel, origin: Origin, start: int, stop: int, workspace: Workspace) -> Array:
+    name, info = origin
     out = workspace.array("weight", (stop - start,), np_dtype(info.dtype))
     return base.files[name].read_elements(info, start, stop, out=out)
 

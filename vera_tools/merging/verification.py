@@ -22,7 +22,7 @@ from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files.safetensors import TensorFile, as_bytes
 from vera_tools.merging.execution import Meter
-from vera_tools.merging.plan import Entry, Plan, Shard
+from vera_tools.merging.plan import Copied, Entry, Merged, Plan, Shard
 from vera_tools.merging.rounding import rounded
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks, delta
@@ -71,7 +71,7 @@ def verify(plan: Plan, folder: Path, *, jobs: int, meter: Meter) -> Verification
         finally:
             for file in files:
                 file.close()
-    computed = [result for result in results if result.entry.kind != "copied"]
+    computed = [result for result in results if not isinstance(result.entry, Copied)]
     return Verification(
         copied=len(results) - len(computed),
         computed=len(computed),
@@ -90,7 +90,7 @@ def finished(plan: Plan, shards: Sequence[Shard], staging: Staging, *, jobs: int
 
 def _is_finished(plan: Plan, shard: Shard, staging: Staging) -> bool:
     journal = staging.journal(shard)
-    computed = {entry.info.name for entry in shard.entries if entry.kind != "copied"}
+    computed = {entry.info.name for entry in shard.entries if not isinstance(entry, Copied)}
     if journal is None or journal.plan != plan.digest or set(journal.xxh3) != computed:
         return False
     try:
@@ -104,8 +104,7 @@ def _is_finished(plan: Plan, shard: Shard, staging: Staging) -> bool:
 
 
 def _is_whole(base: BaseModel, file: TensorFile, entry: Entry, journal: Journal) -> bool:
-    if entry.kind == "copied":
-        assert entry.origin is not None
+    if isinstance(entry, Copied):
         name, info = entry.origin
         ours, theirs = file.chunks(entry.info), base.files[name].chunks(info)
         return all(a == b for a, b in zip(ours, theirs, strict=True))
@@ -132,8 +131,7 @@ def _open(folder: Path, shard: Shard) -> TensorFile:
 
 def _check(base: BaseModel, file: TensorFile, entry: Entry, *, workspace: Workspace, meter: Meter) -> _Result:
     where = f"{file.label}: {entry.info.name}"
-    if entry.kind == "copied":
-        assert entry.origin is not None
+    if isinstance(entry, Copied):
         name, info = entry.origin
         found, expected = file.sha256(entry.info.name), base.files[name].sha256(info.name)
         if found != expected:
@@ -187,12 +185,11 @@ class _Bound:
 
     def __init__(self, entry: Entry) -> None:
         self._rows: Array | None = None
-        if entry.kind != "merged":
+        if not isinstance(entry, Merged):
             return
-        assert entry.origin is not None
         change = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
         # A float64 weight is compared with another float64 sum, which is off by as much.
-        self._unit = 2.0**-52 if entry.origin[1].dtype == "float64" else 2.0**-24
+        self._unit = 2.0**-52 if entry.origin.info.dtype == "float64" else 2.0**-24
         norms = [np.linalg.norm(change.left(start, stop), axis=1) for start, stop in _steps(change.shape[0])]
         self._rows = np.concatenate(norms) * ((change.right.shape[0] + 4) * self._unit)
         self._columns = np.linalg.norm(change.right, axis=0)
