@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.nn import io
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.model import VeraModel
 
@@ -56,6 +57,4 @@ def save_adapter(model: VeraModel, folder: str | os.PathLike[str], adapter_name:
     Raises:
         UsageError: no such adapter, several are active, or save_projection is off for projections that no recipe makes.
     """
-    from vera_tools.nn import io
-
     io.save(model, os.fspath(folder), model.active_adapter if adapter_name is None else adapter_name)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from vera_tools.nn.rows import Rows
+from vera_tools.nn.rows import Rows
 
 
 class AdaptedModule(nn.Module):

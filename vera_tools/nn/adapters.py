@@ -299,6 +299,11 @@ class Adapters(nn.Module):
         """The modules that are saved whole, by their names in the model."""
         return {name: module for name, module in self.model.named_modules() if isinstance(module, SavedModule)}
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters; the projections are buffers and in neither."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+
     def _adapted(self) -> Iterator[VeraLinear | SavedModule]:
         yield from self.vera_layers().values()
         yield from self.saved_modules().values()

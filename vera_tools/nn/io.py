@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,18 +24,16 @@ from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
 from vera_tools.nn import targets
+from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import features
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 
-if TYPE_CHECKING:
-    from vera_tools.nn.model import VeraModel
-
 
 def load(
-    model: VeraModel,
+    model: Adapters,
     reference: str | os.PathLike[str],
     adapter_name: str,
     *,
@@ -119,7 +117,7 @@ def projections(
     return resolved, arrays(checkpoint, resolved)
 
 
-def save(model: VeraModel, folder: str, adapter_name: str, *, is_main_process: bool | None = None) -> None:
+def save(model: Adapters, folder: str, adapter_name: str, *, is_main_process: bool | None = None) -> None:
     """Write one adapter into a folder, which may hold other files.
 
     Args:
@@ -154,7 +152,7 @@ def save(model: VeraModel, folder: str, adapter_name: str, *, is_main_process: b
         distributed.barrier()
 
 
-def _named(model: VeraModel, adapter_name: str) -> dict[str, Tensor]:
+def _named(model: Adapters, adapter_name: str) -> dict[str, Tensor]:
     """Every tensor of an adapter but the projections, by its name on disk."""
     config = model.peft_config[adapter_name]
     tensors: dict[str, Tensor] = {}
@@ -171,7 +169,7 @@ def _named(model: VeraModel, adapter_name: str) -> dict[str, Tensor]:
     return tensors
 
 
-def _put(model: VeraModel, adapter_name: str, tensors: dict[str, Tensor]) -> None:
+def _put(model: Adapters, adapter_name: str, tensors: dict[str, Tensor]) -> None:
     """Give an attached adapter its values, by their names on disk."""
     for name, layer in model.vera_layers().items():
         for which in ("vera_lambda_b", "vera_lambda_d"):
@@ -194,9 +192,7 @@ def _put(model: VeraModel, adapter_name: str, tensors: dict[str, Tensor]) -> Non
             bias.copy_(tensors.pop(MODULES + name))
 
 
-def _check_names(
-    checkpoint: Checkpoint, model: VeraModel, config: VeraConfig, modules: Mapping[str, nn.Module]
-) -> None:
+def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
     expected = {f"{MODULES}{name}.{which}" for name in modules for which in ("vera_lambda_b", "vera_lambda_d")}
     saved = targets.saved(config, model.model)
     for name, module in saved.items():
@@ -246,7 +242,7 @@ def _check_shapes(checkpoint: Checkpoint, config: VeraConfig, modules: Mapping[s
             )
 
 
-def _check_seed_only(model: VeraModel, record: ProjectionRecord, *, where: str) -> None:
+def _check_seed_only(model: Adapters, record: ProjectionRecord, *, where: str) -> None:
     if record.recipe is None:
         raise UsageError(
             "no known recipe makes these projections, so they would be lost",
@@ -271,7 +267,7 @@ def _auto_mapping(base: nn.Module) -> dict[str, str]:
     return {"base_model_class": own.__name__, "parent_library": own.__module__}
 
 
-def _describe_base(model: VeraModel, config: VeraConfig, adapter_name: str) -> BaseRecord:
+def _describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> BaseRecord:
     weights = {
         f"{name}.weight": TensorRecord(tuple(layer.weight.shape), dtype_name(layer.weight.dtype), None)
         for name, layer in model.vera_layers().items()

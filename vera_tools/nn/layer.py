@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn.adapted import AdaptedModule
-from vera_tools.nn.functional import add_vera, delta_weight
+from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
 from vera_tools.nn.projection import ProjectionDict
+from vera_tools.nn.rows import Rows
 
 #: The dtypes of weights that can be adapted. float8 and integers are quantised.
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -68,13 +69,37 @@ class VeraLinear(AdaptedModule):
             return result
         dtype = result.dtype
         if self.rows is not None:
-            return self.rows.apply(self, x, result).to(dtype)
+            return self._by_row(self.rows, x, result).to(dtype)
         for name in self.active_adapters:
             if name in self.r:
                 A, B = self.projections(name, x.device)
                 d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
                 result = add_vera(result, self.vera_dropout[name](x), A=A, B=B, d=d, b=b)
         return result.to(dtype)
+
+    def _by_row(self, rows: Rows, x: Tensor, result: Tensor) -> Tensor:
+        """The layer's output, with every row's own adapter.
+
+        Args:
+            rows: The adapter of each row.
+            x: The input, (rows, ..., in_features).
+            result: The base layer's output, (rows, ..., out_features).
+        """
+        names = rows.for_input(x, where=self.name)
+        for adapters in self.adapters_by_pair(names):
+            number = {name: i for i, name in enumerate(adapters)}
+            chosen = [row for row, name in enumerate(names) if name in number]
+            A, B = self.projections(adapters[0], x.device)
+            which = rows.index([number[names[row]] for row in chosen], x.device)
+            d = torch.stack([self.vera_lambda_d[name] for name in adapters])[which]
+            b = torch.stack([self.vera_lambda_b[name] for name in adapters])[which]
+            if len(chosen) == len(names):
+                result = add_vera_rows(result, x, A=A, B=B, d=d, b=b)
+            else:
+                at = rows.index(chosen, x.device)
+                update = add_vera_rows(result[at], x[at], A=A, B=B, d=d, b=b)
+                result = result.to(update.dtype).index_copy(0, at, update)
+        return result
 
     def projections(self, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
         """This layer's part of an adapter's pair: (r, in_features) and (out_features, r), views of the shared ones."""

@@ -16,7 +16,7 @@ from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import UsageError
-from vera_tools.nn import peft_arguments
+from vera_tools.nn import io, peft_arguments
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.rows import NO_ADAPTER, Rows
@@ -140,8 +140,6 @@ class VeraModel(Adapters):
         **options: Any,
     ) -> None:
         """Load another adapter beside those that are there; it is not made active. As `from_pretrained`."""
-        from vera_tools.nn import io
-
         peft_arguments.check(options, peft_arguments.LOADING)
         checkpoint = peft_arguments.located(checkpoint, revision=revision, subfolder=subfolder)
         io.load(self, checkpoint, adapter_name, is_trainable=is_trainable, strict=strict, allow_pickle=allow_pickle)
@@ -171,8 +169,6 @@ class VeraModel(Adapters):
             UsageError: no such adapter, save_projection is off for projections that no recipe makes, or an option that
                 is not supported.
         """
-        from vera_tools.nn import io
-
         peft_arguments.check(options, peft_arguments.SAVING)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in self.check_known(names):
@@ -343,11 +339,6 @@ class VeraModel(Adapters):
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapters and all."""
         return self.model
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """Numbers of trainable and of all parameters; the projections are buffers and in neither."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
-        return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def print_trainable_parameters(self) -> None:
         """Print the two numbers, as PEFT does."""

@@ -8,16 +8,12 @@ rank, say) need products of their own, for their rows alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vera_tools.errors import UsageError
-from vera_tools.nn.functional import add_vera_rows
-
-if TYPE_CHECKING:
-    from vera_tools.nn.layer import VeraLinear
 
 #: The name for a row that uses no adapter (PEFT's).
 NO_ADAPTER = "__base__"
@@ -60,31 +56,8 @@ class Rows:
             found=f"an input of shape {list(x.shape)}",
         )
 
-    def apply(self, layer: VeraLinear, x: Tensor, result: Tensor) -> Tensor:
-        """The layer's output, with every row's own adapter.
-
-        Args:
-            layer: The layer.
-            x: Its input, (rows, ..., in_features).
-            result: Its base layer's output, (rows, ..., out_features).
-        """
-        names = self.for_input(x, where=layer.name)
-        for adapters in layer.adapters_by_pair(names):
-            index = {name: i for i, name in enumerate(adapters)}
-            chosen = [row for row, name in enumerate(names) if name in index]
-            A, B = layer.projections(adapters[0], x.device)
-            which = self._index([index[names[row]] for row in chosen], x.device)
-            d = torch.stack([layer.vera_lambda_d[name] for name in adapters])[which]
-            b = torch.stack([layer.vera_lambda_b[name] for name in adapters])[which]
-            if len(chosen) == len(names):
-                result = add_vera_rows(result, x, A=A, B=B, d=d, b=b)
-            else:
-                at = self._index(chosen, x.device)
-                update = add_vera_rows(result[at], x[at], A=A, B=B, d=d, b=b)
-                result = result.to(update.dtype).index_copy(0, at, update)
-        return result
-
-    def _index(self, values: list[int], device: torch.device) -> Tensor:
+    def index(self, values: list[int], device: torch.device) -> Tensor:
+        """These numbers as a tensor on a device, made once for all layers."""
         key = (tuple(values), device)
         if key not in self._indices:
             self._indices[key] = torch.tensor(values, device=device)

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import Literal, TypeVar
 
+from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
-
-if TYPE_CHECKING:
-    from vera_tools.nn.model import VeraModel
 
 Value = TypeVar("Value")
 #: Stands for a value where there is not one but several.
@@ -78,13 +76,13 @@ class ModelStatus:
     devices: dict[str, list[str]]
 
 
-def layer_status(model: VeraModel) -> list[LayerStatus]:
+def layer_status(model: Adapters) -> list[LayerStatus]:
     """The state of every adapted layer, then of every module that is saved whole."""
     modules = model.vera_layers() | model.saved_modules()
     return [_status(f"model.{name}", module) for name, module in modules.items()]
 
 
-def model_status(model: VeraModel) -> ModelStatus:
+def model_status(model: Adapters) -> ModelStatus:
     """The state of the model's adapters."""
     layers = layer_status(model)
     names = sorted(model.peft_config)
@@ -97,7 +95,7 @@ def model_status(model: VeraModel) -> ModelStatus:
         if name in layer.available_adapters and layer.module_type == VeraLinear.__name__
     )
     return ModelStatus(
-        base_model_type=type(model.get_base_model()).__name__,
+        base_model_type=type(model.model).__name__,
         adapter_model_type=type(model).__name__,
         peft_types={name: config.peft_type for name, config in model.peft_config.items()},
         trainable_params=trainable,
