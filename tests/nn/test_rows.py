@@ -10,7 +10,7 @@ import torch
 from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, logits, randomise, some_ids
 from vera_tools.errors import UsageError
 from vera_tools.nn import VeraConfig, VeraModel
-from vera_tools.nn import rows as rows_module
+from vera_tools.nn import layer as layer_module
 
 pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
 
@@ -58,7 +58,7 @@ def test_a_row_without_adapter_is_exactly_the_base():
 
 def test_adapters_that_share_a_pair_need_no_further_matrix_products():
     model, ids = many(), some_ids(4)
-    with mock.patch.object(rows_module, "add_vera_rows", wraps=rows_module.add_vera_rows) as products:
+    with mock.patch.object(layer_module, "add_vera_rows", wraps=layer_module.add_vera_rows) as products:
         logits(model, ids, adapter_names=["default", "second", "default", "second"])
         assert products.call_count == len(model.vera_layers())
         products.reset_mock()
