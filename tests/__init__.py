@@ -1,0 +1,6 @@
+"""The tests, in folders that mirror the packages of vera_tools; beside them, what several of them use."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = ROOT / "fixtures"

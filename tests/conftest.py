@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,10 +14,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-FIXTURES = ROOT / "fixtures"
-CHECKPOINTS = FIXTURES / "checkpoints"
-NAMES = sorted(path.name for path in CHECKPOINTS.iterdir() if not path.name.endswith("-base"))
+from tests.adapters import CHECKPOINTS, SEED_ONLY, base_of
 
 
 @pytest.fixture
@@ -39,10 +35,9 @@ def drift_report():
     from vera_tools import drift
     from vera_tools.errors import AssumedRecipeWarning
 
-    name = "peft-0.21.2-llama-f32-seedonly"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AssumedRecipeWarning)
-        return drift(checkpoint=CHECKPOINTS / name, base=base_of(name), dtype=["float32", "bfloat16"])
+        return drift(checkpoint=CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), dtype=["float32", "bfloat16"])
 
 
 @pytest.fixture
@@ -74,36 +69,6 @@ def small_disk(tmp_path):
     return mount
 
 
-def base_of(name: str) -> Path:
-    """The base model that a checkpoint in fixtures/ was trained on."""
-    return CHECKPOINTS / f"{name}-base"
-
-
-def run_cli(*args: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run the command line in a process of its own."""
-    command = [sys.executable, "-m", "vera_tools", *map(str, args)]
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **(env or {})},
-        timeout=120,
-        check=False,
-        **options,
-    )
-
-
-def run_json(*args: object, **options: Any) -> tuple[int, dict[str, Any]]:
-    """Run the command line with --json: the exit code and the document, checked against its schema."""
-    from vera_tools import schema
-
-    result = run_cli(*args, "--json", **options)
-    document = json.loads(result.stdout)
-    report = document["schema"].split("/")[1]
-    schema.validate(document, f"{report}.v1", where=f"--json of {args[0]}")
-    return result.returncode, document
-
-
 @pytest.fixture(scope="session")
 def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
     """Ask a torch whose kernels round separately: a request for `torch_draws.digests` gives the two digests."""
@@ -123,34 +88,3 @@ def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
 
         yield ask
         process.stdin.close()
-
-
-def plain(text: str) -> str:
-    """Terminal text without its styles."""
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-
-
-def run_terminal(*args: object, columns: int = 80, env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run the command line on a real (pseudo-)terminal: exit code and everything it showed, stderr included."""
-    import fcntl
-    import pty
-    import struct
-    import termios
-
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
-    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns), **(env or {})}
-    command = [sys.executable, "-m", "vera_tools", *map(str, args)]
-    with subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, env=environment) as process:
-        os.close(follower)
-        shown = bytearray()
-        while True:
-            try:
-                data = os.read(leader, 65536)
-            except OSError:  # Linux says EIO once the last writer has gone
-                break
-            if not data:
-                break
-            shown += data
-    os.close(leader)
-    return process.returncode, shown.decode().replace("\r\n", "\n")

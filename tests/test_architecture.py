@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import vera_tools
-from tests.conftest import ROOT
+from tests import ROOT
 
 PACKAGE = ROOT / "vera_tools"
 FILES = sorted(PACKAGE.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 # The packages, and the modules beside them, from the ground up. Each imports from the levels below its own, and of its
 # own level from itself alone.
@@ -199,6 +200,18 @@ def test_a_file_is_of_one_topic_and_short(path):
     lines = path.read_text().splitlines()
     assert len(lines) <= 500
     assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py")
+
+
+def test_the_tests_files_are_short_too():
+    assert {str(path.relative_to(ROOT)) for path in TESTS if len(path.read_text().splitlines()) > 500} == set()
+
+
+def test_no_test_module_is_imported():
+    """What two test modules need lies in a module beside them: pytest would collect the one's tests in the other."""
+    for path in TESTS:
+        for module, name in every_import(path):
+            parts = f"{module}.{name}".split(".")
+            assert parts[0] != "tests" or not any(p.startswith("test_") for p in parts), f"{path.name}: {module}"
 
 
 def test_every_schema_is_one_and_names_itself():

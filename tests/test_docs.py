@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT
+from tests import ROOT
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import runpy
 import subprocess
 import sys
@@ -13,13 +12,14 @@ import warnings
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, FIXTURES, NAMES, ROOT
+from tests import FIXTURES, ROOT
+from tests.adapters import CHECKPOINTS, NAMES
+from tests.machine import X86, x86
 from tests.projections import torch_draws
 from vera_tools.files.safetensors import TensorFile
 
 GENERATOR = FIXTURES / "generate.py"
 WEIGHTS = {True: "model.safetensors", False: "adapter_model.safetensors"}
-X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_checkpoints_are_made_again(made):
             np.testing.assert_allclose(*logits, atol=1e-2)
 
 
-@pytest.mark.skipif(not X86 or torch_draws.rounding() != "fused", reason="needs both kinds of kernels")
+@x86
 def test_the_pair_in_both_roundings_is_made_again(tmp_path):
     subprocess.run([sys.executable, str(GENERATOR), "rounding", "--out", str(tmp_path)], check=True)
     old, new = (json.loads((root / "rounding.json").read_text()) for root in (FIXTURES / "golden", tmp_path))

@@ -2,49 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of
+from tests.adapters import CHECKPOINTS, KEPT, NAMES, base_of
+from tests.checkpoints.bases import INDEX, make_base, shard
 from vera_tools.checkpoints.base import BaseModel, Renaming, rounds_through
 from vera_tools.checkpoints.checkpoint import Checkpoint
-from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError, FormatError
-from vera_tools.files import safetensors
-
-INDEX = "model.safetensors.index.json"
-LLAMA = "peft-0.21.2-llama-f32-kept"
 
 
-def make(folder: Path, shapes: dict[str, tuple[int, ...]], *, dtype: str = "float32", config=None) -> Path:
-    """A base of zeros in one file."""
-    folder.mkdir(exist_ok=True)
-    arrays = {name: np.zeros(shape, np_dtype(dtype)) for name, shape in shapes.items()}
-    safetensors.save(folder / "model.safetensors", arrays, {"format": "pt"})
-    if config is not None:
-        (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
-    return folder
-
-
-def shard(source: Path, target: Path, *, index: bool) -> Path:
-    """The same base in three files, as transformers writes a large one."""
-    target.mkdir()
-    with safetensors.TensorFile.open(source / "model.safetensors") as file:
-        arrays = {name: file.read(name) for name in sorted(file.tensors)}
-    weight_map = {name: f"model-{i % 3 + 1:05}-of-00003.safetensors" for i, name in enumerate(arrays)}
-    for name in sorted(set(weight_map.values())):
-        safetensors.save(target / name, {t: a for t, a in arrays.items() if weight_map[t] == name}, {"format": "pt"})
-    if index:
-        (target / INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return target
-
-
-def facts(base: BaseModel, name: str = LLAMA):
+def facts(base: BaseModel, name: str = KEPT):
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint:
         return [(x.module, x.weight, x.in_features, x.out_features, x.transposed) for x in checkpoint.linears(base)]
 
@@ -64,7 +35,7 @@ def test_every_peft_checkpoint_fits_the_base_it_was_trained_on(name):
 
 @pytest.mark.parametrize("form", ["folder", "file", "index file", "shards", "shards without index", "link"])
 def test_a_base_may_be_one_file_or_many(tmp_path, form):
-    source = base_of(LLAMA)
+    source = base_of(KEPT)
     reference = {
         "folder": lambda: source,
         "file": lambda: source / "model.safetensors",
@@ -82,15 +53,15 @@ def test_a_base_may_be_one_file_or_many(tmp_path, form):
 
 
 def test_of_two_indices_neither_is_preferred_and_the_files_count(tmp_path):
-    folder = shard(base_of(LLAMA), tmp_path / "s", index=True)
+    folder = shard(base_of(KEPT), tmp_path / "s", index=True)
     (folder / "model.fp16.safetensors.index.json").write_text('{"weight_map": {}}')
     with BaseModel.open(folder) as base:
         assert len(base.files) == 3
 
 
 def test_an_adapter_that_lies_in_the_same_folder_is_no_part_of_the_base(tmp_path, checkpoint):
-    folder = checkpoint(LLAMA)
-    for path in base_of(LLAMA).iterdir():
+    folder = checkpoint(KEPT)
+    for path in base_of(KEPT).iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     with BaseModel.open(folder) as base:
         assert list(base.files) == ["model.safetensors"]
@@ -114,7 +85,7 @@ WRONG_INDICES = {
 
 @pytest.mark.parametrize(("text", "words"), WRONG_INDICES.values(), ids=WRONG_INDICES)
 def test_a_wrong_index_is_an_error_that_names_it(tmp_path, text, words):
-    folder = shard(base_of(LLAMA), tmp_path / "s", index=False)
+    folder = shard(base_of(KEPT), tmp_path / "s", index=False)
     (tmp_path / "secret.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
     (folder / INDEX).write_text(text)
     with pytest.raises(FormatError, match=re.escape(words)) as caught:
@@ -123,7 +94,7 @@ def test_a_wrong_index_is_an_error_that_names_it(tmp_path, text, words):
 
 
 def test_a_tensor_in_two_files_is_an_error(tmp_path):
-    folder = shard(base_of(LLAMA), tmp_path / "s", index=False)
+    folder = shard(base_of(KEPT), tmp_path / "s", index=False)
     (folder / "other.safetensors").write_bytes((folder / "model-00001-of-00003.safetensors").read_bytes())
     with pytest.raises(
         FormatError, match=r"other\.safetensors: .*: stands in model-00001-of-00003\.safetensors already"
@@ -140,11 +111,11 @@ def test_a_folder_without_safetensors_is_told_so(tmp_path):
 @pytest.mark.parametrize("config", ["{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"])
 def test_a_config_that_is_no_json_is_an_error(tmp_path, config):
     with pytest.raises(FormatError, match=r"config\.json: not JSON"):
-        BaseModel.open(make(tmp_path, {"a.weight": (2, 2)}, config=config))
+        BaseModel.open(make_base(tmp_path, {"a.weight": (2, 2)}, config=config))
 
 
 def test_a_config_that_is_no_object_says_nothing(tmp_path):
-    with BaseModel.open(make(tmp_path, {"a.weight": (2, 2)}, config="[1]")) as base:
+    with BaseModel.open(make_base(tmp_path, {"a.weight": (2, 2)}, config="[1]")) as base:
         assert base.config == {}
 
 
@@ -161,7 +132,7 @@ MODULES = ["model.layers.0.q_proj", "model.layers.1.q_proj"]
 )
 def test_the_outermost_name_may_differ(tmp_path, prefix_here, renaming):
     shapes = {f"{prefix_here}layers.{i}.{kind}.weight": (4, 6) for i in range(3) for kind in ("q_proj", "k_proj")}
-    with BaseModel.open(make(tmp_path, shapes)) as base:
+    with BaseModel.open(make_base(tmp_path, shapes)) as base:
         assert base.locate(MODULES) == renaming
         linear = base.linear(MODULES[1], out_features=4, transposed=False, renaming=base.locate(MODULES))
         assert linear.weight == f"{prefix_here}layers.1.q_proj.weight"
@@ -170,7 +141,7 @@ def test_the_outermost_name_may_differ(tmp_path, prefix_here, renaming):
 
 def test_a_name_that_fits_as_it_is_wins(tmp_path):
     shapes = {f"{prefix}layers.0.q_proj.weight": (4, 4) for prefix in ("", "model.", "vision.model.")}
-    with BaseModel.open(make(tmp_path, shapes)) as base:
+    with BaseModel.open(make_base(tmp_path, shapes)) as base:
         assert base.locate(["model.layers.0.q_proj"]) == Renaming()
 
 
@@ -180,12 +151,12 @@ def test_the_renaming_under_which_most_fits_wins(tmp_path):
         "text.layers.0.q_proj.weight": (4, 4),
         "text.layers.1.q_proj.weight": (4, 4),
     }
-    with BaseModel.open(make(tmp_path, shapes)) as base:
+    with BaseModel.open(make_base(tmp_path, shapes)) as base:
         assert base.locate(["layers.0.q_proj", "layers.1.q_proj"]) == Renaming(add="text.")
 
 
 def test_nothing_fits_nothing(tmp_path):
-    with BaseModel.open(make(tmp_path, {"a.weight": (4, 4)})) as base:
+    with BaseModel.open(make_base(tmp_path, {"a.weight": (4, 4)})) as base:
         assert base.locate(["b.c"]) == Renaming()
         assert base.locate([]) == Renaming()
 
@@ -202,7 +173,7 @@ def test_nothing_fits_nothing(tmp_path):
     ],
 )
 def test_how_a_weight_lies_follows_from_its_shape(tmp_path, shape, out_features, fan_in_fan_out, expected):
-    with BaseModel.open(make(tmp_path, {"h.0.attn.weight": shape})) as base:
+    with BaseModel.open(make_base(tmp_path, {"h.0.attn.weight": shape})) as base:
         linear = base.linear("h.0.attn", out_features=out_features, transposed=fan_in_fan_out, renaming=Renaming())
         assert (linear.in_features, linear.out_features, linear.transposed) == expected
 
@@ -217,7 +188,7 @@ def test_how_a_weight_lies_follows_from_its_shape(tmp_path, shape, out_features,
     ],
 )
 def test_a_weight_that_does_not_fit_is_named(tmp_path, shape, words):
-    with BaseModel.open(make(tmp_path, {"a.weight": shape})) as base:
+    with BaseModel.open(make_base(tmp_path, {"a.weight": shape})) as base:
         with pytest.raises(CheckFailedError, match=re.escape(words)) as caught:
             base.linear("a", out_features=6, transposed=False, renaming=Renaming())
         assert caught.value.where == f"{tmp_path}: a.weight"
@@ -225,7 +196,7 @@ def test_a_weight_that_does_not_fit_is_named(tmp_path, shape, words):
 
 def test_a_missing_module_is_named_with_what_is_near(tmp_path):
     shapes = {f"model.layers.{i}.q_proj.weight": (4, 4) for i in range(3)}
-    with BaseModel.open(make(tmp_path, shapes)) as base:
+    with BaseModel.open(make_base(tmp_path, shapes)) as base:
         with pytest.raises(CheckFailedError, match=r"found model\.layers\.0\.q_proj\.weight and 2 more of that name"):
             base.linear("model.layers.9.q_proj", out_features=4, transposed=False, renaming=Renaming())
         with pytest.raises(CheckFailedError, match=r"expected a tensor x\.weight, found nothing of that name"):
@@ -244,7 +215,7 @@ def test_a_missing_module_is_named_with_what_is_near(tmp_path):
 )
 def test_a_quantised_weight_is_refused_because_its_header_says_nothing(tmp_path, dtype, config, found):
     words = rf"the base is quantised.*found {found}.*name the unquantised base"
-    folder = make(tmp_path, {"a.weight": (4, 6)}, dtype=dtype, config=config)
+    folder = make_base(tmp_path, {"a.weight": (4, 6)}, dtype=dtype, config=config)
     with BaseModel.open(folder) as base, pytest.raises(CheckFailedError, match=words):
         base.linear("a", out_features=4, transposed=False, renaming=Renaming())
 
@@ -271,7 +242,7 @@ def test_two_half_dtypes_are_no_recipe():
 
 
 def test_a_failing_open_closes_every_file(tmp_path):
-    folder = shard(base_of(LLAMA), tmp_path / "s", index=False)
+    folder = shard(base_of(KEPT), tmp_path / "s", index=False)
     (folder / "z.safetensors").write_bytes(b"no")
     before = os.listdir("/proc/self/fd") if os.path.isdir("/proc/self/fd") else []
     for text in (None, '{"weight_map": {"a": "model-00001-of-00003.safetensors"}}'):

@@ -11,31 +11,32 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of
+from tests.adapters import (
+    BERT,
+    CHECKPOINTS,
+    CONFIG,
+    GPT2,
+    KEPT,
+    NAMES,
+    PICKLE,
+    SEED_ONLY,
+    WEIGHTS,
+    base_of,
+    config_of,
+    edit,
+    put_pickle,
+)
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding, find
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
-from vera_tools.files import safetensors
-from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.pair import PairShape
-
-KEPT, SEED_ONLY = "peft-0.21.2-llama-f32-kept", "peft-0.21.2-llama-f32-seedonly"
-WEIGHTS = "adapter_model.safetensors"
-
-
-def rewrite(folder, change, *, metadata=None) -> None:
-    """Put other tensors into a checkpoint: `change` edits the dict of arrays."""
-    with TensorFile.open(folder / WEIGHTS) as file:
-        tensors = {name: file.read(name) for name in file.tensors}
-    change(tensors)
-    safetensors.save(folder / WEIGHTS, tensors, metadata or {"format": "pt"})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_peft_checkpoint_is_what_its_config_says(name):
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint:
-        config = json.loads((CHECKPOINTS / name / "adapter_config.json").read_text())
+        config = config_of(CHECKPOINTS / name)
         assert checkpoint.raw_config == config
         assert checkpoint.label == str(CHECKPOINTS / name)
         assert (len(checkpoint.projections) == 2) == config["save_projection"]
@@ -50,12 +51,12 @@ def test_a_peft_checkpoint_is_what_its_config_says(name):
 
 
 def test_saved_heads_and_biases_are_neither_layers_nor_unknown():
-    with Checkpoint.open(CHECKPOINTS / "peft-0.21.2-bert-seqcls-kept") as checkpoint:
+    with Checkpoint.open(CHECKPOINTS / BERT) as checkpoint:
         assert set(checkpoint.other_tensors) == {
             "base_model.model.classifier.bias",
             "base_model.model.classifier.weight",
         }
-    with Checkpoint.open(CHECKPOINTS / "peft-0.21.2-gpt2-conv1d-kept") as checkpoint:
+    with Checkpoint.open(CHECKPOINTS / GPT2) as checkpoint:
         assert {name.rsplit(".", 2)[-2] for name in checkpoint.other_tensors} == {"base_layer"}
 
 
@@ -63,7 +64,7 @@ def test_a_file_or_its_folder_name_the_same_checkpoint():
     with Checkpoint.open(CHECKPOINTS / KEPT) as folder, Checkpoint.open(CHECKPOINTS / KEPT / WEIGHTS) as file:
         assert file.config == folder.config
         assert file.weights.tensors == folder.weights.tensors
-    with Checkpoint.open(CHECKPOINTS / KEPT / "adapter_config.json") as config:
+    with Checkpoint.open(CHECKPOINTS / KEPT / CONFIG) as config:
         assert len(config.layers) > 0
 
 
@@ -78,7 +79,7 @@ def test_another_file_beside_the_config_may_be_named(checkpoint):
 
 def test_opening_closes_what_it_opened_when_it_fails(checkpoint):
     folder = checkpoint(KEPT)
-    rewrite(folder, lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": np.zeros(1, np.float32)}))
+    edit(folder, lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": np.zeros(1, np.float32)}))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(3):
         with pytest.raises(NotVeraError):
@@ -105,7 +106,7 @@ def test_opening_closes_what_it_opened_when_it_fails(checkpoint):
 )
 def test_a_look_alike_is_refused_by_what_its_tensors_are(checkpoint, tensor, kind):
     folder = checkpoint(KEPT)
-    rewrite(folder, lambda tensors: tensors.update({tensor: np.zeros(1, np.float32)}))
+    edit(folder, lambda tensors: tensors.update({tensor: np.zeros(1, np.float32)}))
     with pytest.raises(NotVeraError, match=f"this holds {kind} tensors, not VeRA's") as caught:
         Checkpoint.open(folder)
     assert caught.value.kind == kind
@@ -115,15 +116,15 @@ def test_a_look_alike_is_refused_by_what_its_tensors_are(checkpoint, tensor, kin
 def test_another_kind_is_refused_before_its_weights_are_looked_at(checkpoint):
     folder = checkpoint(KEPT)
     (folder / WEIGHTS).write_bytes(b"nonsense")
-    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    (folder / CONFIG).write_text('{"peft_type": "LORA", "r": 8}')
     with pytest.raises(NotVeraError, match="this is an adapter of kind LORA"):
         Checkpoint.open(folder)
 
 
 def test_a_byte_order_mark_and_crlf_are_kept_in_the_text(checkpoint):
     folder = checkpoint(KEPT)
-    text = "\ufeff" + (folder / "adapter_config.json").read_text().replace("\n", "\r\n")
-    (folder / "adapter_config.json").write_bytes(text.encode())
+    text = "\ufeff" + (folder / CONFIG).read_text().replace("\n", "\r\n")
+    (folder / CONFIG).write_bytes(text.encode())
     with Checkpoint.open(folder) as opened:
         assert opened.config_text == text
         assert opened.raw_config == json.loads(text[1:])
@@ -141,7 +142,7 @@ def test_what_is_no_checkpoint_is_told_so(tmp_path, contents):
 
 def test_weights_without_a_config_are_refused_unless_they_say_what_they_are(checkpoint):
     folder = checkpoint(KEPT)
-    (folder / "adapter_config.json").unlink()
+    (folder / CONFIG).unlink()
     with pytest.raises(FormatError, match=r"there is no adapter_config\.json"):
         Checkpoint.open(folder)
 
@@ -149,12 +150,8 @@ def test_weights_without_a_config_are_refused_unless_they_say_what_they_are(chec
 class TestPickle:
     @pytest.fixture
     def folder(self, checkpoint):
-        import torch
-        from safetensors.torch import load_file
-
         folder = checkpoint(KEPT)
-        torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-        (folder / WEIGHTS).unlink()
+        put_pickle(folder)
         return folder
 
     def test_it_is_not_read_by_default(self, folder):
@@ -174,14 +171,14 @@ class TestPickle:
             def __reduce__(self):
                 return os.mkdir, (str(tmp_path / "owned"),)
 
-        (folder / "adapter_model.bin").write_bytes(pickle.dumps({"base_model.vera_A": Payload()}))
+        (folder / PICKLE).write_bytes(pickle.dumps({"base_model.vera_A": Payload()}))
         with pytest.raises(FormatError):
             Checkpoint.open(folder, allow_pickle=True)
         assert not (tmp_path / "owned").exists()
 
     def test_safetensors_beside_it_win(self, folder):
         (folder / WEIGHTS).write_bytes((CHECKPOINTS / KEPT / WEIGHTS).read_bytes())
-        (folder / "adapter_model.bin").write_bytes(b"not even a pickle")
+        (folder / PICKLE).write_bytes(b"not even a pickle")
         Checkpoint.open(folder, allow_pickle=True).close()
 
 
@@ -197,7 +194,7 @@ def test_the_pairs_shape_is_read_off_the_stored_pair_or_follows_from_the_base():
 def test_a_pair_that_does_not_fit_itself_is_an_error(checkpoint, shapes):
     folder = checkpoint(KEPT)
     pair = {f"base_model.{n}": np.zeros(s, np.float32) for n, s in zip(("vera_A", "vera_B"), shapes, strict=True)}
-    rewrite(folder, lambda tensors: tensors.update(pair))
+    edit(folder, lambda tensors: tensors.update(pair))
     with (
         Checkpoint.open(folder) as opened,
         pytest.raises(FormatError, match=r"expected \(r, in_max\) and \(out_max, r\)"),
@@ -207,7 +204,7 @@ def test_a_pair_that_does_not_fit_itself_is_an_error(checkpoint, shapes):
 
 def test_without_a_layer_nothing_follows_from_the_base(checkpoint):
     folder = checkpoint(SEED_ONLY)
-    rewrite(folder, lambda tensors: (tensors.clear(), tensors.update({"other": np.zeros(1, np.float32)})))
+    edit(folder, lambda tensors: (tensors.clear(), tensors.update({"other": np.zeros(1, np.float32)})))
     with Checkpoint.open(folder) as opened, BaseModel.open(base_of(SEED_ONLY)) as base:
         assert opened.layers == {}
         with pytest.raises(CheckFailedError, match="nothing is adapted"):
@@ -217,7 +214,7 @@ def test_without_a_layer_nothing_follows_from_the_base(checkpoint):
 def test_a_layer_with_half_its_vectors_says_which_is_missing(checkpoint):
     folder = checkpoint(KEPT)
     gone = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_d"
-    rewrite(folder, lambda tensors: tensors.pop(gone))
+    edit(folder, lambda tensors: tensors.pop(gone))
     with Checkpoint.open(folder) as opened:
         layer = opened.layers["model.layers.0.self_attn.q_proj"]
         assert layer.lambda_d is None
@@ -244,11 +241,11 @@ def test_a_manifest_that_cannot_be_used_is_remembered_not_raised(checkpoint):
 @pytest.mark.parametrize("entry", ["{", "[]", "{}", '{"recipe": null}'])
 def test_an_embedded_record_that_cannot_be_used_is_remembered_not_raised(checkpoint, entry):
     folder = checkpoint(KEPT)
-    rewrite(folder, lambda tensors: None, metadata={"format": "pt", METADATA_KEY: entry})
+    edit(folder, lambda tensors: None, metadata={"format": "pt", METADATA_KEY: entry})
     with Checkpoint.open(folder) as opened:
         assert opened.embedded is None
         assert f"metadata {METADATA_KEY}" in opened.embedded_error.where
-    (folder / "adapter_config.json").unlink()
+    (folder / CONFIG).unlink()
     with pytest.raises(FormatError, match=f"metadata {METADATA_KEY}"):
         Checkpoint.open(folder)
 
@@ -256,9 +253,9 @@ def test_an_embedded_record_that_cannot_be_used_is_remembered_not_raised(checkpo
 def test_find_sees_every_checkpoint_below_a_folder_in_order(tmp_path):
     for place in ("b", "a/step-2", "a/step-10", ".hidden/c", "a/.cache/d", "e"):
         (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / "adapter_config.json").write_text("{}")
-    (tmp_path / "e" / "adapter_config.json").unlink()
-    (tmp_path / "a" / "adapter_config.json").write_text("{}")
+        (tmp_path / place / CONFIG).write_text("{}")
+    (tmp_path / "e" / CONFIG).unlink()
+    (tmp_path / "a" / CONFIG).write_text("{}")
     assert [str(path.relative_to(tmp_path)) for path in find(tmp_path)] == ["a", "a/step-10", "a/step-2", "b"]
     with pytest.raises(FormatError, match="gone: no such folder"):
         list(find(tmp_path / "gone"))
@@ -281,7 +278,7 @@ def test_reading_a_checkpoint_and_its_base_imports_no_torch():
 def test_a_search_follows_links_and_enters_each_folder_once(tmp_path):
     for name in ("registry/own", "elsewhere/real"):
         (tmp_path / name).mkdir(parents=True)
-        (tmp_path / name / "adapter_config.json").write_text("{}")
+        (tmp_path / name / CONFIG).write_text("{}")
     registry = tmp_path / "registry"
     (registry / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     (registry / "loop").symlink_to(registry, target_is_directory=True)
@@ -302,7 +299,7 @@ def broken_link(path):
         (os.mkdir, "this is a folder, not a file"),
     ],
 )
-@pytest.mark.parametrize("name", ["adapter_config.json", WEIGHTS, MANIFEST_NAME])
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS, MANIFEST_NAME])
 def test_what_is_no_file_is_called_what_it_is(checkpoint, make, what, name):
     folder = checkpoint(KEPT)
     (folder / name).unlink(missing_ok=True)

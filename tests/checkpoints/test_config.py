@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CHECKPOINTS, FIXTURES, NAMES
+from tests import FIXTURES
+from tests.adapters import CHECKPOINTS, NAMES
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 from vera_tools.files.strict_json import parse_json

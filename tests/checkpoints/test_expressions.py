@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 
 import pytest
 
-from tests.conftest import CHECKPOINTS, run_json
+from tests.adapters import KEPT, set_config
+from tests.command import run_json
 from vera_tools.checkpoints import expressions
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import FormatError
 
-KEPT = "peft-0.21.2-llama-f32-kept"
 NAME = "model.layers.12.self_attn.q_proj"
 
 
@@ -56,8 +55,7 @@ def test_usual_expressions_need_no_other_process(monkeypatch):
 
 def test_verify_ends_on_a_hostile_config(checkpoint):
     folder = checkpoint(KEPT)
-    config = json.loads((CHECKPOINTS / KEPT / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": "(.*.*)*x"}))
+    set_config(folder, target_modules="(.*.*)*x")
     code, document = run_json("verify", folder)
     assert code == 4
     assert "target_modules: the regular expression takes too long" in document["checkpoints"][0]["checks"][0]["message"]

@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import warnings
 
 import numpy as np
 import pytest
 
-from tests.checkpoints.test_base import make
-from tests.checkpoints.test_checkpoint import rewrite
-from tests.conftest import CHECKPOINTS, base_of
+from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit, edit_manifest, set_config
+from tests.checkpoints.bases import make_base
 from vera_tools.checkpoints import writing
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
-from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve, stored_pair
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -30,7 +27,6 @@ from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import digests, generate
 from vera_tools.projections.recipe import Recipe
 
-KEPT, SEED_ONLY = "peft-0.21.2-llama-f32-kept", "peft-0.21.2-llama-f32-seedonly"
 BF16 = "peft-0.21.2-llama-bf16-seedonly"
 SHAPE = PairShape(16, 96, 64)
 
@@ -68,15 +64,14 @@ def test_a_stored_pair_is_taken_as_it_is_and_identified(name, recipe):
 
 def test_a_rank_that_contradicts_the_stored_pair_is_said(checkpoint):
     folder = checkpoint(KEPT)
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 17}))
+    set_config(folder, r=17)
     with Checkpoint.open(folder) as opened, pytest.warns(VeraToolsWarning, match="r is 17, and the projections' 16"):
         assert resolve(opened).record.shape.r == 16
 
 
 def test_a_stored_pair_that_no_recipe_makes_has_none(checkpoint):
     folder = checkpoint(KEPT)
-    rewrite(folder, lambda tensors: tensors["base_model.vera_A"].__setitem__((0, 0), 1))
+    edit(folder, lambda tensors: tensors["base_model.vera_A"].__setitem__((0, 0), 1))
     with Checkpoint.open(folder) as opened:
         resolved = resolve(opened)
         assert resolved.record.recipe is None
@@ -94,9 +89,7 @@ def test_a_stored_pair_that_no_recipe_makes_has_none(checkpoint):
             "found vera_A float16 and vera_B float32",
         ),
         "integers": (
-            lambda t: t.update(
-                {f"base_model.{n}": np.ones_like(t[f"base_model.{n}"], np.int8) for n in ("vera_A", "vera_B")}
-            ),
+            lambda t: t.update({name: np.ones_like(t[name], np.int8) for name in PAIR}),
             "expected both float32 or float64 or bfloat16 or float16",
         ),
         "shapes": (
@@ -107,7 +100,7 @@ def test_a_stored_pair_that_no_recipe_makes_has_none(checkpoint):
 )
 def test_a_stored_pair_that_is_none_is_an_error_and_not_assumed_away(checkpoint, change, words):
     folder = checkpoint(KEPT)
-    rewrite(folder, change)
+    edit(folder, change)
     with Checkpoint.open(folder) as opened, pytest.raises(FormatError, match=re.escape(words)):
         resolve(opened, Assumptions(in_features=64))
 
@@ -178,7 +171,7 @@ def test_in_max_must_come_from_somewhere():
 def test_a_base_that_does_not_fit_is_an_error(tmp_path):
     with (
         Checkpoint.open(CHECKPOINTS / SEED_ONLY) as checkpoint,
-        BaseModel.open(make(tmp_path, {"other.weight": (4, 4)})) as base,
+        BaseModel.open(make_base(tmp_path, {"other.weight": (4, 4)})) as base,
         pytest.raises(CheckFailedError, match="the base has no such module"),
     ):
         resolve(checkpoint, Assumptions(base=base))
@@ -186,7 +179,7 @@ def test_a_base_that_does_not_fit_is_an_error(tmp_path):
 
 def test_without_a_layer_nothing_can_be_assumed(checkpoint):
     folder = checkpoint(SEED_ONLY)
-    rewrite(folder, lambda tensors: (tensors.clear(), tensors.update({"other": np.zeros(1, np.float32)})))
+    edit(folder, lambda tensors: (tensors.clear(), tensors.update({"other": np.zeros(1, np.float32)})))
     with Checkpoint.open(folder) as opened, pytest.raises(CheckFailedError, match="nothing is adapted"):
         resolve(opened, Assumptions(in_features=96))
 
@@ -214,13 +207,6 @@ def test_another_recipe_than_the_recorded_one_is_refused(recorded):
     words = "another recipe is recorded already (expected mt19937-f32-separate, found mt19937-f32-fused)"
     with Checkpoint.open(recorded) as opened, pytest.raises(UsageError, match=re.escape(words)):
         resolve(opened, Assumptions.stated(recipe="mt19937-f32-fused"))
-
-
-def edit_manifest(folder, change):
-    path = folder / MANIFEST_NAME
-    document = json.loads(path.read_text())
-    change(document)
-    path.write_text(json.dumps(document))
 
 
 @pytest.mark.parametrize("tensor", ["vera_A", "vera_B"])

@@ -12,12 +12,14 @@ import sys
 import click
 import pytest
 
-from tests.conftest import CHECKPOINTS, ROOT, run_cli, run_json
+from tests import ROOT
+from tests.adapters import CHECKPOINTS, KEPT
+from tests.command import run_cli, run_json
 from vera_tools import schema
 from vera_tools._version import __version__
 from vera_tools.cli import COMMANDS, cli
 
-KEPT = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+SOURCE = CHECKPOINTS / KEPT
 
 
 def commands():
@@ -79,26 +81,26 @@ def test_internal_errors_are_one_line_too(monkeypatch, capsys):
 
     monkeypatch.setattr(module, "inspect", broken)
     with pytest.raises(SystemExit) as stop:
-        main(["inspect", str(KEPT)])
+        main(["inspect", str(SOURCE)])
     assert stop.value.code == 1
     assert "internal error: ZeroDivisionError: a bug" in capsys.readouterr().err
 
 
 def test_quiet_says_nothing():
-    result = run_cli("verify", KEPT, "-q")
+    result = run_cli("verify", SOURCE, "-q")
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
 
 
 def test_colour_only_where_asked_for():
-    assert "\x1b[" not in run_cli("verify", KEPT).stdout
-    coloured = run_cli("verify", KEPT, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).stdout
+    assert "\x1b[" not in run_cli("verify", SOURCE).stdout
+    coloured = run_cli("verify", SOURCE, env={"FORCE_COLOR": "1", "TERM": "xterm-256color"}).stdout
     assert "\x1b[" in coloured
     plain = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
-    assert [line.rstrip() for line in plain.splitlines()] == run_cli("verify", KEPT).stdout.splitlines()
+    assert [line.rstrip() for line in plain.splitlines()] == run_cli("verify", SOURCE).stdout.splitlines()
 
 
 def test_broken_pipe_is_silent():
-    command = [sys.executable, "-m", "vera_tools", "verify", *[str(KEPT)] * 3, "--json"]
+    command = [sys.executable, "-m", "vera_tools", "verify", *[str(SOURCE)] * 3, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         process.stdout.close()
         assert process.stderr.read() == ""
@@ -129,8 +131,8 @@ def test_module_and_script_are_the_same():
 
 def test_a_full_disk_behind_stdout_is_one_line():
     for arguments in (
-        ["verify", str(KEPT)],
-        ["verify", str(KEPT), "--json"],
+        ["verify", str(SOURCE)],
+        ["verify", str(SOURCE), "--json"],
         ["inspect", "/nothing", "--json"],
         ["-h"],
     ):
@@ -148,7 +150,7 @@ def test_a_full_disk_behind_stdout_is_one_line():
     "name", ["\u00fcmlaut \u4e00", os.fsdecode(b"b\xff\xfe d"), "esc\x1b[31mred", "bidi\u202eknil\nx: REPRODUCIBLE"]
 )
 def test_any_path_is_shown_on_any_terminal_and_written_as_json(tmp_path, name, encoding):
-    folder = shutil.copytree(KEPT, tmp_path / name)
+    folder = shutil.copytree(SOURCE, tmp_path / name)
     env = {"PYTHONIOENCODING": encoding}
     for arguments in (["verify"], ["verify", "-v"], ["inspect"]):
         shown = run_bytes(*arguments, folder, env=env).decode(encoding)
@@ -162,10 +164,10 @@ def test_any_path_is_shown_on_any_terminal_and_written_as_json(tmp_path, name, e
 
 
 def test_what_looks_like_markup_is_text(tmp_path):
-    folder = shutil.copytree(KEPT, tmp_path / "[red]run[")
+    folder = shutil.copytree(SOURCE, tmp_path / "[red]run[")
     assert "[red]run[: VeRA" in run_cli("inspect", folder).stdout
     (tmp_path / "[").mkdir()
-    shutil.copytree(KEPT, tmp_path / "[" / "b]")
+    shutil.copytree(SOURCE, tmp_path / "[" / "b]")
     assert "[/b]: VeRA" in run_cli("inspect", tmp_path / "[" / "b]").stdout
 
 

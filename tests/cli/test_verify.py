@@ -12,29 +12,28 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, plain, run_cli, run_json, run_terminal
+from tests.adapters import CHECKPOINTS, KEPT, edit
+from tests.command import plain, run_cli, run_json, run_terminal
 from vera_tools import verify
 from vera_tools.errors import FormatError
-from vera_tools.files import safetensors
-from vera_tools.files.safetensors import TensorFile
 
-KEPT = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+SOURCE = CHECKPOINTS / KEPT
 
 
 def test_a_recursive_search_counts_each_real_folder_once(tmp_path):
     registry = tmp_path / "registry"
-    shutil.copytree(KEPT, registry / "own")
-    shutil.copytree(KEPT, tmp_path / "real")
+    shutil.copytree(SOURCE, registry / "own")
+    shutil.copytree(SOURCE, tmp_path / "real")
     (registry / "x").symlink_to(tmp_path / "real", target_is_directory=True)
     (registry / "y").symlink_to(tmp_path / "real", target_is_directory=True)
     code, document = run_json("verify", "-R", registry, registry, tmp_path / "real")
     assert code == 0
     assert [found["path"] for found in document["checkpoints"]] == [str(registry / "own"), str(registry / "x")]
-    assert len(verify(KEPT, KEPT).checkpoints) == 2
+    assert len(verify(SOURCE, SOURCE).checkpoints) == 2
 
 
 def test_a_recursive_search_names_a_config_that_leads_nowhere(tmp_path):
-    shutil.copytree(KEPT, tmp_path / "good")
+    shutil.copytree(SOURCE, tmp_path / "good")
     (tmp_path / "dangling").mkdir()
     (tmp_path / "dangling" / "adapter_config.json").symlink_to("/nowhere/at/all")
     code, document = run_json("verify", "-R", tmp_path)
@@ -44,7 +43,7 @@ def test_a_recursive_search_names_a_config_that_leads_nowhere(tmp_path):
 
 @pytest.mark.skipif(os.name != "posix", reason="paths have another limit")
 def test_a_folder_that_cannot_be_listed_is_one_invalid_checkpoint(tmp_path):
-    shutil.copytree(KEPT, tmp_path / "good")
+    shutil.copytree(SOURCE, tmp_path / "good")
     below = os.open(tmp_path, os.O_RDONLY)
     for _ in range(20):  # a path of more than 4096 bytes, which even root cannot open by its name
         os.mkdir("d" * 250, dir_fd=below)
@@ -68,7 +67,7 @@ def test_an_empty_name_is_refused(tmp_path):
         ["inspect", ""],
         ["strip-projections", "-R", "", "--out-dir", tmp_path / "o"],
     ):
-        result = run_cli(*arguments, cwd=KEPT)
+        result = run_cli(*arguments, cwd=SOURCE)
         assert (result.returncode, "the name is empty" in result.stderr) == (2, True)
 
 
@@ -83,12 +82,9 @@ HOSTILE = "base_model.model.\x1b[2J\x00\ufffe\u202e\r\nx: REPRODUCIBLE"
 @pytest.fixture
 def hostile(checkpoint):
     """A checkpoint with a tensor whose name would steer a terminal, in a folder whose name is not UTF-8."""
-    folder = checkpoint(KEPT.name)
+    folder = checkpoint(KEPT)
     folder = folder.rename(folder.parent / os.fsdecode(b"b\xff\x01d"))
-    with TensorFile.open(folder / "adapter_model.safetensors") as file:
-        tensors = {name: file.read(name) for name in file.tensors}
-    tensors[HOSTILE] = np.zeros(1, np.float32)
-    safetensors.save(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
+    edit(folder, lambda tensors: tensors.update({HOSTILE: np.zeros(1, np.float32)}))
     return folder
 
 
@@ -105,7 +101,7 @@ def test_nobody_reading_on_is_not_drift():
     """`verify ... | head -1`: rich would exit with 1."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, "-m", "vera_tools", "verify", str(KEPT)]
+    command = [sys.executable, "-m", "vera_tools", "verify", str(SOURCE)]
     result = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, check=False)
     os.close(writing)
     assert (result.returncode, result.stderr) == (141, b"")
@@ -114,7 +110,7 @@ def test_nobody_reading_on_is_not_drift():
 @pytest.mark.skipif(os.name != "posix", reason="no shell of this kind")
 def test_a_closed_output_is_no_traceback():
     for streams in (">&-", ">&- 2>&-", ">&- --json"):
-        command = f"{sys.executable} -m vera_tools verify {KEPT} {streams}"
+        command = f"{sys.executable} -m vera_tools verify {SOURCE} {streams}"
         result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
         assert (result.returncode, result.stderr) == (0, b"")
 
@@ -134,8 +130,8 @@ def test_a_log_takes_any_path(hostile, tmp_path):
 
 
 def test_on_a_narrow_terminal_each_loader_has_a_line_of_its_own():
-    _, shown = run_terminal("verify", KEPT, columns=40)
+    _, shown = run_terminal("verify", SOURCE, columns=40)
     text = " ".join(plain(shown).split())
     assert "vera-tools: float32 yes, bfloat16" in text
-    _, wide = run_terminal("verify", KEPT, columns=80)
+    _, wide = run_terminal("verify", SOURCE, columns=80)
     assert "loads exactly, by dtype of the base  float32  bfloat16" in plain(wide)

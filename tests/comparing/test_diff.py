@@ -8,25 +8,30 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from tests.adapters import (
+    BERT,
+    CHECKPOINTS,
+    CONFIG,
+    KEPT,
+    KEPT_NAMES,
+    NAMES,
+    PAIR,
+    SEED_ONLY,
+    base_of,
+    drop_pair,
+    edit,
+    edit_json,
+    set_config,
+    tensors_of,
+)
+from tests.command import run_cli, run_json
 from vera_tools import diff, embed_projections, strip_projections
 from vera_tools.errors import AssumedRecipeWarning
 
-KEPT = [name for name in NAMES if "kept" in name]
-LLAMA = "peft-0.21.2-llama-f32-kept"
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj."
 
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
-
-
-def change(folder: Path, edit) -> None:
-    """Apply `edit` to a checkpoint's tensors."""
-    path = folder / "adapter_model.safetensors"
-    tensors = safetensors.numpy.load_file(path)
-    edit(tensors)
-    safetensors.numpy.save_file(tensors, path, {"format": "pt"})
 
 
 @pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
@@ -39,7 +44,7 @@ def test_a_checkpoint_equals_itself(name):
     assert report.relative_norm == 0.0
 
 
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", KEPT_NAMES)
 def test_the_stripped_form_is_equal_in_effect(name, tmp_path):
     strip_projections(CHECKPOINTS / name, tmp_path / "stripped")
     report = diff(CHECKPOINTS / name, tmp_path / "stripped")
@@ -53,14 +58,14 @@ def test_the_stripped_form_is_equal_in_effect(name, tmp_path):
 
 
 def test_one_bit_of_one_vector(checkpoint):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
 
-    def edit(tensors):
+    def change(tensors):
         vector = tensors[Q0 + "vera_lambda_b"]
         vector[7] = np.nextafter(vector[7], np.float32(np.inf))
 
-    change(source, edit)
-    report = diff(CHECKPOINTS / LLAMA, source)
+    edit(source, change)
+    report = diff(CHECKPOINTS / KEPT, source)
     (tensor,) = report.tensors
     assert (tensor.name, tensor.differing, tensor.max_ulp) == (Q0 + "vera_lambda_b", 1 / 64, 1)
     assert tensor.max_abs is not None
@@ -73,16 +78,13 @@ def test_one_bit_of_one_vector(checkpoint):
 
 
 def test_figures_against_numpy(checkpoint):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
     rng = np.random.default_rng(5)
     name = "base_model.vera_B"
-    change(source, lambda tensors: tensors.update({name: rng.normal(size=(64, 16)).astype(np.float32)}))
-    report = diff(CHECKPOINTS / LLAMA, source)
+    edit(source, lambda tensors: tensors.update({name: rng.normal(size=(64, 16)).astype(np.float32)}))
+    report = diff(CHECKPOINTS / KEPT, source)
     (tensor,) = report.tensors
-    a, b = (
-        safetensors.numpy.load_file(folder / "adapter_model.safetensors")[name].astype(np.float64).ravel()
-        for folder in (CHECKPOINTS / LLAMA, source)
-    )
+    a, b = (tensors_of(folder)[name].astype(np.float64).ravel() for folder in (CHECKPOINTS / KEPT, source))
     assert tensor.max_abs == np.abs(a - b).max()
     assert tensor.differing == np.mean(a != b)
     assert tensor.cosine == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
@@ -90,14 +92,11 @@ def test_figures_against_numpy(checkpoint):
 
 def test_effect_against_the_weights_themselves():
     """Two runs on different machines: every tensor differs a little, and the update by what its factors say."""
-    other = LLAMA + "-noavx"
-    report = diff(CHECKPOINTS / LLAMA, CHECKPOINTS / other, base=base_of(LLAMA))
+    other = KEPT + "-noavx"
+    report = diff(CHECKPOINTS / KEPT, CHECKPOINTS / other, base=base_of(KEPT))
     a, b = (
-        {
-            key: value.astype(np.float64)
-            for key, value in safetensors.numpy.load_file(CHECKPOINTS / name / "adapter_model.safetensors").items()
-        }
-        for name in (LLAMA, other)
+        {key: value.astype(np.float64) for key, value in tensors_of(CHECKPOINTS / name).items()}
+        for name in (KEPT, other)
     )
 
     def update(x):
@@ -112,11 +111,11 @@ def test_effect_against_the_weights_themselves():
 def test_another_dtype_with_the_same_values(checkpoint):
     source = checkpoint("peft-0.20.0-llama-bf16-kept")
 
-    def edit(tensors):
-        for name in ("base_model.vera_A", "base_model.vera_B"):
+    def change(tensors):
+        for name in PAIR:
             tensors[name] = tensors[name].astype(np.float64)
 
-    change(source, edit)
+    edit(source, change)
     report = diff(CHECKPOINTS / source.name, source)
     assert not report.equal
     assert report.equal_in_effect
@@ -124,15 +123,15 @@ def test_another_dtype_with_the_same_values(checkpoint):
 
 
 def test_other_shapes_names_and_values_that_are_not_finite(checkpoint):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
 
-    def edit(tensors):
+    def change(tensors):
         tensors["base_model.model.extra"] = tensors.pop(Q0 + "vera_lambda_d")
         tensors["base_model.model.model.layers.1.self_attn.q_proj.vera_lambda_d"][0] = np.nan
         tensors["base_model.vera_A"] = tensors["base_model.vera_A"][:, :40].copy()
 
-    change(source, edit)
-    report = diff(CHECKPOINTS / LLAMA, source)
+    edit(source, change)
+    report = diff(CHECKPOINTS / KEPT, source)
     assert report.tensors_only == ((Q0 + "vera_lambda_d",), ("base_model.model.extra",))
     figures = {tensor.name: tensor for tensor in report.tensors}
     assert figures["base_model.vera_A"].shapes == ((16, 64), (16, 40))
@@ -143,23 +142,20 @@ def test_other_shapes_names_and_values_that_are_not_finite(checkpoint):
 
 
 def test_a_saved_head_that_differs_is_an_effect(checkpoint):
-    source = checkpoint("peft-0.21.2-bert-seqcls-kept")
-    change(source, lambda tensors: tensors["base_model.model.classifier.bias"].__iadd__(np.float32(1)))
+    source = checkpoint(BERT)
+    edit(source, lambda tensors: tensors["base_model.model.classifier.bias"].__iadd__(np.float32(1)))
     report = diff(CHECKPOINTS / source.name, source)
     assert report.relative_norm == 0.0
     assert report.equal_in_effect is False
 
 
 def test_the_order_of_target_modules_means_nothing(checkpoint):
-    source = checkpoint(LLAMA)
-    config = json.loads((source / "adapter_config.json").read_text())
-    config["target_modules"].reverse()
-    (source / "adapter_config.json").write_text(json.dumps(config))
-    assert diff(CHECKPOINTS / LLAMA, source).equal
-    config["vera_dropout"] = 0.25
-    del config["inference_mode"]
-    (source / "adapter_config.json").write_text(json.dumps({**config, "new_in_peft": 1}))
-    report = diff(CHECKPOINTS / LLAMA, source)
+    source = checkpoint(KEPT)
+    edit_json(source / CONFIG, lambda config: config["target_modules"].reverse())
+    assert diff(CHECKPOINTS / KEPT, source).equal
+    edit_json(source / CONFIG, lambda config: config.pop("inference_mode"))
+    set_config(source, vera_dropout=0.25, new_in_peft=1)
+    report = diff(CHECKPOINTS / KEPT, source)
     assert report.config == (("inference_mode", True, False), ("vera_dropout", 0.0, 0.25))
     assert report.config_only == ((), ("new_in_peft",))
     assert report.exit_code == 1
@@ -167,7 +163,7 @@ def test_the_order_of_target_modules_means_nothing(checkpoint):
 
 
 def test_what_lies_beside_decides_nothing(checkpoint, tmp_path):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
     other = Path(shutil.copytree(source, tmp_path / "other"))
     (source / "README.md").write_text("one")
     (other / "README.md").write_text("another")
@@ -179,19 +175,19 @@ def test_what_lies_beside_decides_nothing(checkpoint, tmp_path):
 
 def test_seed_only_against_its_kept_twin_takes_its_width(checkpoint, tmp_path):
     """What PEFT itself writes with save_projection=False: nothing is recorded, so the recipe is assumed aloud."""
-    source = checkpoint(LLAMA)
-    change(source, lambda tensors: [tensors.pop(f"base_model.{name}") for name in ("vera_A", "vera_B")])
+    source = checkpoint(KEPT)
+    drop_pair(source)
     with pytest.warns(AssumedRecipeWarning):
-        report = diff(CHECKPOINTS / LLAMA, source)
+        report = diff(CHECKPOINTS / KEPT, source)
     assert report.equal_in_effect
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("name", [Q0 + "vera_lambda_b", Q0 + "vera_lambda_d", "base_model.vera_A", "base_model.vera_B"])
 def test_values_that_are_not_finite_leave_the_effect_unknown(name, value, checkpoint):
-    source = checkpoint(LLAMA)
-    change(source, lambda tensors: tensors[name].reshape(-1).__setitem__(3, value))
-    for sides in ((CHECKPOINTS / LLAMA, source), (source, CHECKPOINTS / LLAMA)):
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors[name].reshape(-1).__setitem__(3, value))
+    for sides in ((CHECKPOINTS / KEPT, source), (source, CHECKPOINTS / KEPT)):
         report = diff(*sides)
         assert report.equal_in_effect is None
         assert report.why_not == f"{source}: {name}: holds NaN or infinity"
@@ -199,8 +195,8 @@ def test_values_that_are_not_finite_leave_the_effect_unknown(name, value, checkp
 
 @pytest.mark.parametrize("swapped", [False, True])
 def test_projections_that_are_lost_leave_the_effect_unknown(swapped, checkpoint, tmp_path):
-    source = checkpoint(LLAMA)
-    change(source, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
     strip_projections(source, tmp_path / "lost", force=True)
     sides = (source, tmp_path / "lost")
     report = diff(*(sides[::-1] if swapped else sides))
@@ -208,17 +204,12 @@ def test_projections_that_are_lost_leave_the_effect_unknown(swapped, checkpoint,
     assert "the record names no recipe" in str(report.why_not)
 
 
-def bare(folder: Path) -> None:
-    """Leave nothing of the pair, and nothing recorded: what PEFT writes with save_projection=False."""
-    change(folder, lambda tensors: [tensors.pop(f"base_model.{name}") for name in ("vera_A", "vera_B")])
-
-
 @pytest.mark.parametrize("swapped", [False, True])
 def test_seed_only_takes_the_recipe_of_the_other(swapped, checkpoint):
     """A pair that was drawn otherwise than PEFT does today; the twin says how."""
-    name = LLAMA + "-noavx"
+    name = KEPT + "-noavx"
     source = checkpoint(name)
-    bare(source)
+    drop_pair(source)
     sides = (CHECKPOINTS / name, source)
     with pytest.warns(AssumedRecipeWarning, match=r"assuming mt19937-f32-separate, which made those of"):
         report = diff(*(sides[::-1] if swapped else sides))
@@ -227,10 +218,10 @@ def test_seed_only_takes_the_recipe_of_the_other(swapped, checkpoint):
 
 
 def test_a_difference_that_rests_on_an_assumption_is_not_certain(checkpoint, tmp_path):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
     other = Path(shutil.copytree(source, tmp_path / "other"))
-    change(other, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
-    bare(source)
+    edit(other, lambda tensors: tensors["base_model.vera_A"].__imul__(np.float32(2)))
+    drop_pair(source)
     with pytest.warns(AssumedRecipeWarning):
         report = diff(source, other)
     assert report.equal_in_effect is None
@@ -240,21 +231,20 @@ def test_a_difference_that_rests_on_an_assumption_is_not_certain(checkpoint, tmp
 
 
 def test_an_unknown_pair_leaves_the_effect_unknown():
-    name = "peft-0.21.2-llama-f32-seedonly"
-    report = diff(CHECKPOINTS / name, CHECKPOINTS / LLAMA)
+    report = diff(CHECKPOINTS / SEED_ONLY, CHECKPOINTS / KEPT)
     assert report.layers is None
     assert report.equal_in_effect is None
     assert "in_max cannot be read off" in str(report.why_not)
 
 
 def test_command(checkpoint, tmp_path):
-    strip_projections(CHECKPOINTS / LLAMA, tmp_path / "stripped")
-    code, document = run_json("diff", CHECKPOINTS / LLAMA, tmp_path / "stripped")
+    strip_projections(CHECKPOINTS / KEPT, tmp_path / "stripped")
+    code, document = run_json("diff", CHECKPOINTS / KEPT, tmp_path / "stripped")
     assert (code, document["equal"], document["equal_in_effect"]) == (1, False, True)
-    result = run_cli("diff", CHECKPOINTS / LLAMA, tmp_path / "stripped")
+    result = run_cli("diff", CHECKPOINTS / KEPT, tmp_path / "stripped")
     assert (result.returncode, result.stderr) == (1, "")
     assert "not equal, but equal in effect" in result.stdout
-    assert run_cli("diff", CHECKPOINTS / LLAMA, CHECKPOINTS / LLAMA).returncode == 0
-    code, document = run_json("diff", CHECKPOINTS / LLAMA, CHECKPOINTS / (LLAMA + "-noavx"))
+    assert run_cli("diff", CHECKPOINTS / KEPT, CHECKPOINTS / KEPT).returncode == 0
+    code, document = run_json("diff", CHECKPOINTS / KEPT, CHECKPOINTS / (KEPT + "-noavx"))
     assert code == 1
     assert 1e-8 < document["effect"]["relative_norm"] < 1e-5

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, NAMES, base_of, plain, run_cli, run_json, run_terminal
+from tests.adapters import CHECKPOINTS, GPT2, KEPT, NAMES, PAIR, SEED_ONLY, base_of, set_config
+from tests.command import plain, run_cli, run_json, run_terminal
+from tests.peers import base_model
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.files import safetensors
 
@@ -18,7 +20,7 @@ def test_counts_are_those_of_the_file(name):
     path = CHECKPOINTS / name / "adapter_model.safetensors"
     with safetensors.TensorFile.open(path) as file:
         sizes = {tensor: info.size for tensor, info in file.tensors.items()}
-    pair = sum(size for tensor, size in sizes.items() if tensor in ("base_model.vera_A", "base_model.vera_B"))
+    pair = sum(size for tensor, size in sizes.items() if tensor in PAIR)
     assert document["parameters"]["trainable"] == sum(sizes.values()) - pair
     if document["projections_stored"]:
         assert document["parameters"]["projections"] == pair
@@ -27,15 +29,13 @@ def test_counts_are_those_of_the_file(name):
     assert document["in_max"] == max(layer["in_features"] for layer in document["layers"])
 
 
-@pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
+@pytest.mark.parametrize("name", [KEPT, GPT2])
 def test_lora_count_is_what_peft_makes(name):
-    peft = pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
+    import peft
 
     config = VeraConfig.from_pretrained(CHECKPOINTS / name)
-    base = AutoModelForCausalLM.from_pretrained(base_of(name))
     lora = peft.get_peft_model(
-        base,
+        base_model(name),
         peft.LoraConfig(r=config.r, target_modules=config.target_modules, fan_in_fan_out=config.fan_in_fan_out),
     )
     trainable, _ = lora.get_nb_trainable_parameters()
@@ -60,17 +60,15 @@ def test_formula_of_the_paper_for_equal_shapes(tmp_path):
 
 
 def test_manifest_tells_in_features_without_the_base(checkpoint):
-    name = "peft-0.21.2-llama-f32-kept"
-    folder = checkpoint(name)
+    folder = checkpoint(KEPT)
     assert vera_tools.inspect(folder).lora_parameters is None
-    vera_tools.record(folder, base=base_of(name))
-    assert vera_tools.inspect(folder).lora_parameters == vera_tools.inspect(folder, base=base_of(name)).lora_parameters
+    vera_tools.record(folder, base=base_of(KEPT))
+    assert vera_tools.inspect(folder).lora_parameters == vera_tools.inspect(folder, base=base_of(KEPT)).lora_parameters
 
 
 def test_unknown_keys_and_text(checkpoint):
-    folder = checkpoint("peft-0.21.2-llama-f32-seedonly")
-    path = folder / "adapter_config.json"
-    path.write_text(path.read_text().replace("{", '{"arrow_config": null, ', 1))
+    folder = checkpoint(SEED_ONLY)
+    set_config(folder, arrow_config=None)
     result = run_cli("inspect", folder)
     assert result.returncode == 0
     assert "seed-only" in result.stdout

@@ -11,10 +11,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
+from safetensors.numpy import load_file, save_file
 
-from tests.conftest import CHECKPOINTS, NAMES, ROOT, base_of, run_cli, run_json
-from tests.converting.test_lora import traced_peak
+from tests import ROOT
+from tests.adapters import (
+    CHECKPOINTS,
+    CONFIG,
+    KEPT,
+    KEPT_NAMES,
+    SEED_ONLY,
+    SEED_ONLY_NAMES,
+    WEIGHTS,
+    base_of,
+    config_of,
+    edit,
+    edit_manifest,
+    put_pickle,
+    set_config,
+    tensors_of,
+)
+from tests.command import run_cli, run_json
+from tests.memory import traced_peak
+from tests.peers import save_drawn_pair
 from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -24,22 +42,14 @@ from vera_tools.errors import (
     UsageError,
 )
 
-KEPT = [name for name in NAMES if "kept" in name]
-SEED_ONLY = [name for name in NAMES if "seedonly" in name]
-FILES = ("adapter_model.safetensors", "adapter_config.json")
-
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
 
 
 def same_files(a: Path, b: Path) -> bool:
-    return all((a / name).read_bytes() == (b / name).read_bytes() for name in FILES)
+    return all((a / name).read_bytes() == (b / name).read_bytes() for name in (WEIGHTS, CONFIG))
 
 
-def load(folder: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-
-
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", KEPT_NAMES)
 def test_the_original_files_come_back_byte_for_byte(name, tmp_path):
     strip_projections(CHECKPOINTS / name, tmp_path / "stripped")
     report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
@@ -50,8 +60,8 @@ def test_the_original_files_come_back_byte_for_byte(name, tmp_path):
 
 def test_a_foreign_header_comes_back_byte_for_byte(checkpoint, tmp_path):
     """Odd order, odd spacing, metadata of its own, CRLF and a byte-order mark in the config."""
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    arrays = load(source)
+    source = checkpoint(KEPT)
+    arrays = tensors_of(source)
     header, position = {"__metadata__": {"z": "1", "a": "2", "format": "pt"}}, 0
     names = sorted(arrays, reverse=True)
     for name in names:
@@ -60,44 +70,43 @@ def test_a_foreign_header_comes_back_byte_for_byte(checkpoint, tmp_path):
         position += arrays[name].nbytes
     text = json.dumps(header, indent=1).encode() + b" " * 11
     data = len(text).to_bytes(8, "little") + text + b"".join(arrays[name].tobytes() for name in names)
-    (source / FILES[0]).write_bytes(data)
-    config = (source / FILES[1]).read_text().replace("\n", "\r\n")
-    (source / FILES[1]).write_bytes(b"\xef\xbb\xbf" + config.encode())
+    (source / WEIGHTS).write_bytes(data)
+    config = (source / CONFIG).read_text().replace("\n", "\r\n")
+    (source / CONFIG).write_bytes(b"\xef\xbb\xbf" + config.encode())
     strip_projections(source, tmp_path / "stripped")
-    assert json.loads((tmp_path / "stripped" / FILES[1]).read_text())["save_projection"] is False
+    assert json.loads((tmp_path / "stripped" / CONFIG).read_text())["save_projection"] is False
     embed_projections(tmp_path / "stripped", tmp_path / "embedded")
     assert same_files(tmp_path / "embedded", source)
 
 
 def test_changed_vectors_are_embedded_and_said(tmp_path):
-    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    source = CHECKPOINTS / KEPT
     strip_projections(source, tmp_path / "stripped")
-    path = tmp_path / "stripped" / FILES[0]
-    arrays = load(path.parent)
     name = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_b"
-    arrays[name] = arrays[name] + np.float32(1)
-    safetensors.numpy.save_file(arrays, path, {"format": "pt"})  # PEFT drops the metadata on saving again
+    # PEFT drops the metadata on saving again.
+    edit(tmp_path / "stripped", lambda tensors: tensors[name].__iadd__(1), metadata={"format": "pt"})
+    changed = tensors_of(tmp_path / "stripped")[name]
     report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
     assert (report.byte_exact, report.config_exact) == (False, True)
     assert "does not come back byte for byte" in report.notes[0]
-    embedded, original = load(tmp_path / "embedded"), load(source)
+    embedded, original = tensors_of(tmp_path / "embedded"), tensors_of(source)
     assert all(np.array_equal(embedded[key], original[key]) for key in original if key != name)
-    assert np.array_equal(embedded[name], arrays[name])
+    assert np.array_equal(embedded[name], changed)
+    assert not np.array_equal(embedded[name], original[name])
 
 
 def test_a_changed_config_is_kept_and_said(tmp_path):
-    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    source = CHECKPOINTS / KEPT
     strip_projections(source, tmp_path / "stripped")
-    path = tmp_path / "stripped" / FILES[1]
-    path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": "owner/renamed"}))
+    set_config(tmp_path / "stripped", base_model_name_or_path="owner/renamed")
     report = embed_projections(tmp_path / "stripped", tmp_path / "embedded")
     assert (report.byte_exact, report.config_exact) == (True, False)
     assert "adapter_config.json changed" in report.notes[0]
-    config = json.loads((tmp_path / "embedded" / FILES[1]).read_text())
+    config = config_of(tmp_path / "embedded")
     assert (config["base_model_name_or_path"], config["save_projection"]) == ("owner/renamed", True)
 
 
-@pytest.mark.parametrize("name", SEED_ONLY)
+@pytest.mark.parametrize("name", SEED_ONLY_NAMES)
 def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
     with pytest.warns(AssumedRecipeWarning, match="assuming mt19937-f32-fused"):
         report = embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name))
@@ -110,75 +119,59 @@ def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
     assert report.projections.recipe.rounded_through == via
 
 
-def draw(base, adapter, out):
-    """Load a seed-only adapter with PEFT, and write down the pair that it draws."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter)
-    pair = {key: getattr(model.base_model, key)["default"].float().numpy() for key in ("vera_A", "vera_B")}
-    safetensors.numpy.save_file(pair, out)
-
-
 @pytest.mark.parametrize(
     ("name", "capability", "recipe"),
     [
-        ("peft-0.21.2-llama-f32-seedonly", "", None),
+        (SEED_ONLY, "", None),
         ("peft-0.21.2-llama-bf16-seedonly", "", None),
         ("peft-0.21.2-llama-f32-seedonly-noavx", "default", "mt19937-f32-separate"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's, about save_projection
 def test_the_embedded_pair_is_what_peft_draws(name, capability, recipe, tmp_path):
-    arguments = (str(base_of(name)), str(CHECKPOINTS / name), str(tmp_path / "drawn.safetensors"))
+    drawn = tmp_path / "drawn.safetensors"
     if capability:  # torch reads it when it starts, so that takes a process of its own
-        code = "import sys; from tests.converting.test_embed import draw; draw(*sys.argv[1:])"
+        code = "import sys; from tests.peers import save_drawn_pair; save_drawn_pair(*sys.argv[1:])"
         env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, env=env, check=True, timeout=300)
+        subprocess.run([sys.executable, "-c", code, name, drawn], cwd=ROOT, env=env, check=True, timeout=300)
     else:
-        draw(*arguments)
+        save_drawn_pair(name, drawn)
     embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
-    embedded, expected = load(tmp_path / "out"), safetensors.numpy.load_file(arguments[2])
+    embedded, expected = tensors_of(tmp_path / "out"), load_file(drawn)
     for key in ("vera_A", "vera_B"):
         assert np.array_equal(embedded[f"base_model.{key}"], expected[key])
 
 
 def test_in_features_does_for_a_base(tmp_path):
-    name = "peft-0.21.2-llama-f32-seedonly"
     with pytest.warns(AssumedRecipeWarning):
-        embed_projections(CHECKPOINTS / name, tmp_path / "a", base=base_of(name))
-    width = load(tmp_path / "a")["base_model.vera_A"].shape[1]
+        embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "a", base=base_of(SEED_ONLY))
+    width = tensors_of(tmp_path / "a")["base_model.vera_A"].shape[1]
     with pytest.warns(AssumedRecipeWarning, match="name it with --base"):
-        embed_projections(CHECKPOINTS / name, tmp_path / "b", in_features=width)
-    assert (tmp_path / "a" / FILES[0]).read_bytes() == (tmp_path / "b" / FILES[0]).read_bytes()
+        embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "b", in_features=width)
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
 
 
 def test_an_assumption_is_not_forgotten_by_converting_again(tmp_path):
-    name = "peft-0.21.2-llama-f32-seedonly"
     with pytest.warns(AssumedRecipeWarning):
-        embed_projections(CHECKPOINTS / name, tmp_path / "embedded", base=base_of(name))
+        embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "embedded", base=base_of(SEED_ONLY))
     assert strip_projections(tmp_path / "embedded", tmp_path / "stripped").projections.assumed
     assert embed_projections(tmp_path / "stripped", tmp_path / "again").projections.assumed
 
 
 def test_a_pickle_is_read_on_request_only(checkpoint, tmp_path):
     """torch is imported for it, and the pair comes back as a safetensors file: a pickle's bytes are not kept."""
-    import torch
-
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    arrays = load(source)
-    torch.save({key: torch.from_numpy(value) for key, value in arrays.items()}, source / "adapter_model.bin")
-    (source / FILES[0]).unlink()
+    source = checkpoint(KEPT)
+    arrays = tensors_of(source)
+    pickle = put_pickle(source)
     result = run_cli("strip-projections", source, "-o", tmp_path / "stripped")
     assert result.returncode == 4
     assert "--allow-pickle" in result.stderr
     result = run_cli("strip-projections", source, "--in-place", "--allow-pickle")
     assert result.returncode == 0, result.stderr
-    assert not (source / "adapter_model.bin").exists()
+    assert not pickle.exists()
     report = embed_projections(source, tmp_path / "embedded")
     assert report.byte_exact is None
-    embedded = load(tmp_path / "embedded")
+    embedded = tensors_of(tmp_path / "embedded")
     assert all(np.array_equal(embedded[key], arrays[key]) for key in arrays)
 
 
@@ -188,9 +181,9 @@ def test_memory_stays_within_twice_the_adapter(tmp_path):
     (tmp_path / "vera").mkdir()
     module = "base_model.model.layers.0.q"
     vectors = {f"{module}.vera_lambda_b": np.ones(width, np.float32), f"{module}.vera_lambda_d": np.ones(r, np.float32)}
-    safetensors.numpy.save_file(vectors, tmp_path / "vera" / FILES[0], {"format": "pt"})
+    save_file(vectors, tmp_path / "vera" / WEIGHTS, {"format": "pt"})
     config = {"peft_type": "VERA", "r": r, "target_modules": ["q"], "save_projection": False}
-    (tmp_path / "vera" / FILES[1]).write_text(json.dumps(config))
+    (tmp_path / "vera" / CONFIG).write_text(json.dumps(config))
     record(tmp_path / "vera", in_features=width, recipe="mt19937-f32-fused")
     embed_projections(tmp_path / "vera", tmp_path / "warm-up")
     peak, report = traced_peak(lambda: embed_projections(tmp_path / "vera", tmp_path / "embedded"))
@@ -202,22 +195,18 @@ def test_memory_stays_within_twice_the_adapter(tmp_path):
 
 def test_without_a_width_it_refuses(tmp_path):
     with pytest.raises(UsageError, match="in_max cannot be read off a seed-only checkpoint"):
-        embed_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", tmp_path / "out")
+        embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "out")
 
 
 def test_strict_refuses_to_assume(tmp_path):
-    name = "peft-0.21.2-llama-f32-seedonly"
     with pytest.raises(UnprovenError):
-        embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), strict=True)
+        embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "out", base=base_of(SEED_ONLY), strict=True)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_wrong_recorded_digest_is_refused(tmp_path):
-    strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", tmp_path / "stripped")
-    path = tmp_path / "stripped" / "vera_manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["projections"]["vera_B"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    strip_projections(CHECKPOINTS / KEPT, tmp_path / "stripped")
+    edit_manifest(tmp_path / "stripped", lambda manifest: manifest["projections"]["vera_B"].update(sha256="0" * 64))
     with pytest.raises(CheckFailedError, match="the regenerated vera_B is not the recorded one"):
         embed_projections(tmp_path / "stripped", tmp_path / "out")
 
@@ -225,15 +214,14 @@ def test_a_wrong_recorded_digest_is_refused(tmp_path):
 @pytest.mark.parametrize("change", ["key", "rank"])
 def test_an_earlier_adapters_record_is_refused(change, tmp_path):
     """PEFT leaves the manifest where it is when another adapter is saved into the folder."""
-    strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", tmp_path / "stripped")
-    config = json.loads((tmp_path / "stripped" / FILES[1]).read_text())
+    strip_projections(CHECKPOINTS / KEPT, tmp_path / "stripped")
+    config = config_of(tmp_path / "stripped")
     if change == "key":
-        config["projection_prng_key"] += 1
-        (tmp_path / "stripped" / FILES[1]).write_text(json.dumps(config))
+        set_config(tmp_path / "stripped", projection_prng_key=config["projection_prng_key"] + 1)
     else:
         other = CHECKPOINTS / "peft-0.21.2-llama-bf16-seedonly"
-        assert json.loads((other / FILES[1]).read_text())["r"] != config["r"]
-        for name in FILES:
+        assert config_of(other)["r"] != config["r"]
+        for name in (WEIGHTS, CONFIG):
             shutil.copy(other / name, tmp_path / "stripped" / name)
     with pytest.raises(CheckFailedError, match="earlier adapter's"):
         embed_projections(tmp_path / "stripped", tmp_path / "out")
@@ -244,30 +232,28 @@ def test_a_single_file_is_enough(tmp_path):
     source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept-noavx"
     strip_projections(source, tmp_path / "stripped")
     (tmp_path / "alone").mkdir()
-    shutil.copy(tmp_path / "stripped" / FILES[0], tmp_path / "alone" / "adapter.safetensors")
+    shutil.copy(tmp_path / "stripped" / WEIGHTS, tmp_path / "alone" / "adapter.safetensors")
     report = embed_projections(tmp_path / "alone" / "adapter.safetensors", tmp_path / "out")
     assert report.origin == "recorded"
-    embedded, original = load(tmp_path / "out"), load(source)
+    embedded, original = tensors_of(tmp_path / "out"), tensors_of(source)
     assert all(np.array_equal(embedded[key], original[key]) for key in original)
 
 
 def test_stored_already():
     with pytest.raises(NothingToDoError, match="stored already"):
-        embed_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", "unused")
+        embed_projections(CHECKPOINTS / KEPT, "unused")
 
 
 def test_a_forced_strip_cannot_be_embedded(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    arrays = load(source)
-    arrays["base_model.vera_A"][0, 0] += np.float32(1)
-    safetensors.numpy.save_file(arrays, source / FILES[0], {"format": "pt"})
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors["base_model.vera_A"].__setitem__((0, 0), 9))
     strip_projections(source, tmp_path / "stripped", force=True)
     with pytest.raises(CheckFailedError, match="they are lost"):
         embed_projections(tmp_path / "stripped", tmp_path / "out")
 
 
 def test_command(tmp_path):
-    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    source = CHECKPOINTS / KEPT
     strip_projections(source, tmp_path / "stripped")
     code, document = run_json("embed-projections", tmp_path / "stripped", "-o", tmp_path / "out")
     assert (code, document["byte_exact"], document["origin"]) == (0, True, "recorded")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import resource
@@ -14,15 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import CHECKPOINTS, ROOT, base_of, run_cli, run_json
+from tests.adapters import BERT, CHECKPOINTS, CONFIG, KEPT, SEED_ONLY, WEIGHTS, base_of, config_of, files_of, flip
+from tests.command import run_cli, run_json
 from vera_tools import embed_projections, strip_projections, to_lora, verify
 from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
 from vera_tools.files import atomic
 from vera_tools.projections.pair import PairShape
-
-LLAMA = "peft-0.21.2-llama-f32-kept"
-FILES = ("adapter_model.safetensors", "adapter_config.json")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="exchanging folders in one step is Linux's"),
@@ -30,62 +27,55 @@ pytestmark = [
 ]
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def test_there_and_back(checkpoint):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
     (source / "runs").mkdir()
     (source / "runs" / "events").write_text("events")
-    (source / FILES[0]).chmod(0o604)
+    (source / WEIGHTS).chmod(0o604)
     source.chmod(0o750)
-    before = contents(source)
+    before = files_of(source)
     report = strip_projections(source, in_place=True)
     assert (report.output, report.in_place) == (str(source), True)
-    assert json.loads((source / FILES[1]).read_text())["save_projection"] is False
+    assert config_of(source)["save_projection"] is False
     assert verify(source).exit_code == 0
     assert embed_projections(source, in_place=True).byte_exact
-    after = contents(source)
+    after = files_of(source)
     del after["vera_manifest.json"]
     assert after == before
-    assert stat.S_IMODE((source / FILES[0]).stat().st_mode) == 0o604
+    assert stat.S_IMODE((source / WEIGHTS).stat().st_mode) == 0o604
     assert stat.S_IMODE(source.stat().st_mode) == 0o750
     assert [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def test_to_lora_in_place(checkpoint):
-    source = checkpoint(LLAMA)
-    to_lora(source, in_place=True, base=base_of(LLAMA))
-    assert json.loads((source / FILES[1]).read_text())["peft_type"] == "LORA"
+    source = checkpoint(KEPT)
+    to_lora(source, in_place=True, base=base_of(KEPT))
+    assert config_of(source)["peft_type"] == "LORA"
     assert (source / "expected_logits.json").exists()
 
 
 def test_a_refusal_changes_nothing(checkpoint):
-    source = checkpoint(LLAMA)
-    path = source / FILES[0]
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    before = contents(source)
+    source = checkpoint(KEPT)
+    flip(source / WEIGHTS, -1)
+    before = files_of(source)
     with pytest.raises(CheckFailedError):
         strip_projections(source, in_place=True)
-    assert contents(source) == before
+    assert files_of(source) == before
     assert [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def test_where_the_system_cannot_exchange_it_refuses(checkpoint, monkeypatch):
-    source = checkpoint(LLAMA)
-    before = contents(source)
+    source = checkpoint(KEPT)
+    before = files_of(source)
     monkeypatch.setattr(atomic, "_renameat2", lambda: None)
     with pytest.raises(UsageError, match=r"cannot replace a folder in one step; write to another folder with -o"):
         strip_projections(source, in_place=True)
-    assert contents(source) == before
+    assert files_of(source) == before
     assert [path.name for path in source.parent.iterdir()] == [source.name]
 
 
 def test_a_signature_is_named_and_stays(checkpoint):
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
     (source / "model.sig").write_text("{}")
     with pytest.warns(SignatureWarning, match=r"these no longer hold: model\.sig"):
         strip_projections(source, in_place=True)
@@ -97,8 +87,8 @@ def test_a_signature_is_named_and_stays(checkpoint):
 
 
 def test_a_file_of_another_name_is_not_converted_in_place(checkpoint):
-    source = checkpoint(LLAMA)
-    (source / FILES[0]).rename(source / "other.safetensors")
+    source = checkpoint(KEPT)
+    (source / WEIGHTS).rename(source / "other.safetensors")
     with pytest.raises(UsageError, match="only a whole checkpoint is converted in place"):
         strip_projections(source / "other.safetensors", in_place=True)
 
@@ -107,14 +97,14 @@ def test_a_file_of_another_name_is_not_converted_in_place(checkpoint):
 def registry(tmp_path):
     """Checkpoints at several depths, one of another kind, one that is broken, one without projections."""
     root = tmp_path / "registry"
-    shutil.copytree(CHECKPOINTS / LLAMA, root / "team" / "one")
+    shutil.copytree(CHECKPOINTS / KEPT, root / "team" / "one")
     shutil.copytree(CHECKPOINTS / "peft-0.20.0-llama-bf16-kept", root / "two")
-    shutil.copytree(CHECKPOINTS / "peft-0.21.2-bert-seqcls-kept", root / "two" / "second")
-    shutil.copytree(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", root / "seed")
+    shutil.copytree(CHECKPOINTS / BERT, root / "two" / "second")
+    shutil.copytree(CHECKPOINTS / SEED_ONLY, root / "seed")
     (root / "lora").mkdir()
     (root / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    shutil.copytree(CHECKPOINTS / LLAMA, root / "broken")
-    (root / "broken" / FILES[0]).write_bytes((root / "broken" / FILES[0]).read_bytes()[:-4])
+    shutil.copytree(CHECKPOINTS / KEPT, root / "broken")
+    (root / "broken" / WEIGHTS).write_bytes((root / "broken" / WEIGHTS).read_bytes()[:-4])
     return root
 
 
@@ -141,7 +131,7 @@ def test_a_whole_registry(registry, tmp_path):
     code, document = run_json("embed-projections", "-R", out, "--out-dir", tmp_path / "back")
     assert code == 0
     for path in ("team/one", "two", "two/second"):
-        for name in FILES:
+        for name in (WEIGHTS, CONFIG):
             assert (tmp_path / "back" / path / name).read_bytes() == (registry / path / name).read_bytes()
 
 
@@ -173,7 +163,7 @@ def test_a_changed_source_is_not_taken_for_done(registry, tmp_path):
     shutil.rmtree(registry / "broken")
     run_json("strip-projections", "-R", registry, "--out-dir", tmp_path / "out")
     now = (tmp_path / "out" / "two" / "vera_manifest.json").stat().st_mtime
-    os.utime(registry / "two" / FILES[0], (now + 10, now + 10))
+    os.utime(registry / "two" / WEIGHTS, (now + 10, now + 10))
     code, document = run_json("strip-projections", "-R", registry, "--out-dir", tmp_path / "out")
     assert code == 2
     assert statuses(document)["two"] == "failed"
@@ -210,31 +200,17 @@ def test_options_that_contradict_each_other(registry, tmp_path):
 @pytest.mark.parametrize("scene", ["in-place", "overwrite"])
 def test_killed_at_any_moment_the_old_state_or_the_new_is_there(scene):
     """Twenty real SIGKILLs; `python tests/converting/kill_loop.py` sends hundreds."""
-    command = [sys.executable, str(ROOT / "tests" / "kill_loop.py"), "--rounds", "20", "--scene", scene]
+    command = [sys.executable, str(Path(__file__).parent / "kill_loop.py"), "--rounds", "20", "--scene", scene]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert f"{scene}: 20 kills, never a mixture" in result.stdout
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 300 kB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True, text=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip(f"mounting a small tmpfs is not permitted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
-@pytest.fixture
 def large(tmp_path):
     """A checkpoint whose pair takes 512 kB, stripped: converting it to anything fills a small disk."""
     source = tmp_path / "large"
-    shutil.copytree(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", source)
+    shutil.copytree(CHECKPOINTS / SEED_ONLY, source)
     shape = PairShape(r=16, in_max=8000 - 64, out_max=64)
     assert 4 * shape.elements == 512_000
     return source, shape.in_max
@@ -246,26 +222,28 @@ def assert_refused_and_untouched(result, folder, before):
         r"error: .*: could not be written: (No space left on device|File too large); nothing was left half-written\n",
         "".join(line for line in result.stderr.splitlines(keepends=True) if not line.startswith("warning")),
     )
-    assert contents(folder) == before
+    assert files_of(folder) == before
 
 
 def test_a_full_disk_leaves_nothing_half_written(small_disk, large):
     source, width = large
-    result = run_cli("embed-projections", source, "--in-features", width, "-o", small_disk / "out")
-    assert_refused_and_untouched(result, small_disk, {})
+    with small_disk("300k") as disk:
+        result = run_cli("embed-projections", source, "--in-features", width, "-o", disk / "out")
+        assert_refused_and_untouched(result, disk, {})
 
 
 def test_a_full_disk_leaves_the_old_state_in_place(small_disk, large):
     source, width = large
-    there = Path(shutil.copytree(source, small_disk / "ckpt"))
-    before = contents(small_disk)
-    result = run_cli("embed-projections", there, "--in-features", width, "--in-place")
-    assert_refused_and_untouched(result, small_disk, before)
+    with small_disk("300k") as disk:
+        there = shutil.copytree(source, disk / "ckpt")
+        before = files_of(disk)
+        result = run_cli("embed-projections", there, "--in-features", width, "--in-place")
+        assert_refused_and_untouched(result, disk, before)
 
 
 def test_a_limit_on_file_sizes_does_the_same(tmp_path, large):
     source, width = large
-    before = contents(tmp_path)
+    before = files_of(tmp_path)
 
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -277,7 +255,7 @@ def test_a_limit_on_file_sizes_does_the_same(tmp_path, large):
 
 def test_what_only_root_could_do_is_one_clear_line(checkpoint, tmp_path, monkeypatch):
     """A file system that refuses is an error of ours, whatever it says."""
-    source = checkpoint(LLAMA)
+    source = checkpoint(KEPT)
 
     def refuse(a, b):
         raise PermissionError(1, "Operation not permitted", str(b))
@@ -301,4 +279,4 @@ def test_each_failure_is_one_line_on_stderr(registry, tmp_path, options):
     assert result.returncode == 4
     assert len(lines) == 2
     for line, folder in zip(lines, (registry / "broken", registry / "team" / "broken"), strict=True):
-        assert line.startswith(f"error: {folder}: {FILES[0]}: ")
+        assert line.startswith(f"error: {folder}: {WEIGHTS}: ")

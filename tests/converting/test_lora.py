@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-import tracemalloc
-from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from tests.adapters import (
+    BERT,
+    CHECKPOINTS,
+    GPT2,
+    KEPT,
+    KEPT_NAMES,
+    NAMES,
+    SEED_ONLY,
+    base_of,
+    config_of,
+    edit,
+    set_config,
+    tensors_of,
+)
+from tests.command import run_cli, run_json
+from tests.memory import traced_peak
+from tests.peers import base_model, distance
 from vera_tools import record, strip_projections, to_lora
 from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.errors import (
@@ -28,36 +42,8 @@ FLOAT32 = [name for name in NAMES if "bf16" not in name and "noavx" not in name]
 TOLERANCE = {"f32": 1e-5, "bf16": 4e-3}
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::vera_tools.errors.LoadingWarning",
-    "ignore::vera_tools.errors.AssumedRecipeWarning",
-    "ignore:.*is_gradient_checkpointing.*:FutureWarning",  # PEFT 0.21.2 about transformers 5
+    "ignore::vera_tools.errors.LoadingWarning", "ignore::vera_tools.errors.AssumedRecipeWarning"
 )
-
-
-def load(folder: Path) -> dict[str, np.ndarray]:
-    return safetensors.numpy.load_file(folder / "adapter_model.safetensors")
-
-
-def config_of(folder: Path) -> dict:
-    return json.loads((folder / "adapter_config.json").read_text())
-
-
-def base_model(name):
-    import transformers
-
-    task = config_of(CHECKPOINTS / name)["task_type"]
-    cls = transformers.AutoModelForSequenceClassification if task == "SEQ_CLS" else transformers.AutoModelForCausalLM
-    return cls.from_pretrained(base_of(name), dtype="auto").eval()
-
-
-def distance(model, name) -> float:
-    """Largest difference between the model's logits and the VeRA adapter's, as PEFT computed them."""
-    import torch
-
-    expected = json.loads((CHECKPOINTS / name / "expected_logits.json").read_text())
-    with torch.no_grad():
-        logits = model(torch.tensor(expected["ids"])).logits.float().flatten()
-    return float((logits - torch.tensor(expected["logits"])).abs().max())
 
 
 def recipe_of(name):
@@ -85,24 +71,24 @@ def test_transformers_own_adapter_loading_computes_the_same(name, tmp_path):
     assert distance(model.eval(), name) <= TOLERANCE["f32"]
 
 
-@pytest.mark.parametrize("name", ["peft-0.21.2-gpt2-conv1d-kept", "peft-0.21.2-bert-seqcls-kept"])
+@pytest.mark.parametrize("name", [GPT2, BERT])
 def test_saving_again_with_peft_loses_nothing(name, tmp_path):
     from peft import PeftModel
 
     to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name))
     model = PeftModel.from_pretrained(base_model(name), tmp_path / "lora")
     model.save_pretrained(tmp_path / "again")
-    before, after = load(tmp_path / "lora"), load(tmp_path / "again")
+    before, after = tensors_of(tmp_path / "lora"), tensors_of(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "kept" in name])
+@pytest.mark.parametrize("name", KEPT_NAMES)
 def test_the_product_is_the_weight_update(name, tmp_path):
     """B' A' against the definition, in double precision, layer by layer, for the slices that each layer uses."""
     to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name))
-    vera = {key: value.astype(np.float64) for key, value in load(CHECKPOINTS / name).items()}
-    lora = {key: value.astype(np.float64) for key, value in load(tmp_path / "lora").items()}
+    vera = {key: value.astype(np.float64) for key, value in tensors_of(CHECKPOINTS / name).items()}
+    lora = {key: value.astype(np.float64) for key, value in tensors_of(tmp_path / "lora").items()}
     modules = {key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")}
     assert modules == {key.removesuffix(".vera_lambda_b") for key in vera if key.endswith(".vera_lambda_b")}
     for module in modules:
@@ -114,17 +100,15 @@ def test_the_product_is_the_weight_update(name, tmp_path):
 
 
 def test_layers_of_different_widths_take_their_slices(tmp_path):
-    name = "peft-0.21.2-gpt2-conv1d-kept"
-    to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name))
-    shapes = {key: value.shape for key, value in load(tmp_path / "lora").items() if "lora_" in key}
+    to_lora(CHECKPOINTS / GPT2, tmp_path / "lora", base=base_of(GPT2))
+    shapes = {key: value.shape for key, value in tensors_of(tmp_path / "lora").items() if "lora_" in key}
     heights = {shape[0] for key, shape in shapes.items() if ".lora_B." in key}
     assert heights == {144, 192}
 
 
 def test_the_config_says_lora(tmp_path):
-    name = "peft-0.21.2-gpt2-conv1d-kept"
-    to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name))
-    vera, lora = config_of(CHECKPOINTS / name), config_of(tmp_path / "lora")
+    to_lora(CHECKPOINTS / GPT2, tmp_path / "lora", base=base_of(GPT2))
+    vera, lora = config_of(CHECKPOINTS / GPT2), config_of(tmp_path / "lora")
     assert (lora["peft_type"], lora["bias"], lora["r"], lora["lora_alpha"]) == ("LORA", "lora_only", 12, 12)
     for key in ("fan_in_fan_out", "modules_to_save", "task_type", "layers_to_transform", "base_model_name_or_path"):
         assert lora[key] == vera[key]
@@ -132,22 +116,20 @@ def test_the_config_says_lora(tmp_path):
 
 
 def test_targets_left_to_the_model_type_become_explicit(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    config = {**config_of(source), "target_modules": None}
-    (source / "adapter_config.json").write_text(json.dumps(config))
+    source = checkpoint(KEPT)
+    set_config(source, target_modules=None)
     to_lora(source, tmp_path / "lora", base=base_of(source.name))
     assert "model.layers.0.self_attn.q_proj" in config_of(tmp_path / "lora")["target_modules"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
 def test_dtype(dtype, tmp_path):
-    name = "peft-0.21.2-llama-f32-kept"
-    report = to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name), dtype=dtype)
+    report = to_lora(CHECKPOINTS / KEPT, tmp_path / "lora", base=base_of(KEPT), dtype=dtype)
     with TensorFile.open(tmp_path / "lora" / "adapter_model.safetensors") as file:
         assert {info.dtype for info in file.tensors.values()} == {dtype}
     assert report.dtype == dtype
     with pytest.raises(UsageError, match="not a dtype for LoRA"):
-        to_lora(CHECKPOINTS / name, tmp_path / "x", dtype="int8")
+        to_lora(CHECKPOINTS / KEPT, tmp_path / "x", dtype="int8")
 
 
 def test_the_manifest_says_what_it_was_made_from(tmp_path):
@@ -177,16 +159,15 @@ def test_stripped_gives_the_same_lora(tmp_path):
 
 def test_two_processes_write_the_same_bytes(tmp_path):
     """The safetensors library orders metadata at random in every process; nothing here does."""
-    name = "peft-0.21.2-gpt2-conv1d-kept"
     for seed in ("1", "2"):
-        options = ("--to", "lora", "--base", base_of(name), "-o", tmp_path / seed)
-        assert run_cli("convert", CHECKPOINTS / name, *options, env={"PYTHONHASHSEED": seed}).returncode == 0
+        options = ("--to", "lora", "--base", base_of(GPT2), "-o", tmp_path / seed)
+        assert run_cli("convert", CHECKPOINTS / GPT2, *options, env={"PYTHONHASHSEED": seed}).returncode == 0
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 
 
 def test_widths_come_from_the_base_the_manifest_or_are_assumed(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    source = checkpoint(KEPT)
     with pytest.warns(AssumedShapeWarning, match="taking in_features 64 for all"):
         report = to_lora(source, tmp_path / "assumed")
     assert report.widths_assumed
@@ -198,41 +179,38 @@ def test_widths_come_from_the_base_the_manifest_or_are_assumed(checkpoint, tmp_p
 
 
 def test_vectors_that_do_not_fit(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    arrays = load(source)
+    source = checkpoint(KEPT)
     name = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_d"
-    arrays[name] = arrays[name][:-1]
-    safetensors.numpy.save_file(arrays, source / "adapter_model.safetensors", {"format": "pt"})
+    edit(source, lambda tensors: tensors.update({name: tensors[name][:-1]}))
     with pytest.raises(CheckFailedError, match="do not fit the projections"):
         to_lora(source, tmp_path / "lora", base=base_of(source.name))
     assert not (tmp_path / "lora").exists()
 
 
 def test_what_vllm_would_say(tmp_path):
-    name = "peft-0.21.2-bert-seqcls-kept"
+    name = BERT
     code, document = run_json(
         "convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "a"
     )
     assert code == 0
     assert document["vllm"]["max_lora_rank"] == 16
     assert "saved modules (classifier, score)" in document["vllm"]["obstacles"][0]
-    name = "peft-0.21.2-llama-f32-kept"
+    name = KEPT
     result = run_cli("convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "b")
     assert result.returncode == 0
     assert "takes it with --max-lora-rank 16" in result.stdout
-    name = "peft-0.21.2-gpt2-conv1d-kept"
+    name = GPT2
     result = run_cli("convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "c")
     assert "trained biases" in result.stdout
     assert "vera-tools merge" in result.stdout
 
 
 def test_seed_only_without_a_record(tmp_path):
-    name = "peft-0.21.2-llama-f32-seedonly"
     with pytest.warns(AssumedRecipeWarning):
-        report = to_lora(CHECKPOINTS / name, tmp_path / "lora", base=base_of(name))
+        report = to_lora(CHECKPOINTS / SEED_ONLY, tmp_path / "lora", base=base_of(SEED_ONLY))
     assert report.projections.assumed
     with pytest.raises(UnprovenError):
-        to_lora(CHECKPOINTS / name, tmp_path / "strict", base=base_of(name), strict=True)
+        to_lora(CHECKPOINTS / SEED_ONLY, tmp_path / "strict", base=base_of(SEED_ONLY), strict=True)
 
 
 def test_memory_does_not_grow_with_the_lora(tmp_path):
@@ -259,17 +237,6 @@ def test_memory_does_not_grow_with_the_lora(tmp_path):
     assert peak <= 2 * adapter
 
 
-def traced_peak(call):
-    """The most memory that was allocated at once during a call, in bytes, and the call's result."""
-    tracemalloc.start()
-    try:
-        result = call()
-        return tracemalloc.get_traced_memory()[1], result
-    finally:
-        tracemalloc.stop()
-
-
-LLAMA = "peft-0.21.2-llama-f32-kept"
 Q0 = "model.layers.0.self_attn.q_proj"
 
 
@@ -284,29 +251,25 @@ Q0 = "model.layers.0.self_attn.q_proj"
     ],
 )
 def test_values_that_are_not_finite_are_refused(tensor, named, value, checkpoint, tmp_path):
-    source = checkpoint(LLAMA)
-    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
-    tensors[tensor].reshape(-1)[5] = value
-    safetensors.numpy.save_file(tensors, source / "adapter_model.safetensors")
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors[tensor].reshape(-1).__setitem__(5, value))
     with pytest.raises(CheckFailedError, match=f"adapter_model.safetensors: {named}: holds NaN or infinity"):
-        to_lora(source, tmp_path / "lora", base=base_of(LLAMA))
+        to_lora(source, tmp_path / "lora", base=base_of(KEPT))
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
 def test_values_too_large_for_the_dtype_are_refused(checkpoint, tmp_path):
-    source = checkpoint(LLAMA)
-    tensors = safetensors.numpy.load_file(source / "adapter_model.safetensors")
-    tensors[f"base_model.model.{Q0}.vera_lambda_b"][:] = 1e6
-    safetensors.numpy.save_file(tensors, source / "adapter_model.safetensors")
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors[f"base_model.model.{Q0}.vera_lambda_b"].fill(1e6))
     with pytest.raises(CheckFailedError, match=rf"{Q0}: lora_B would hold values too large for float16; .*--dtype"):
-        to_lora(source, tmp_path / "lora", base=base_of(LLAMA), dtype="float16")
+        to_lora(source, tmp_path / "lora", base=base_of(KEPT), dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
-    to_lora(source, tmp_path / "lora", base=base_of(LLAMA))
+    to_lora(source, tmp_path / "lora", base=base_of(KEPT))
 
 
 @pytest.mark.parametrize("stripped", [False, True])
 def test_in_features_that_contradict_what_is_known_are_refused(stripped, tmp_path):
-    source = CHECKPOINTS / LLAMA
+    source = CHECKPOINTS / KEPT
     if stripped:
         strip_projections(source, tmp_path / "stripped")
         source = tmp_path / "stripped"

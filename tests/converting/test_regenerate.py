@@ -7,18 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
+from tests.command import run_cli, run_json
+from tests.memory import traced_peak
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError, VeraToolsError
 from vera_tools.files import safetensors
-
-KEPT = "peft-0.21.2-llama-f32-kept"
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
 
 PEFT_DRAW = """
 import hashlib, sys, torch
@@ -57,7 +55,7 @@ def test_stored_checkpoint_gives_back_its_own_bits(tmp_path):
         safetensors.TensorFile.open(out) as ours,
         safetensors.TensorFile.open(CHECKPOINTS / KEPT / "adapter_model.safetensors") as stored,
     ):
-        for name in ("base_model.vera_A", "base_model.vera_B"):
+        for name in PAIR:
             assert np.array_equal(ours.read(name), stored.read(name))
             assert hashlib.sha256(ours.read(name).tobytes()).hexdigest() == document[name[11:]]["sha256"]
     assert run_cli("regenerate", "--checkpoint", CHECKPOINTS / KEPT, "-o", out).returncode == 2
@@ -93,12 +91,7 @@ def test_seed_only_needs_in_max():
 
 def test_unrelated_stored_pair_is_not_passed_off(checkpoint):
     folder = checkpoint(KEPT)
-    path = folder / "adapter_model.safetensors"
-    with safetensors.TensorFile.open(path) as file:
-        arrays = {name: file.read(name) for name in file.tensors}
-    arrays["base_model.vera_A"][:] = 1
-    arrays["base_model.vera_B"][:] = 1
-    safetensors.save(path, arrays, {})
+    edit(folder, lambda tensors: [tensors[name].fill(1) for name in PAIR])
     with pytest.warns(AssumedRecipeWarning, match="no known recipe makes the stored projections"):
         report = vera_tools.regenerate(folder)
     assert report.record.assumed
@@ -133,10 +126,7 @@ def test_stored_dtype(drawn):
 @pytest.mark.parametrize("recipe", ["mt19937-f32-fused", "mt19937-f32-fused-bfirst"])
 def test_the_file_is_written_as_it_is_drawn(tmp_path, recipe):
     sizes = {"key": 3, "r": 256, "in_features": 8192, "out_features": 8192, "recipe": recipe}
-    tracemalloc.start()
-    report = vera_tools.regenerate(**sizes, output=tmp_path / "pair.safetensors")
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    peak, report = traced_peak(lambda: vera_tools.regenerate(**sizes, output=tmp_path / "pair.safetensors"))
     assert peak < 6e6  # the pair is 16.8 MB
     with safetensors.TensorFile.open(tmp_path / "pair.safetensors") as file:
         assert {name: file.sha256(f"base_model.{name}") for name in ("vera_A", "vera_B")} == report.record.sha256

@@ -10,55 +10,52 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.numpy
 
-from tests.conftest import CHECKPOINTS, NAMES, run_cli, run_json
-from tests.converting.test_lora import base_model, distance
+from tests.adapters import (
+    BERT,
+    CHECKPOINTS,
+    GPT2,
+    KEPT,
+    KEPT_NAMES,
+    PAIR,
+    SEED_ONLY,
+    config_of,
+    edit,
+    files_of,
+    set_config,
+)
+from tests.command import run_cli, run_json
+from tests.peers import base_model, distance
 from vera_tools import strip_projections, verify
 from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.converting.strip import exact_in_peft
 from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
 from vera_tools.files.safetensors import TensorFile
 
-KEPT = [name for name in NAMES if "kept" in name]
-PAIR = {"base_model.vera_A", "base_model.vera_B"}
-
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
 
 
-def tensors(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
+def facts(path: Path) -> dict[str, tuple[str, tuple[int, ...], str]]:
     """Name to dtype, shape and digest."""
     with TensorFile.open(path / "adapter_model.safetensors") as file:
         return {name: (info.dtype, info.shape, file.sha256(name)) for name, info in file.tensors.items()}
 
 
-def edited(folder: Path, **changes: np.ndarray) -> None:
-    """Write a checkpoint's tensors again with some of them changed (short names; None takes one out)."""
-    path = folder / "adapter_model.safetensors"
-    arrays = safetensors.numpy.load_file(path)
-    for name, value in changes.items():
-        arrays[f"base_model.{name}"] = value
-    safetensors.numpy.save_file(
-        {name: value for name, value in arrays.items() if value is not None}, path, {"format": "pt"}
-    )
-
-
-@pytest.mark.parametrize("name", KEPT)
+@pytest.mark.parametrize("name", KEPT_NAMES)
 def test_everything_but_the_pair_stays(name, tmp_path):
     out = tmp_path / "out"
     report = strip_projections(CHECKPOINTS / name, out)
-    before, after = tensors(CHECKPOINTS / name), tensors(out)
+    before, after = facts(CHECKPOINTS / name), facts(out)
     assert {key: value for key, value in before.items() if key not in PAIR} == after
     assert report.input_bytes == (CHECKPOINTS / name / "adapter_model.safetensors").stat().st_size
     assert report.output_bytes == (out / "adapter_model.safetensors").stat().st_size
     assert report.saved_bytes == report.input_bytes - report.output_bytes
-    config = json.loads((out / "adapter_config.json").read_text())
-    assert config == {**json.loads((CHECKPOINTS / name / "adapter_config.json").read_text()), "save_projection": False}
+    assert config_of(out) == {**config_of(CHECKPOINTS / name), "save_projection": False}
     assert verify(out).exit_code == 0
 
 
 def test_what_is_recorded_gives_the_original_back(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-bert-seqcls-kept")
+    source = checkpoint(BERT)
     weights = (source / "adapter_model.safetensors").read_bytes()
     strip_projections(source, tmp_path / "out")
     manifest = Manifest.from_json((tmp_path / "out" / "vera_manifest.json").read_text())
@@ -66,11 +63,11 @@ def test_what_is_recorded_gives_the_original_back(checkpoint, tmp_path):
     assert base64.b64decode(manifest.original.header) == weights[8 : 8 + int.from_bytes(weights[:8], "little")]
     assert manifest.original.config == (source / "adapter_config.json").read_text()
     assert manifest.original.sha256 == hashlib.sha256(weights).hexdigest()
-    assert manifest.projections.sha256["vera_A"] == tensors(source)["base_model.vera_A"][2]
+    assert manifest.projections.sha256["vera_A"] == facts(source)["base_model.vera_A"][2]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT's, about save_projection
-@pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
+@pytest.mark.parametrize("name", [KEPT, GPT2])
 def test_peft_goes_on_loading_it(name, tmp_path):
     from peft import PeftModel
 
@@ -80,7 +77,7 @@ def test_peft_goes_on_loading_it(name, tmp_path):
 
 def test_the_same_input_gives_the_same_bytes(tmp_path):
     for out in ("a", "b"):
-        strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-kept", tmp_path / out)
+        strip_projections(CHECKPOINTS / KEPT, tmp_path / out)
     for name in ("adapter_model.safetensors", "adapter_config.json", "vera_manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
@@ -94,29 +91,31 @@ def test_the_file_alone_says_how_its_pair_is_made(tmp_path):
 
 
 def test_foreign_metadata_stays(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    path = source / "adapter_model.safetensors"
-    safetensors.numpy.save_file(safetensors.numpy.load_file(path), path, {"format": "pt", "step": "1200"})
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: None, metadata={"format": "pt", "step": "1200"})
     strip_projections(source, tmp_path / "out")
     with TensorFile.open(tmp_path / "out" / "adapter_model.safetensors") as file:
         assert file.metadata["step"] == "1200"
 
 
 def test_refuses_what_no_recipe_makes(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    vera_A = safetensors.numpy.load_file(source / "adapter_model.safetensors")["base_model.vera_A"]
-    vera_A[3, 5] = np.nextafter(vera_A[3, 5], np.float32(1))
-    edited(source, vera_A=vera_A)
+    source = checkpoint(KEPT)
+
+    def nudge(tensors):
+        vera_A = tensors["base_model.vera_A"]
+        vera_A[3, 5] = np.nextafter(vera_A[3, 5], np.float32(1))
+
+    edit(source, nudge)
     with pytest.raises(CheckFailedError, match=r"vera_A edited: 0\.10% of the elements differ, by at most .*--force"):
         strip_projections(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_force_strips_and_records_the_loss(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    source = checkpoint(KEPT)
     rng = np.random.default_rng(1)
-    edited(source, vera_B=rng.normal(size=(64, 16)).astype(np.float32))
-    digest = tensors(source)["base_model.vera_B"][2]
+    edit(source, lambda tensors: tensors["base_model.vera_B"].__setitem__(..., rng.normal(size=(64, 16))))
+    digest = facts(source)["base_model.vera_B"][2]
     with pytest.warns(LoadingWarning, match="the trained projections are lost"):
         report = strip_projections(source, tmp_path / "out", force=True)
     assert report.forced
@@ -130,7 +129,7 @@ def test_force_strips_and_records_the_loss(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("name", "exact"),
     [
-        ("peft-0.21.2-llama-f32-kept", {("fused", "float32"), ("fused", "integer")}),
+        (KEPT, {("fused", "float32"), ("fused", "integer")}),
         ("peft-0.21.2-llama-f32-kept-noavx", {("separate", "float32"), ("separate", "integer")}),
         ("peft-0.20.0-llama-bf16-kept", {("fused", "bfloat16")}),
     ],
@@ -141,7 +140,7 @@ def test_says_where_plain_peft_loads_exactly(name, exact, tmp_path):
         report = strip_projections(CHECKPOINTS / name, tmp_path / "out")
     assert {place for place, is_exact in exact_in_peft(report.loads).items() if is_exact} == exact
     messages = [str(warning.message) for warning in caught]
-    if name == "peft-0.21.2-llama-f32-kept":
+    if name == KEPT:
         assert messages == []
     else:
         made = "on a machine with separate rounding" if "noavx" in name else "on a bfloat16 base"
@@ -151,10 +150,9 @@ def test_says_where_plain_peft_loads_exactly(name, exact, tmp_path):
 
 
 def test_a_pair_of_another_key_is_stripped_with_a_warning(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    config = json.loads((source / "adapter_config.json").read_text())
-    made_with = config["projection_prng_key"]
-    (source / "adapter_config.json").write_text(json.dumps({**config, "projection_prng_key": made_with + 1}))
+    source = checkpoint(KEPT)
+    made_with = config_of(source)["projection_prng_key"]
+    set_config(source, projection_prng_key=made_with + 1)
     with pytest.warns(LoadingWarning, match=f"exactly nowhere: .*made with key {made_with}"):
         report = strip_projections(source, tmp_path / "out")
     assert report.projections.recipe is not None
@@ -163,10 +161,9 @@ def test_a_pair_of_another_key_is_stripped_with_a_warning(checkpoint, tmp_path):
 
 def test_a_wider_pair_than_the_layers_give_is_stripped_with_a_warning(tmp_path):
     """PEFT saves a second adapter with the first one's pair; alone, it draws another and refuses the embedded one."""
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(
-        base_model("peft-0.21.2-llama-f32-kept"), peft.VeraConfig(r=4, target_modules="all-linear")
-    )
+    import peft
+
+    model = peft.get_peft_model(base_model(KEPT), peft.VeraConfig(r=4, target_modules="all-linear"))
     model.add_adapter("second", peft.VeraConfig(r=4, target_modules=["v_proj"]))
     model.save_pretrained(tmp_path)
     with pytest.warns(LoadingWarning, match="exactly nowhere: it draws a pair of another size.*needs the LoRA export"):
@@ -177,18 +174,18 @@ def test_a_wider_pair_than_the_layers_give_is_stripped_with_a_warning(tmp_path):
 
 def test_nothing_to_strip():
     with pytest.raises(NothingToDoError, match="no projections are stored"):
-        strip_projections(CHECKPOINTS / "peft-0.21.2-llama-f32-seedonly", "unused")
+        strip_projections(CHECKPOINTS / SEED_ONLY, "unused")
 
 
 def test_half_a_pair(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    edited(source, vera_B=None)
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors.pop("base_model.vera_B"))
     with pytest.raises(FormatError, match="vera_A is stored and vera_B is not"):
         strip_projections(source, tmp_path / "out")
 
 
 def test_output_rules(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    source = checkpoint(KEPT)
     with pytest.raises(UsageError, match="either where to write"):
         strip_projections(source)
     with pytest.raises(UsageError, match="either where to write"):
@@ -204,7 +201,7 @@ def test_output_rules(checkpoint, tmp_path):
 
 
 def test_cards_come_along_and_signatures_do_not(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
+    source = checkpoint(KEPT)
     for name in ("README.md", "tokenizer.json", "model.sig", "optimizer.pt"):
         (source / name).write_text(name)
     report = strip_projections(source, tmp_path / "out")
@@ -215,8 +212,8 @@ def test_cards_come_along_and_signatures_do_not(checkpoint, tmp_path):
 
 
 def test_from_the_hub(hub, tmp_path):
-    source = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
-    hub.add_repo("ann/x", {path.name: path.read_bytes() for path in source.iterdir()})
+    source = CHECKPOINTS / KEPT
+    hub.add_repo("ann/x", files_of(source))
     report = strip_projections("hf://ann/x", tmp_path / "hub")
     local = strip_projections(source, tmp_path / "local")
     assert report.carried_over == local.carried_over == ("expected_logits.json",)
@@ -227,7 +224,7 @@ def test_from_the_hub(hub, tmp_path):
 
 
 def test_json(tmp_path):
-    code, document = run_json("strip-projections", CHECKPOINTS / KEPT[-1], "-o", tmp_path / "out")
+    code, document = run_json("strip-projections", CHECKPOINTS / KEPT_NAMES[-1], "-o", tmp_path / "out")
     assert code == 0
     assert document["recipe"]["name"] == "mt19937-f32-separate"
     assert document["matches"]["vera_A"]["match"] == "identical"
@@ -235,7 +232,7 @@ def test_json(tmp_path):
 
 
 def test_text(tmp_path):
-    result = run_cli("strip-projections", CHECKPOINTS / "peft-0.21.2-llama-f32-kept", "-o", tmp_path / "out")
+    result = run_cli("strip-projections", CHECKPOINTS / KEPT, "-o", tmp_path / "out")
     assert result.returncode == 0
     assert "10.4 kB -> 2.6 kB, 7.8 kB saved, 4.0 times smaller" in result.stdout
     assert "PEFT        on float32 and integer bases (fused rounding" in result.stdout
@@ -243,8 +240,8 @@ def test_text(tmp_path):
 
 
 def test_a_refusal_is_one_line_and_exit_code_1(checkpoint, tmp_path):
-    source = checkpoint("peft-0.21.2-llama-f32-kept")
-    edited(source, vera_B=np.zeros((64, 16), np.float32))
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors["base_model.vera_B"].fill(0))
     result = run_cli("strip-projections", source, "-o", tmp_path / "out")
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1

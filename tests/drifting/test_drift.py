@@ -13,7 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, FIXTURES, base_of, run_cli, run_json
+from tests import FIXTURES
+from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
+from tests.command import run_cli, run_json
+from tests.machine import FUSED_X86, x86
 from tests.projections import torch_draws
 from vera_tools import drift, record, verify
 from vera_tools.checkpoints.checkpoint import Checkpoint
@@ -26,9 +29,6 @@ from vera_tools.projections import philox
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
 
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
-FUSED_X86 = platform.machine() == "x86_64" and torch_draws.rounding() == "fused"
-x86 = pytest.mark.skipif(not FUSED_X86, reason="needs an x86-64 CPU with AVX2, which has both roundings")
 OTHER_PYTHON = "/usr/bin/python3"
 
 
@@ -353,14 +353,10 @@ class TestEffect:
         assert {width for module, width in widths.items() if module.endswith("q_proj")} == {64}
 
     def test_an_untrained_layer_has_no_relative_change(self, checkpoint):
-        from safetensors.numpy import load_file, save_file
-
-        folder = checkpoint("peft-0.21.2-llama-f32-kept")
-        tensors = load_file(folder / "adapter_model.safetensors")
-        zero = {name: np.zeros_like(value) for name, value in tensors.items() if "lambda_b" in name}
-        save_file({**tensors, **zero}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        folder = checkpoint(KEPT)
+        edit(folder, lambda tensors: [value.fill(0) for name, value in tensors.items() if "lambda_b" in name])
         with Checkpoint.open(folder) as adapter:
-            trained = (tensors["base_model.vera_A"], tensors["base_model.vera_B"])
+            trained = tuple(map(adapter.weights.read, PAIR))
             measured = effect.measure(adapter, trained, generate(Recipe(prng_key=1), adapter.pair_shape()))
         assert measured.worst is None
         assert {layer.relative_change for layer in measured.layers} == {None}

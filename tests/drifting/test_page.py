@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from tests.drifting.test_drift import x86
+from tests.machine import x86
 from vera_tools.drifting import page as drift_page
 
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib (the extra html)")

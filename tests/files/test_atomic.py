@@ -12,7 +12,8 @@ import textwrap
 
 import pytest
 
-from tests.conftest import CHECKPOINTS, run_cli
+from tests.adapters import CHECKPOINTS, KEPT
+from tests.command import run_cli
 from vera_tools.checkpoints import destination
 from vera_tools.errors import UsageError, VeraToolsError
 from vera_tools.files import atomic
@@ -321,7 +322,7 @@ EVERY_COMMAND = [
 
 @pytest.mark.parametrize("command", EVERY_COMMAND, ids=lambda command: command[0])
 def test_an_empty_output_is_named_by_every_command(command):
-    kept = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+    kept = CHECKPOINTS / KEPT
     result = run_cli(*(kept if word == "x" else word for word in command), "-o", "")
     assert result.returncode == 2
     assert "the output is empty" in result.stderr

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_json
+from tests.adapters import CHECKPOINTS, KEPT, base_of, files_of
+from tests.command import run_json
 from tests.hub.state import git_sha1
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
@@ -18,12 +19,6 @@ from vera_tools.files import hub as hub_source
 from vera_tools.files import hub_client as hub_module
 from vera_tools.files import local
 from vera_tools.files.hub_client import Reference
-
-NAME = "peft-0.21.2-llama-f32-kept"
-
-
-def files_of(folder, prefix=""):
-    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def data_requests(hub):
@@ -63,8 +58,8 @@ def test_git_sha1_is_gits_own_name():
 
 
 def test_a_checkpoint_reads_the_same_from_the_hub(hub):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    with Checkpoint.open("hf://ann/x") as remote, Checkpoint.open(CHECKPOINTS / NAME) as local:
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    with Checkpoint.open("hf://ann/x") as remote, Checkpoint.open(CHECKPOINTS / KEPT) as local:
         assert remote.config == local.config
         assert remote.weights.header == local.weights.header
         for name in local.weights.tensors:
@@ -73,7 +68,7 @@ def test_a_checkpoint_reads_the_same_from_the_hub(hub):
 
 
 def test_subfolder_and_revision(hub):
-    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME, "adapters/en/"))
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "adapters/en/"))
     old = repo.head.oid
     hub.commit(repo, "refs/heads/main", old, {}, "remove all", "ann")
     with pytest.raises(HubError, match="no such file or folder"):
@@ -81,7 +76,7 @@ def test_subfolder_and_revision(hub):
     repo.refs["refs/tags/v1"] = old
     for revision in ("v1", old, old[:40]):
         with Checkpoint.open(f"hf://ann/x@{revision}/adapters/en") as checkpoint:
-            assert checkpoint.folder.names() == sorted(path.name for path in (CHECKPOINTS / NAME).iterdir())
+            assert checkpoint.folder.names() == sorted(path.name for path in (CHECKPOINTS / KEPT).iterdir())
 
 
 def test_the_revision_is_pinned_when_the_folder_is_opened(hub):
@@ -93,7 +88,7 @@ def test_the_revision_is_pinned_when_the_folder_is_opened(hub):
 
 def test_private_files_are_read_with_the_token_and_the_storage_never_sees_it(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann", role="read"))
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME), private=True)
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT), private=True)
     with Checkpoint.open("hf://ann/x") as checkpoint:
         checkpoint.weights.file_sha256()
     assert {r.user for r in hub.requests if r.path.startswith("/api/models/ann/x")} == {"ann"}
@@ -181,11 +176,11 @@ def test_a_read_larger_than_one_request_and_one_beyond_the_end(hub, monkeypatch)
 )
 @pytest.mark.parametrize("where", [r"GET /api/models/ann/x/revision/main|GET /api/models/ann/x$", r"GET /blob/"])
 def test_what_passes_is_tried_again(hub, fault, where):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with (
         hub.fault(where, **fault) as injected,
         Checkpoint.open("hf://ann/x") as remote,
-        Checkpoint.open(CHECKPOINTS / NAME) as local,
+        Checkpoint.open(CHECKPOINTS / KEPT) as local,
     ):
         assert remote.weights.file_sha256() == local.weights.file_sha256()
         assert injected.times == 0
@@ -206,12 +201,12 @@ def test_small_files_are_checked_against_gits_name(hub, size):
 def test_a_flipped_byte_of_an_adapter_is_caught_wherever_it_is_read(hub, tmp_path, monkeypatch, command, window):
     """Also in a header that was read by itself first, and in vectors that no manifest covers."""
     monkeypatch.setattr(hub_source, "WINDOW", window)
-    content = (CHECKPOINTS / NAME / "adapter_model.safetensors").read_bytes()
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    content = (CHECKPOINTS / KEPT / "adapter_model.safetensors").read_bytes()
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
 
     def read():
         if command == "merge":
-            vera_tools.merge("hf://ann/x", base=base_of(NAME), output=tmp_path / "out")
+            vera_tools.merge("hf://ann/x", base=base_of(KEPT), output=tmp_path / "out")
         elif vera_tools.verify("hf://ann/x").checkpoints[0].verdict == "invalid":
             raise FormatError("a header that is no JSON any more")
 
@@ -229,11 +224,11 @@ def test_a_flipped_byte_of_an_adapter_is_caught_wherever_it_is_read(hub, tmp_pat
 def test_offline_reads_the_cache(hub, monkeypatch):
     from huggingface_hub import constants, snapshot_download
 
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     snapshot_download("ann/x")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     asked = len(hub.requests)
-    with Checkpoint.open("hf://ann/x") as remote, Checkpoint.open(CHECKPOINTS / NAME) as local:
+    with Checkpoint.open("hf://ann/x") as remote, Checkpoint.open(CHECKPOINTS / KEPT) as local:
         assert remote.weights.file_sha256() == local.weights.file_sha256()
         assert remote.folder.path_of("a").startswith("hf://ann/x")
     with pytest.raises(HubError, match="local cache does not have it"):
@@ -242,17 +237,17 @@ def test_offline_reads_the_cache(hub, monkeypatch):
 
 
 def test_verify_takes_checkpoint_and_base_from_the_hub(hub):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    hub.add_repo("ann/base", files_of(base_of(NAME)))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    hub.add_repo("ann/base", files_of(base_of(KEPT)))
     code, document = run_json("verify", "hf://ann/x", "--base", "hf://ann/base")
-    _, local = run_json("verify", CHECKPOINTS / NAME, "--base", base_of(NAME))
+    _, local = run_json("verify", CHECKPOINTS / KEPT, "--base", base_of(KEPT))
     assert code == 0
     entry, expected = document["checkpoints"][0], local["checkpoints"][0]
     assert entry["path"] == "hf://ann/x"
     for key in ("verdict", "recipe", "projections", "loads"):
         assert entry[key] == expected[key]
     assert [(c["id"], c["status"]) for c in entry["checks"]] == [(c["id"], c["status"]) for c in expected["checks"]]
-    size = (base_of(NAME) / "model.safetensors").stat().st_size
+    size = (base_of(KEPT) / "model.safetensors").stat().st_size
     digest = next(b.sha256 for b in hub.repos["ann/base"].head.files.values() if b.large)
     assert sum(r.sent for r in hub.requests if digest in r.path) < size / 4
 
@@ -263,9 +258,9 @@ def weights_of(folder):
 
 def test_every_command_takes_checkpoint_and_base_from_the_hub(hub, tmp_path):
     """What they write from there is what they write from the same files on disk."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    hub.add_repo("ann/base", files_of(base_of(NAME)))
-    here, base = CHECKPOINTS / NAME, base_of(NAME)
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    hub.add_repo("ann/base", files_of(base_of(KEPT)))
+    here, base = CHECKPOINTS / KEPT, base_of(KEPT)
     there, remote_base = "hf://ann/x", "hf://ann/base"
     vera_tools.merge(there, base=remote_base, output=tmp_path / "merged-there")
     vera_tools.merge(here, base=base, output=tmp_path / "merged-here")
@@ -287,11 +282,11 @@ def test_every_command_takes_checkpoint_and_base_from_the_hub(hub, tmp_path):
 
 def test_a_merge_streams_the_base(hub, tmp_path):
     """The base passes through once, in large pieces, and no request is for more than one of them."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    hub.add_repo("ann/base", files_of(base_of(NAME)))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    hub.add_repo("ann/base", files_of(base_of(KEPT)))
     vera_tools.merge("hf://ann/x", base="hf://ann/base", output=tmp_path / "merged")
     digest = next(blob.sha256 for blob in hub.repos["ann/base"].head.files.values() if blob.large)
-    size = (base_of(NAME) / "model.safetensors").stat().st_size
+    size = (base_of(KEPT) / "model.safetensors").stat().st_size
     requests = [request for request in hub.requests if digest in request.path]
     assert all("Range" in request.headers for request in requests)
     assert sum(request.sent for request in requests) < 1.5 * size
@@ -299,6 +294,6 @@ def test_a_merge_streams_the_base(hub, tmp_path):
 
 def test_what_lies_in_xet_storage_is_read_by_ranges_too(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     assert hub.repos["ann/x"].head.files["adapter_model.safetensors"].xet_hash
     assert vera_tools.verify("hf://ann/x").exit_code == 0

@@ -9,14 +9,15 @@ import runpy
 import struct
 import subprocess
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import CHECKPOINTS, FIXTURES
+from tests import FIXTURES
+from tests.adapters import CHECKPOINTS
+from tests.memory import traced_peak
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
 from vera_tools.errors import FormatError
 from vera_tools.files import safetensors
@@ -67,14 +68,16 @@ def test_literal_bytes_are_written(tmp_path):
 @pytest.mark.parametrize(("data", "tensor", "words"), HOSTILE.values(), ids=HOSTILE)
 def test_a_hostile_file_ends_in_one_clear_error(save, data, tensor, words):
     path = save(data)
-    tracemalloc.start()
-    with pytest.raises(FormatError) as caught:
-        TensorFile.open(path)
-    memory = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    text = str(caught.value)
+
+    def refused():
+        with pytest.raises(FormatError) as caught:
+            TensorFile.open(path)
+        return caught.value
+
+    memory, error = traced_peak(refused)
+    text = str(error)
     assert words in text
-    assert caught.value.where.startswith(str(path) if tensor is None else f"{path}: {tensor}")
+    assert error.where.startswith(str(path) if tensor is None else f"{path}: {tensor}")
     assert "\n" not in text
     assert len(text) < 600
     assert memory < (1 << 20) + 100 * len(data)
@@ -287,10 +290,9 @@ def test_a_tensor_may_be_made_while_it_is_written(tmp_path):
             yield block[: min(1000, size - start)]
 
     made = Deferred("float32", (3, safetensors.CHUNK), pieces)
-    tracemalloc.start()
-    safetensors.save(tmp_path / "made", {"made": made, "small": np.zeros(2, np.float16)}, {})
-    assert tracemalloc.get_traced_memory()[1] < 1 << 20
-    tracemalloc.stop()
+    tensors = {"made": made, "small": np.zeros(2, np.float16)}
+    peak, _ = traced_peak(lambda: safetensors.save(tmp_path / "made", tensors, {}))
+    assert peak < 1 << 20
     with TensorFile.open(tmp_path / "made") as file:
         assert (file.read("made") == 1).all()
         assert file.read("made").shape == (3, safetensors.CHUNK)

@@ -1,101 +1,20 @@
-"""What the Hub of `tests.hub.server` answers to each request of the official client."""
+"""What the Hub of `tests.hub.server` answers to each request of the official client; transfers aside."""
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import json
 import re
-import secrets
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, quote, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote
 
-from tests.hub.state import Blob, Commit, PullRequest, RefusedError, Repo, User, git_sha1
+from tests.hub import transfers
+from tests.hub.call import Answer, Call
+from tests.hub.state import Blob, Commit, PullRequest, RefusedError, Repo, git_sha1
 
 if TYPE_CHECKING:
     from tests.hub.server import HubServer
-
-LARGE_SUFFIXES = (".safetensors", ".bin", ".pt", ".pkl", ".h5", ".gguf", ".npz")
-LARGE_SIZE = 10 << 20
-WRITE_ROLES = ("write", "fineGrained")
-
-
-@dataclass
-class Answer:
-    """`body` is JSON-able, bytes, or a blob that is served by ranges."""
-
-    body: Any = None
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-
-
-class Call:
-    """One request under way: its parts, and who asks."""
-
-    def __init__(self, hub: HubServer, handler: BaseHTTPRequestHandler) -> None:
-        parts = urlsplit(handler.path)
-        self.hub, self.method = hub, handler.command
-        self.segments = [unquote(segment) for segment in parts.path.strip("/").split("/")]
-        self.query = {key: values[-1] for key, values in parse_qs(parts.query).items()}
-        self.headers = handler.headers
-        length = int(handler.headers.get("Content-Length") or 0)
-        if handler.headers.get("Transfer-Encoding") == "chunked":
-            self.body = _read_chunked(handler)
-        else:
-            self.body = handler.rfile.read(length)
-        self.user: User | None = None
-
-    def authenticate(self) -> None:
-        scheme, _, token = self.headers.get("Authorization", "").partition(" ")
-        if scheme:
-            if token not in self.hub.users:
-                raise RefusedError(401, "Invalid credentials in Authorization header")
-            self.user = self.hub.users[token]
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.body)
-
-    @property
-    def create_pr(self) -> bool:
-        """Whether it is about a pull request, which anybody with a write token may open and push to."""
-        return self.query.get("create_pr") == "1" or any(part.startswith("refs/pr/") for part in self.segments)
-
-    def owns(self, namespace: str) -> bool:
-        return self.user is not None and namespace in (self.user.name, *self.user.orgs)
-
-    def repo(self, owner: str, name: str, *, files: bool = False, write: bool = False) -> Repo:
-        """The repository, if this user may see it, read its files, or write to it."""
-        repo = self.hub.repos.get(f"{owner}/{name}")
-        if repo is None or (repo.private and not self.owns(owner)):
-            if self.user is None:
-                raise RefusedError(401, "Invalid username or password.", code="RepoNotFound")
-            raise RefusedError(404, "Repository not found", code="RepoNotFound")
-        if files and repo.gated_for is not None and not self.owns(owner):
-            if self.user is None:
-                message = f"Access to model {repo.id} is restricted. You must have access to it and be authenticated."
-                raise RefusedError(401, message, code="GatedRepo")
-            if self.user.name not in repo.gated_for:
-                message = f"Access to model {repo.id} is restricted and you are not in the authorized list."
-                raise RefusedError(403, message, code="GatedRepo")
-        if write:
-            self.may_write(owner)
-        return repo
-
-    def may_write(self, owner: str) -> None:
-        if self.user is None:
-            raise RefusedError(401, "Invalid username or password.")
-        if self.user.role not in WRITE_ROLES:
-            raise RefusedError(403, "you must use a write token to upload to a repository")
-        if not self.owns(owner) and not self.create_pr:
-            raise RefusedError(403, f'you don\'t have the rights to write under the namespace "{owner}"')
-
-    def default_ref(self, revision: str) -> str:
-        return revision if revision.startswith("refs/") else f"refs/heads/{revision}"
 
 
 def whoami(call: Call) -> Answer:
@@ -278,70 +197,6 @@ def validate_yaml(call: Call) -> Answer:
     return Answer({"errors": [], "warnings": []})
 
 
-def preupload(call: Call, owner: str, name: str, revision: str) -> Answer:
-    files = call.repo(owner, name, write=True).resolve(revision).files
-    rows = []
-    for row in call.json["files"]:
-        path, sample = row["path"], base64.b64decode(row["sample"])
-        large = path.endswith(LARGE_SUFFIXES) or row["size"] > LARGE_SIZE or b"\0" in sample
-        mode = "lfs" if large else "regular"
-        known = {"oid": files[path].sha256 if files[path].large else files[path].oid} if path in files else {}
-        rows.append({"path": path, "uploadMode": mode, "shouldIgnore": False, **known})
-    return Answer({"files": rows, "commitOid": call.repo(owner, name).resolve(revision).oid})
-
-
-def lfs_batch(call: Call, owner: str, git_name: str) -> Answer:
-    call.query.setdefault("create_pr", "1" if call.json.get("ref", {}).get("name", "").startswith("refs/pr/") else "0")
-    call.repo(owner, git_name.removesuffix(".git"), write=True)
-    objects = []
-    for item in call.json["objects"]:
-        oid, size = item["oid"], item["size"]
-        if (call.hub.storage / "blobs" / oid).exists():
-            objects.append(item)
-            continue
-        signed = f"{call.hub.cdn_url}/upload/{oid}?X-Signature={secrets.token_hex(8)}"
-        upload: dict[str, Any] = {"href": signed}
-        if size > call.hub.multipart_size:
-            parts = -(-size // call.hub.multipart_size)
-            urls = {str(number + 1): f"{signed}&part={number + 1}" for number in range(parts)}
-            upload["href"] = f"{call.hub.url}/api/complete_multipart"
-            upload["header"] = {"chunk_size": str(call.hub.multipart_size), **urls}
-        verify = {"href": f"{call.hub.url}/{owner}/{git_name}/info/lfs/objects/verify"}
-        objects.append({**item, "authenticated": True, "actions": {"upload": upload, "verify": verify}})
-    return Answer({"transfer": "basic", "objects": objects})
-
-
-def lfs_put(call: Call, oid: str) -> Answer:
-    if "Authorization" in call.headers:
-        raise RefusedError(400, "only one authentication mechanism allowed")
-    part = call.query.get("part")
-    if part is None:
-        _keep(call.hub, oid, call.body)
-    else:
-        call.hub._uploads[f"{oid}/{part}"] = call.body
-    return Answer(headers={"ETag": hashlib.md5(call.body, usedforsecurity=False).hexdigest()})
-
-
-def complete_multipart(call: Call) -> Answer:
-    oid = call.json["oid"]
-    _keep(call.hub, oid, b"".join(call.hub._uploads.pop(f"{oid}/{part['partNumber']}") for part in call.json["parts"]))
-    return Answer({})
-
-
-def _keep(hub: HubServer, oid: str, content: bytes) -> None:
-    if hashlib.sha256(content).hexdigest() != oid:
-        raise RefusedError(400, "the content does not have the announced sha256")
-    hub.store(content, large=True)
-
-
-def lfs_verify(call: Call, owner: str, git_name: str) -> Answer:
-    call.repo(owner, git_name.removesuffix(".git"))
-    path = call.hub.storage / "blobs" / call.json["oid"]
-    if not path.exists() or path.stat().st_size != call.json["size"]:
-        raise RefusedError(404, "the object is not there")
-    return Answer({})
-
-
 def commit(call: Call, owner: str, name: str, revision: str) -> Answer:
     hub = call.hub
     lines = [json.loads(line) for line in call.body.splitlines()]
@@ -422,54 +277,6 @@ def discussion(call: Call, owner: str, name: str, number: str) -> Answer:
     return Answer(document)
 
 
-def resolve(call: Call, owner: str, name: str, revision: str, *path: str) -> Answer:
-    repo = call.repo(owner, name, files=True)
-    found = repo.resolve(revision)
-    blob = found.files.get("/".join(path))
-    if blob is None:
-        raise RefusedError(404, "Entry not found", code="EntryNotFound")
-    headers = {"X-Repo-Commit": found.oid, "Accept-Ranges": "bytes"}
-    if not blob.large:
-        target = "/".join(quote(segment, safe="") for segment in path)
-        headers |= {"ETag": f'"{blob.oid}"', "Location": f"/api/resolve-cache/models/{repo.id}/{found.oid}/{target}"}
-        return Answer(status=307, headers=headers)
-    headers |= {
-        "X-Linked-Etag": f'"{blob.sha256}"',
-        "X-Linked-Size": str(blob.size),
-        "Location": f"{call.hub.cdn_url}/blob/{repo.id}/{blob.sha256}?X-Signature={secrets.token_hex(8)}",
-    }
-    if call.hub.xet and blob.xet_hash:
-        token = f"{call.hub.url}/api/models/{repo.id}/xet-read-token/{found.oid}"
-        headers |= {"X-Xet-Hash": blob.xet_hash, "Link": f'<{token}>; rel="xet-auth"'}
-    return Answer(status=302, headers=headers)
-
-
-def resolve_cache(call: Call, owner: str, name: str, oid: str, *path: str) -> Answer:
-    blob = call.repo(owner, name, files=True).resolve(oid).files["/".join(path)]
-    return Answer(blob, headers={"X-Repo-Commit": oid, "ETag": f'"{blob.oid}"'})
-
-
-def signed_blob(call: Call, owner: str, name: str, sha256: str) -> Answer:
-    if "Authorization" in call.headers:
-        raise RefusedError(400, "only one authentication mechanism allowed")
-    for found in call.hub.repos[f"{owner}/{name}"].commits.values():
-        for blob in found.files.values():
-            if blob.sha256 == sha256:
-                return Answer(blob, headers={"ETag": f'"{sha256}"'})
-    raise RefusedError(404, "no such blob")
-
-
-def xet_token(call: Call, owner: str, name: str, kind: str, revision: str) -> Answer:
-    call.repo(owner, name, files=True, write=kind == "write")
-    expires, token = int(time.time()) + 3600, f"xet_{secrets.token_hex(8)}"
-    headers = {
-        "X-Xet-Cas-Url": f"local://{call.hub.cas}",
-        "X-Xet-Access-Token": token,
-        "X-Xet-Token-Expiration": str(expires),
-    }
-    return Answer({"casUrl": headers["X-Xet-Cas-Url"], "exp": expires, "accessToken": token}, headers=headers)
-
-
 MODEL = r"api/models/([^/]+)/([^/]+)"
 REST = r"((?:/[^/]+)*)"
 #: (method, pattern of the raw path, handler)
@@ -479,7 +286,7 @@ API: list[Route] = [
     ("GET", "api/whoami-v2", whoami),
     ("POST", "api/repos/create", create_repo),
     ("POST", "api/validate-yaml", validate_yaml),
-    ("POST", "api/complete_multipart", complete_multipart),
+    ("POST", "api/complete_multipart", transfers.complete_multipart),
     ("GET", "api/models", list_models),
     ("GET", MODEL, model_info),
     ("GET", MODEL + r"/revision/([^/]+)", model_info),
@@ -489,19 +296,19 @@ API: list[Route] = [
     ("GET", MODEL + r"/commits/([^/]+)", commits),
     ("POST", MODEL + r"/branch/([^/]+)", branch),
     ("POST", MODEL + r"/tag/([^/]+)", tag),
-    ("POST", MODEL + r"/preupload/([^/]+)", preupload),
+    ("POST", MODEL + r"/preupload/([^/]+)", transfers.preupload),
     ("POST", MODEL + r"/commit/([^/]+)", commit),
     ("POST", MODEL + r"/discussions", open_discussion),
     ("GET", MODEL + r"/discussions/(\d+)", discussion),
-    ("GET", MODEL + r"/xet-(read|write)-token/([^/]+)", xet_token),
-    ("GET", r"api/resolve-cache/models/([^/]+)/([^/]+)/([^/]+)" + REST, resolve_cache),
-    ("GET", r"([^/]+)/([^/]+)/resolve/([^/]+)" + REST, resolve),
-    ("POST", r"([^/]+)/([^/]+\.git)/info/lfs/objects/batch", lfs_batch),
-    ("POST", r"([^/]+)/([^/]+\.git)/info/lfs/objects/verify", lfs_verify),
+    ("GET", MODEL + r"/xet-(read|write)-token/([^/]+)", transfers.xet_token),
+    ("GET", r"api/resolve-cache/models/([^/]+)/([^/]+)/([^/]+)" + REST, transfers.resolve_cache),
+    ("GET", r"([^/]+)/([^/]+)/resolve/([^/]+)" + REST, transfers.resolve),
+    ("POST", r"([^/]+)/([^/]+\.git)/info/lfs/objects/batch", transfers.lfs_batch),
+    ("POST", r"([^/]+)/([^/]+\.git)/info/lfs/objects/verify", transfers.lfs_verify),
 ]
 CDN: list[Route] = [
-    ("PUT", r"upload/([0-9a-f]{64})", lfs_put),
-    ("GET", r"blob/([^/]+)/([^/]+)/([0-9a-f]{64})", signed_blob),
+    ("PUT", r"upload/([0-9a-f]{64})", transfers.lfs_put),
+    ("GET", r"blob/([^/]+)/([^/]+)/([0-9a-f]{64})", transfers.signed_blob),
 ]
 
 
@@ -522,12 +329,3 @@ def answer_call(call: Call, routes: list[Route], raw_path: str) -> Answer:
 def _segments(group: str) -> list[str]:
     """One segment of a path, or the rest of it, each percent-decoded."""
     return [unquote(part) for part in group.split("/")[1:]] if group.startswith("/") or not group else [unquote(group)]
-
-
-def _read_chunked(handler: BaseHTTPRequestHandler) -> bytes:
-    pieces = []
-    while size := int(handler.rfile.readline().split(b";")[0], 16):
-        pieces.append(handler.rfile.read(size))
-        handler.rfile.readline()
-    handler.rfile.readline()
-    return b"".join(pieces)

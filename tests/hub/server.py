@@ -28,8 +28,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.hub.routes import API, CDN, LARGE_SUFFIXES, Answer, Call, Route, answer_call
+from tests.hub.call import Answer, Call
+from tests.hub.routes import API, CDN, Route, answer_call
 from tests.hub.state import Blob, Commit, Fault, RefusedError, Repo, Request, User, files_of_shard
+from tests.hub.transfers import LARGE_SUFFIXES
 
 
 def point_client(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +49,14 @@ def point_client(server: HubServer, home: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+
+
+def without_xet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the client move large files by LFS, in this process and in those it starts."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
 
 
 class HubServer:

@@ -14,22 +14,18 @@ from pathlib import Path
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, ROOT, run_cli
+from tests import ROOT
+from tests.adapters import CHECKPOINTS, KEPT, files_of
+from tests.command import run_cli
+from tests.hub.server import without_xet
 from vera_tools.errors import HubError
-
-NAME = "peft-0.21.2-llama-f32-kept"
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
 @pytest.fixture(autouse=True)
 def over_lfs(monkeypatch):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+    without_xet(monkeypatch)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # of 10 MiB
 
 
@@ -50,7 +46,7 @@ def partial_of(repo):
 
 
 def test_a_later_process_goes_on_where_an_earlier_one_was_cut_off(hub, tmp_path):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     broken, refused = hub.fault("GET /blob/", truncate=6_000), hub.fault("GET /blob/", status=403, times=99)
     with broken, refused, pytest.raises(HubError):
         vera_tools.pull("ann/x", tmp_path / "out")
@@ -60,13 +56,13 @@ def test_a_later_process_goes_on_where_an_earlier_one_was_cut_off(hub, tmp_path)
     assert run_cli("pull", "ann/x", "-o", tmp_path / "out").returncode == 0
     assert ranges(hub) == ["bytes=6000-"]
     content = {name: data for name, data in files_of(tmp_path / "out").items() if name != "vera_provenance.json"}
-    assert content == files_of(CHECKPOINTS / NAME)
+    assert content == files_of(CHECKPOINTS / KEPT)
 
 
 def test_the_token_goes_to_the_hub_alone_and_every_request_says_who_asks(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann", role="read"))
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME), private=True)
-    hub.add_repo("ann/gated", files_of(CHECKPOINTS / NAME), gated_for={"ann"})
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT), private=True)
+    hub.add_repo("ann/gated", files_of(CHECKPOINTS / KEPT), gated_for={"ann"})
     for repo in ("ann/x", "ann/gated"):
         vera_tools.pull(repo, tmp_path / repo)
         vera_tools.verify(f"hf://{repo}")
@@ -78,7 +74,7 @@ def test_the_token_goes_to_the_hub_alone_and_every_request_says_who_asks(hub, tm
 
 @pytest.mark.parametrize("damage", ["flipped", "too long", "whole and flipped"])
 def test_a_damaged_beginning_is_fetched_again(hub, tmp_path, damage):
-    files = files_of(CHECKPOINTS / NAME)
+    files = files_of(CHECKPOINTS / KEPT)
     repo = hub.add_repo("ann/x", files)
     with hub.fault("GET /blob/", status=403, times=99), pytest.raises(HubError):
         vera_tools.pull("ann/x", tmp_path / "out")
@@ -95,7 +91,7 @@ def test_a_damaged_beginning_is_fetched_again(hub, tmp_path, damage):
 
 @pytest.mark.parametrize("place", [0, 5_999, 6_000, 10_000])
 def test_a_byte_that_is_flipped_before_or_after_the_cut_is_caught(hub, tmp_path, place):
-    files = files_of(CHECKPOINTS / NAME)
+    files = files_of(CHECKPOINTS / KEPT)
     hub.add_repo("ann/x", files)
     with (
         hub.fault("GET /blob/", truncate=6_000, corrupt=place),
@@ -122,7 +118,7 @@ main(sys.argv[1:])
 def test_processes_that_are_killed_one_after_the_other(hub, tmp_path):
     """The connection breaks after every 20 kB, and the client waits a second before it goes on: there SIGKILL falls."""
     content = random.Random(0).randbytes(100_000)
-    files = files_of(CHECKPOINTS / NAME) | {"a.safetensors": content, "empty.safetensors": b""}
+    files = files_of(CHECKPOINTS / KEPT) | {"a.safetensors": content, "empty.safetensors": b""}
     hub.add_repo("ann/x", files)
     arguments = ["pull", "ann/x", "--include", "*.safetensors", "-o", str(tmp_path / "out")]
     expected = []
@@ -148,7 +144,7 @@ def test_processes_that_are_killed_one_after_the_other(hub, tmp_path):
 
 
 def test_a_file_that_another_process_fetches_is_left_to_the_client(hub, tmp_path):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("GET /blob/", status=403, times=99), pytest.raises(HubError):
         vera_tools.pull("ann/x", tmp_path / "out")
     with partial_of("ann/x").open("ab") as held:

@@ -8,17 +8,15 @@ import pytest
 from huggingface_hub import ModelCard
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, NAMES
+from tests.adapters import CHECKPOINTS, KEPT, NAMES
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.resolution import resolve
 from vera_tools.errors import FormatError
 from vera_tools.hub import card
 
-NAME = "peft-0.21.2-llama-f32-kept"
 
-
-def rendered(existing=None, *, name=NAME, reference="hf://ann/x", base_model="meta/llama", **config):
+def rendered(existing=None, *, name=KEPT, reference="hf://ann/x", base_model="meta/llama", **config):
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         record = resolve(checkpoint).record if checkpoint.projections else None
@@ -51,7 +49,7 @@ def test_the_pipeline_tag_comes_from_the_task_type(task, expected):
 
 def test_what_the_section_tells():
     text = rendered()
-    with Checkpoint.open(CHECKPOINTS / NAME) as checkpoint:
+    with Checkpoint.open(CHECKPOINTS / KEPT) as checkpoint:
         for tensor in ("vera_A", "vera_B"):
             assert checkpoint.weights.sha256(f"base_model.{tensor}") in text
     for expected in (

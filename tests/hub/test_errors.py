@@ -19,19 +19,15 @@ from pathlib import Path
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli
+from tests.adapters import CHECKPOINTS, KEPT, base_of, files_of
+from tests.command import run_cli
+from tests.hub.server import without_xet
 from vera_tools import schema
 from vera_tools.errors import HubError, VeraToolsError
 from vera_tools.files import hub_client as hub_module
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
-
-NAME = "peft-0.21.2-llama-f32-kept"
-
-
-def files_of(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def leftovers(folder):
@@ -65,13 +61,13 @@ def failure(arguments, *, env=None):
 
 
 def test_access(hub, tmp_path, monkeypatch):
-    hub.add_repo("ann/private", files_of(CHECKPOINTS / NAME), private=True)
-    hub.add_repo("ann/gated", files_of(CHECKPOINTS / NAME), gated_for=set())
-    hub.add_repo("ann/open", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/private", files_of(CHECKPOINTS / KEPT), private=True)
+    hub.add_repo("ann/gated", files_of(CHECKPOINTS / KEPT), gated_for=set())
+    hub.add_repo("ann/open", files_of(CHECKPOINTS / KEPT))
     bob, reader = {"HF_TOKEN": hub.add_user("bob")}, {"HF_TOKEN": hub.add_user("ann", role="read")}
     wrong = {"HF_TOKEN": "hf_" + "w" * 34}
     out = tmp_path / "out"
-    folder = CHECKPOINTS / NAME
+    folder = CHECKPOINTS / KEPT
     cases = [
         (("pull", "ann/none", "-o", out), {}, "hf://ann/none: no such repository, or it is private; ", "hf auth login"),
         (("pull", "ann/private", "-o", out), {}, "no such repository, or it is private", "HF_TOKEN"),
@@ -110,7 +106,7 @@ def test_access(hub, tmp_path, monkeypatch):
 
 def test_a_refusal_to_read_is_not_answered_with_advice_on_writing(hub, tmp_path, quick):
     """As a fine-grained token meets it that lacks the permission to read gated repositories."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     for where in ("GET /api/models/ann/x$", "GET /blob/", "HEAD /ann/x/resolve"):
         with hub.fault(where, status=403, times=99), pytest.raises(HubError) as caught:
             vera_tools.pull("ann/x", tmp_path / "out")
@@ -128,7 +124,7 @@ def test_a_json_error(hub, tmp_path):
 
 def test_a_malformed_token_is_not_shown(hub, tmp_path, monkeypatch):
     """An HTTP library quotes an illegal header in its message: the token with it."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     for token in ("hf_zebra\twith\x7fcontrol", "zebra\nquagga", "zebra-qüagga"):
         monkeypatch.setenv("HF_TOKEN", token)
         with pytest.raises(HubError) as caught:
@@ -156,10 +152,8 @@ def test_a_token_that_is_kept_in_a_file_is_not_shown(hub, tmp_path):
 
 
 def test_a_listing_cannot_name_a_file_outside_of_the_cache(hub, tmp_path, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    without_xet(monkeypatch)
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     name = "adapter_model.safetensors"
     repo.head.files[name] = dataclasses.replace(repo.head.files[name], sha256="../../../../escaped")
     with pytest.raises(HubError, match="no sha256"):
@@ -189,7 +183,7 @@ def test_a_listing_cannot_name_a_file_outside_of_the_cache(hub, tmp_path, monkey
     "where", ["GET /api/models/ann/x$", "GET /api/models/ann/x/tree", "HEAD /ann/x/resolve", "GET /blob/"]
 )
 def test_a_failing_hub(hub, tmp_path, quick, where, fault, match):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     if where.startswith("HEAD") and "truncate" in fault:
         pytest.skip("an answer without a body")
     with hub.fault(where, times=1000, **fault), pytest.raises(HubError, match=match) as caught:
@@ -207,18 +201,16 @@ def test_a_failing_hub(hub, tmp_path, quick, where, fault, match):
     [({"status": 503}, "status 503"), ({"drop": True}, "broke off"), ({"status": 413}, "status 413")],
 )
 def test_a_failing_hub_on_the_way_up(hub, monkeypatch, quick, where, fault, match):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    without_xet(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     repo = hub.add_repo("ann/x")
     with hub.fault(where, times=1000, **fault), pytest.raises(HubError, match=match):
-        vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+        vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     assert len(repo.commits) == 1
 
 
 def test_a_rate_limit_is_waited_out_as_told(hub, tmp_path, caplog, monkeypatch):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     waited = []
     monkeypatch.setattr(hub_module.time, "sleep", waited.append)
     limit = {"RateLimit": '"api";r=0;t=7', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}
@@ -229,7 +221,7 @@ def test_a_rate_limit_is_waited_out_as_told(hub, tmp_path, caplog, monkeypatch):
 
 
 def test_rate_limits_are_told_on_stderr(hub, tmp_path):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("GET /api/models/ann/x$", status=429, headers={"Retry-After": "0"}):
         result = run_cli("pull", "ann/x", "-o", tmp_path / "a")
     assert result.returncode == 0
@@ -241,8 +233,8 @@ def test_rate_limits_are_told_on_stderr(hub, tmp_path):
 @pytest.mark.parametrize("command", ["merge", "inspect"])
 def test_a_quiet_command_says_nothing_of_a_wait(hub, tmp_path, command):
     """Neither of one that we make ourselves, nor of the client's own."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    more = ("--base", base_of(NAME), "-o", tmp_path / "out") if command == "merge" else ()
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    more = ("--base", base_of(KEPT), "-o", tmp_path / "out") if command == "merge" else ()
     limit = {"status": 429, "headers": {"Retry-After": "0"}}
     for option in ("-q", "--json"):
         with hub.fault("GET /api/models/ann/x$", **limit) as ours, hub.fault("GET /blob/", **limit) as theirs:
@@ -260,7 +252,7 @@ def test_a_hub_that_does_not_answer(hub, tmp_path, quick, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.2)
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("GET /blob/", delay=0.6, times=1000), pytest.raises(HubError, match="did not answer in time"):
         vera_tools.pull("ann/x", tmp_path / "out")
 
@@ -275,7 +267,7 @@ def test_no_network(hub, tmp_path, quick, monkeypatch):
     monkeypatch.setattr(hf_api.api, "endpoint", url)
     for call in (
         lambda: vera_tools.pull("ann/x", tmp_path / "out"),
-        lambda: vera_tools.push(CHECKPOINTS / NAME, "ann/x"),
+        lambda: vera_tools.push(CHECKPOINTS / KEPT, "ann/x"),
         lambda: vera_tools.verify("hf://ann/x"),
     ):
         with pytest.raises(HubError, match=r"cannot be reached.*check the network, the proxy and HF_ENDPOINT"):
@@ -284,7 +276,7 @@ def test_no_network(hub, tmp_path, quick, monkeypatch):
 
 
 def test_offline(hub, tmp_path):
-    line = failure(("push", CHECKPOINTS / NAME, "ann/x"), env={"HF_HUB_OFFLINE": "1"})
+    line = failure(("push", CHECKPOINTS / KEPT, "ann/x"), env={"HF_HUB_OFFLINE": "1"})
     assert line.endswith("offline mode is on; unset HF_HUB_OFFLINE")  # no cache helps a push
     line = failure(("pull", "ann/x", "-o", tmp_path / "out"), env={"HF_HUB_OFFLINE": "1"})
     assert "the local cache does not have it" in line
@@ -295,8 +287,8 @@ def test_a_full_disk(hub, tmp_path, xet, monkeypatch):
     """No file may grow beyond 8 kB in that process, so that writing the weights fails in the middle."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     if not xet:
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    run_cli("push", CHECKPOINTS / NAME, "ann/x")
+        without_xet(monkeypatch)
+    run_cli("push", CHECKPOINTS / KEPT, "ann/x")
     (name,) = (name for name in hub.repos["ann/x"].head.files if name == "adapter_model.safetensors")
     size = hub.repos["ann/x"].head.files[name].size
     result = subprocess.run(
@@ -322,8 +314,8 @@ def test_a_disk_that_is_really_full_under_a_pull(hub, tmp_path, small_disk, monk
     """Full for the weights themselves, and for the very last of the files."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     if not xet:
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    folder = shutil.copytree(CHECKPOINTS / NAME, tmp_path / "adapter")
+        without_xet(monkeypatch)
+    folder = shutil.copytree(CHECKPOINTS / KEPT, tmp_path / "adapter")
     (folder / "big.txt").write_bytes(bytes(200_000))
     assert run_cli("push", folder, "ann/x").returncode == 0
     for room in (12 << 10, 200 << 10, 240 << 10 if full == "OUT" else 220 << 10):
@@ -340,7 +332,7 @@ def test_a_cache_that_is_full_for_weights_from_xet(hub, tmp_path, small_disk, mo
     """hf_xet says so in its own way."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     weights = bytes(10) + os.urandom(2_000_000)
-    folder = shutil.copytree(CHECKPOINTS / NAME, tmp_path / "adapter")
+    folder = shutil.copytree(CHECKPOINTS / KEPT, tmp_path / "adapter")
     (folder / "other.safetensors").write_bytes(weights)
     vera_tools.push(folder, "ann/x", include=["*.safetensors"])
     assert hub.repos["ann/x"].head.files["other.safetensors"].xet_hash
@@ -355,7 +347,7 @@ def test_a_disk_that_is_really_full_under_a_push(hub, tmp_path, small_disk, monk
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
     for room in (8 << 10, 40 << 10, 44 << 10):
         with small_disk(room) as disk:
-            line = failure(("push", CHECKPOINTS / NAME, "ann/x"), env={"TMPDIR": str(disk)})
+            line = failure(("push", CHECKPOINTS / KEPT, "ann/x"), env={"TMPDIR": str(disk)})
             assert line.startswith(
                 f"error: {disk}: the disk is full; make room there, or name another folder with TMPD"
             )
@@ -364,7 +356,7 @@ def test_a_disk_that_is_really_full_under_a_push(hub, tmp_path, small_disk, monk
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
     with pytest.raises(HubError, match="no folder for temporary files can be written to; make room, or name one"):
-        vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+        vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
 
 
 def test_a_full_disk_in_words():
@@ -377,7 +369,7 @@ def test_a_full_disk_in_words():
 
 def test_xet_that_fails(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     with hub.fault("xet-read-token", status=403, times=1000), pytest.raises(HubError, match="no right to do this"):
         vera_tools.pull("ann/x", tmp_path / "out")
     shutil.rmtree(hub.cas)

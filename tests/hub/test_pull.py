@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-import pty
 import random
 import shutil
-import struct
-import subprocess
-import sys
-import termios
 from pathlib import Path
 
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from tests.adapters import CHECKPOINTS, KEPT, PICKLE, SEED_ONLY, WEIGHTS, base_of, config_of, files_of, flip, put_pickle
+from tests.command import run_cli, run_json, run_terminal
 from tests.hub.state import git_sha1
 from vera_tools import schema
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
@@ -29,29 +22,11 @@ from vera_tools.hub.transfer import check_arrived
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
-NAME = "peft-0.21.2-llama-f32-kept"
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
-
-
-def files_of(folder, prefix=""):
-    return {prefix + path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
 
 def provenance(out):
     document = json.loads((out / "vera_provenance.json").read_text())
     schema.validate(document, "provenance.v1", where="provenance")
     return document
-
-
-@pytest.fixture(params=["xet", "lfs"])
-def transport(request, monkeypatch):
-    """Both ways in which large files travel."""
-    from huggingface_hub import constants
-
-    if request.param == "lfs":
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    return request.param
 
 
 def put(hub, repo_id, folder, *, private=False):
@@ -64,12 +39,12 @@ def put(hub, repo_id, folder, *, private=False):
 
 
 def test_pull_gives_the_same_bytes_and_says_where_from(hub, tmp_path, transport):
-    commit = put(hub, "ann/x", CHECKPOINTS / NAME)
+    commit = put(hub, "ann/x", CHECKPOINTS / KEPT)
     assert (hub.cas.exists()) == (transport == "xet")
     out = tmp_path / "out"
     report = vera_tools.pull("ann/x", out)
     assert {**files_of(out), "vera_provenance.json": b""} == {
-        **files_of(CHECKPOINTS / NAME),
+        **files_of(CHECKPOINTS / KEPT),
         "vera_provenance.json": b"",
     }
     assert report.commit == commit
@@ -86,8 +61,8 @@ def test_pull_gives_the_same_bytes_and_says_where_from(hub, tmp_path, transport)
 
 
 def test_the_command_line(hub, tmp_path):
-    commit = put(hub, "ann/x", CHECKPOINTS / NAME)
-    code, document = run_json("pull", "ann/x", "-o", tmp_path / "a", "--base", base_of(NAME))
+    commit = put(hub, "ann/x", CHECKPOINTS / KEPT)
+    code, document = run_json("pull", "ann/x", "-o", tmp_path / "a", "--base", base_of(KEPT))
     assert code == 0
     assert document["commit"] == commit
     assert document["verification"]["verdict"] == "reproducible"
@@ -103,7 +78,7 @@ def test_the_command_line(hub, tmp_path):
 
 
 def test_revisions_and_subfolders(hub, tmp_path):
-    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME, "en/"))
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "en/"))
     first = repo.head
     repo.refs["refs/tags/v1"] = repo.refs["refs/heads/topic/one"] = repo.refs["refs/pr/7"] = first.oid
     hub.commit(repo, "refs/heads/main", first.oid, {}, "remove all", "ann")
@@ -137,9 +112,9 @@ def test_only_what_belongs_to_a_checkpoint_is_taken(hub, tmp_path):
         "checkpoint-10/adapter_config.json": b"{}",
         "vera_provenance.json": b"{}",
     }
-    hub.add_repo("ann/x", {**files_of(CHECKPOINTS / NAME), **extra})
+    hub.add_repo("ann/x", {**files_of(CHECKPOINTS / KEPT), **extra})
     vera_tools.pull("ann/x", tmp_path / "a")
-    own = set(files_of(CHECKPOINTS / NAME)) | {"vera_provenance.json"}
+    own = set(files_of(CHECKPOINTS / KEPT)) | {"vera_provenance.json"}
     assert {path.name for path in (tmp_path / "a").iterdir()} == own | {"tokenizer.json", "LICENSE.txt"}
     assert provenance(tmp_path / "a")["repo"] == "ann/x"  # ours, not the repository's
     vera_tools.pull("ann/x", tmp_path / "b", include=["*.rst", "*.bin"])
@@ -151,21 +126,16 @@ def test_only_what_belongs_to_a_checkpoint_is_taken(hub, tmp_path):
     assert "checkpoint-10/adapter_config" not in fetched
 
 
-def test_a_pickle_is_not_taken_unless_asked_for(hub, tmp_path):
-    torch = pytest.importorskip("torch")
-    from safetensors.torch import load_file
-
-    folder = tmp_path / "legacy"
-    shutil.copytree(CHECKPOINTS / NAME, folder)
-    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    (folder / "adapter_model.safetensors").unlink()
+def test_a_pickle_is_not_taken_unless_asked_for(hub, tmp_path, checkpoint):
+    folder = checkpoint(KEPT)
+    pickle = put_pickle(folder)
     hub.add_repo("ann/x", files_of(folder))
     with pytest.raises(FormatError, match="--allow-pickle"):
         vera_tools.pull("ann/x", tmp_path / "out")
     assert hub.count("adapter_model.bin") == 0
     report = vera_tools.pull("ann/x", tmp_path / "out", allow_pickle=True)
     assert report.verification.verdict == "reproducible"
-    assert (tmp_path / "out" / "adapter_model.bin").read_bytes() == (folder / "adapter_model.bin").read_bytes()
+    assert (tmp_path / "out" / PICKLE).read_bytes() == pickle.read_bytes()
 
 
 def test_every_flipped_byte_is_caught(hub, tmp_path):
@@ -173,7 +143,7 @@ def test_every_flipped_byte_is_caught(hub, tmp_path):
     import huggingface_hub
     from huggingface_hub import constants
 
-    files = files_of(CHECKPOINTS / NAME)
+    files = files_of(CHECKPOINTS / KEPT)
     hub.add_repo("ann/x", files)
     sizes = {name: len(content) for name, content in files.items()}
     places = [(name, random.Random(number).randrange(sizes[name])) for number, name in enumerate(sorted(sizes) * 5)]
@@ -199,7 +169,7 @@ def test_every_flipped_byte_is_caught(hub, tmp_path):
 def test_every_single_flipped_byte_changes_the_digest(tmp_path):
     """Every byte of a checkpoint in turn, by the check that every file goes through."""
     for name, large in (("adapter_model.safetensors", True), ("adapter_config.json", False)):
-        content = (CHECKPOINTS / NAME / name).read_bytes()
+        content = (CHECKPOINTS / KEPT / name).read_bytes()
         sha256 = hashlib.sha256(content).hexdigest()
         listed = RemoteFile(name, len(content), git_sha1(content), sha256 if large else None)
         path = tmp_path / name
@@ -221,7 +191,7 @@ def test_flipped_bytes_in_xet_storage_are_caught(hub, tmp_path):
     """hf_xet does not look at them either. Bytes of the storage's own that no file consists of may change."""
     from huggingface_hub import constants
 
-    put(hub, "ann/x", CHECKPOINTS / NAME)
+    put(hub, "ann/x", CHECKPOINTS / KEPT)
     (stored,) = hub.cas.rglob("xorbs/default.*[0-9a-f]")
     stored.chmod(0o644)
     whole, caught = stored.read_bytes(), 0
@@ -234,7 +204,7 @@ def test_flipped_bytes_in_xet_storage_are_caught(hub, tmp_path):
             assert not (tmp_path / "out").exists()
             continue
         weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-        assert weights == (CHECKPOINTS / NAME / "adapter_model.safetensors").read_bytes()
+        assert weights == (CHECKPOINTS / KEPT / "adapter_model.safetensors").read_bytes()
         shutil.rmtree(tmp_path / "out")
         shutil.rmtree(constants.HF_HUB_CACHE)
     assert caught > 6
@@ -243,7 +213,7 @@ def test_flipped_bytes_in_xet_storage_are_caught(hub, tmp_path):
 def test_a_bad_copy_in_the_cache_is_caught_and_removed(hub, tmp_path):
     from huggingface_hub import snapshot_download
 
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     cached = Path(snapshot_download("ann/x")) / "adapter_model.safetensors"
     data = bytearray(cached.read_bytes())
     data[-1] ^= 1
@@ -256,7 +226,7 @@ def test_a_bad_copy_in_the_cache_is_caught_and_removed(hub, tmp_path):
 def test_offline_from_the_cache(hub, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
-    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME, "en/") | {"config.json": b"{}"})
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "en/") | {"config.json": b"{}"})
     repo.refs["refs/tags/v1"] = repo.head.oid
     vera_tools.pull("ann/x/en", tmp_path / "online")
     vera_tools.pull("ann/x/en", tmp_path / "tag", revision="v1")
@@ -268,7 +238,7 @@ def test_offline_from_the_cache(hub, tmp_path, monkeypatch):
         out = tmp_path / f"offline-{number}"
         assert vera_tools.pull("ann/x/en", out, revision=revision).verification.verdict == "reproducible"
         content = {name: data for name, data in files_of(out).items() if name != "vera_provenance.json"}
-        assert content == files_of(CHECKPOINTS / NAME)
+        assert content == files_of(CHECKPOINTS / KEPT)
     for wrong in ("ann/y", "ann/x@v2/en"):
         with pytest.raises(HubError, match="HF_HUB_OFFLINE"):
             vera_tools.pull(wrong, tmp_path / "out")
@@ -284,7 +254,7 @@ def test_a_broken_download_goes_on(hub, tmp_path, fault, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)  # the client resumes at its chunks of 10 MiB
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     headers = {"headers": {"Retry-After": "0"}} if "status" in fault else {}
     with hub.fault("GET /blob/", **fault, **headers):
         assert vera_tools.pull("ann/x", tmp_path / "out").verification.ok
@@ -294,7 +264,7 @@ def test_a_broken_download_goes_on(hub, tmp_path, fault, monkeypatch):
 
 
 def test_what_arrived_is_not_fetched_again(hub, tmp_path):
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("resolve-cache/.*adapter_config", status=403, times=99), pytest.raises(HubError):
         vera_tools.pull("ann/x", tmp_path / "out")
     assert hub.count("GET /blob/") == 1
@@ -304,10 +274,8 @@ def test_what_arrived_is_not_fetched_again(hub, tmp_path):
 
 
 def test_what_does_not_verify_is_not_written(hub, tmp_path, checkpoint):
-    folder = checkpoint(NAME)
-    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
-    data[-5000] ^= 1
-    (folder / "adapter_model.safetensors").write_bytes(data)
+    folder = checkpoint(KEPT)
+    flip(folder / WEIGHTS, -5000)
     hub.add_repo("ann/x", files_of(folder))
     hub.add_repo("ann/lora", {"adapter_config.json": b'{"peft_type": "LORA", "r": 8}'})
     hub.add_repo("ann/none", {"config.json": b"{}"})
@@ -344,7 +312,7 @@ def test_embed(hub, tmp_path):
     assert len(default) == 8
     assert all(load.exact for load in default)
     assert provenance(tmp_path / "out")["embedded"] is True
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["save_projection"] is True
+    assert config_of(tmp_path / "out")["save_projection"] is True
     with pytest.raises(UsageError, match="in_max"):
         vera_tools.pull("ann/x", tmp_path / "new", embed=True)
     assert not (tmp_path / "new").exists()
@@ -353,7 +321,7 @@ def test_embed(hub, tmp_path):
 def test_the_revision_may_not_move_meanwhile(hub, tmp_path, monkeypatch):
     from vera_tools.files import hub_client as hub_module
 
-    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     resolve, moves = hub_module.resolve, [1]
 
     def resolve_then_move(api, reference):
@@ -369,25 +337,11 @@ def test_the_revision_may_not_move_meanwhile(hub, tmp_path, monkeypatch):
 
 def test_progress_is_the_clients_own_and_on_a_terminal_only(hub, tmp_path):
     """Its bars appear where stderr is a terminal; neither in a pipe (see above) nor where nobody asked for text."""
-    hub.add_repo("ann/x", files_of(CHECKPOINTS / NAME))
-    assert "Fetching 3 files" in on_a_terminal("pull", "ann/x", "-o", tmp_path / "a")
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    code, shown = run_terminal("pull", "ann/x", "-o", tmp_path / "a", columns=100)
+    assert (code, "Fetching 3 files" in shown) == (0, True)
     for quiet in ("-q", "--json"):
-        shown = on_a_terminal("pull", "ann/x", "-o", tmp_path / quiet, quiet)
+        code, shown = run_terminal("pull", "ann/x", "-o", tmp_path / quiet, quiet, columns=100)
+        assert code == 0
         assert "Fetching" not in shown
         assert not shown.startswith("\r")
-
-
-def on_a_terminal(*arguments):
-    """What a command writes to a terminal of 100 columns."""
-    parent, child = pty.openpty()
-    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
-    command = [sys.executable, "-m", "vera_tools", *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child)
-    os.close(child)
-    shown = b""
-    with contextlib.suppress(OSError):  # the terminal's end, once its only user has gone
-        while piece := os.read(parent, 4096):
-            shown += piece
-    os.close(parent)
-    assert process.wait() == 0
-    return shown.decode()

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, WEIGHTS, base_of, files_of, flip
+from tests.command import run_cli, run_json
+from tests.hub.server import without_xet
+from tests.peers import base_model, distance, load_peft
 from vera_tools import schema
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -27,8 +29,6 @@ from vera_tools.hub import card
 # The client passes raw bytes as `data`, which its HTTP library advises against.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
 
-NAME = "peft-0.21.2-llama-f32-kept"
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
 OWN = ("adapter_config.json", "adapter_model.safetensors", "expected_logits.json")
 
 
@@ -39,38 +39,21 @@ def ann(hub, monkeypatch):
     return hub
 
 
-@pytest.fixture(params=["xet", "lfs"])
-def transport(request, monkeypatch):
-    """Both ways in which large files travel."""
-    from huggingface_hub import constants
-
-    if request.param == "lfs":
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-    return request.param
-
-
 def contents(commit):
     return {path: blob.path.read_bytes() for path, blob in commit.files.items() if path != ".gitattributes"}
 
 
-def tree(folder):
-    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-
-
 def drifted(folder):
-    weights = folder / "adapter_model.safetensors"
-    data = bytearray(weights.read_bytes())
-    data[-5000] ^= 1
-    weights.write_bytes(data)
+    """Change one bit of its projections."""
+    flip(folder / WEIGHTS, -5000)
     return folder
 
 
 def test_push_then_pull_gives_identical_bytes(ann, tmp_path, transport, checkpoint):
-    folder = checkpoint(NAME)
-    before = tree(folder)
+    folder = checkpoint(KEPT)
+    before = files_of(folder)
     report = vera_tools.push(folder, "ann/x")
-    assert tree(folder) == before  # nothing local is touched
+    assert files_of(folder) == before  # nothing local is touched
     assert (ann.cas.exists(), ann.count("PUT /upload/") == 1) == (transport == "xet", transport == "lfs")
     repo = ann.repos["ann/x"]
     assert report.commit == repo.head.oid
@@ -79,7 +62,7 @@ def test_push_then_pull_gives_identical_bytes(ann, tmp_path, transport, checkpoi
     assert {name: pushed[name] for name in OWN} == before
     assert set(pushed) == {*OWN, "vera_manifest.json", "README.md"}
     vera_tools.pull("ann/x", tmp_path / "out")
-    pulled = tree(tmp_path / "out")
+    pulled = files_of(tmp_path / "out")
     del pulled["vera_provenance.json"]
     assert pulled == pushed
     assert vera_tools.verify(tmp_path / "out").checkpoints[0].scope == "projections, vectors and config are covered"
@@ -87,27 +70,25 @@ def test_push_then_pull_gives_identical_bytes(ann, tmp_path, transport, checkpoi
 
 
 def test_large_files_go_in_parts(ann, monkeypatch, checkpoint):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    without_xet(monkeypatch)
     ann.multipart_size = 4000
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     assert ann.count("PUT /upload/") == 3
-    digest = hashlib.sha256((CHECKPOINTS / NAME / "adapter_model.safetensors").read_bytes()).hexdigest()
+    digest = hashlib.sha256((CHECKPOINTS / KEPT / "adapter_model.safetensors").read_bytes()).hexdigest()
     assert ann.repos["ann/x"].head.files["adapter_model.safetensors"].sha256 == digest
 
 
 def test_pushing_the_same_again_makes_no_commit(ann, transport, tmp_path, monkeypatch):
-    first = vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    first = vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     asked = ann.count("POST /api/models/ann/x/(preupload|commit)")
-    again = vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    again = vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     assert (again.committed, again.commit, again.created) == (False, first.commit, False)
     assert again.commit_url == first.commit_url
     assert ann.count("POST /api/models/ann/x/(preupload|commit)") == asked
     assert {file.status for file in again.files} == {"unchanged"}
     # ... nor from a machine with another torch, whose manifest would say so
     monkeypatch.setattr("vera_tools.checkpoints.writing.torch_version", lambda: "9.9.9")
-    assert not vera_tools.push(CHECKPOINTS / NAME, "ann/x").committed
+    assert not vera_tools.push(CHECKPOINTS / KEPT, "ann/x").committed
     # what came back by pull is the same content, too
     vera_tools.pull("ann/x", tmp_path / "out")
     assert not vera_tools.push(tmp_path / "out", "ann/x").committed
@@ -115,8 +96,8 @@ def test_pushing_the_same_again_makes_no_commit(ann, transport, tmp_path, monkey
 
 
 def test_only_what_changed_is_sent(ann, checkpoint):
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
-    folder = checkpoint(NAME)
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
+    folder = checkpoint(KEPT)
     (folder / "LICENSE").write_text("free")
     (folder / "notes.rst").write_text("notes")
     (folder / "optimizer.pt").write_bytes(b"\x80pickle")
@@ -128,24 +109,24 @@ def test_only_what_changed_is_sent(ann, checkpoint):
 
 
 def test_the_command_line(ann, checkpoint):
-    code, document = run_json("push", CHECKPOINTS / NAME, "ann/x", "--private", "-m", "First", "--base", base_of(NAME))
+    code, document = run_json("push", CHECKPOINTS / KEPT, "ann/x", "--private", "-m", "First", "--base", base_of(KEPT))
     assert code == 0
     assert (document["created"], document["private"], document["committed"]) == (True, True, True)
     assert ann.repos["ann/x"].private
     assert ann.repos["ann/x"].head.title == "First"
     manifest = json.loads(contents(ann.repos["ann/x"].head)["vera_manifest.json"])
     assert len(manifest["base"]["weights"]) == 4
-    result = run_cli("push", CHECKPOINTS / NAME, "ann/y")
+    result = run_cli("push", CHECKPOINTS / KEPT, "ann/y")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == f"{ann.url}/ann/y/commit/{ann.repos['ann/y'].head.oid}"
-    result = run_cli("push", drifted(checkpoint(NAME)), "ann/z")
+    result = run_cli("push", drifted(checkpoint(KEPT)), "ann/z")
     assert result.returncode == 1
     assert "drift, so it is not pushed" in result.stderr
     assert "ann/z" not in ann.repos
 
 
 def test_what_does_not_verify_is_refused(ann, checkpoint, tmp_path):
-    folder = drifted(checkpoint(NAME))
+    folder = drifted(checkpoint(KEPT))
     with pytest.raises(CheckFailedError, match=r"drift, so it is not pushed: projections\.match: .*--force"):
         vera_tools.push(folder, "ann/x")
     lora = tmp_path / "lora"
@@ -154,7 +135,7 @@ def test_what_does_not_verify_is_refused(ann, checkpoint, tmp_path):
     with pytest.raises(FormatError, match="LORA"):
         vera_tools.push(lora, "ann/x")
     with pytest.raises(FormatError, match="no adapter here"):
-        vera_tools.push(base_of(NAME), "ann/x")
+        vera_tools.push(base_of(KEPT), "ann/x")
     assert ann.repos == {}
     assert ann.requests == []
     report = vera_tools.push(folder, "ann/x", force=True)
@@ -181,11 +162,11 @@ def test_seed_only(ann):
 
 
 def test_strip_and_embed_on_the_way(ann, checkpoint, tmp_path, monkeypatch):
-    folder = checkpoint(NAME)
+    folder = checkpoint(KEPT)
     (folder / "tokenizer.json").write_text("{}")
-    before = tree(folder)
+    before = files_of(folder)
     report = vera_tools.push(folder, "ann/x", strip=True)
-    assert tree(folder) == before
+    assert files_of(folder) == before
     pushed = contents(ann.repos["ann/x"].head)
     assert len(pushed["adapter_model.safetensors"]) < len(before["adapter_model.safetensors"]) / 2
     assert pushed["tokenizer.json"] == b"{}"
@@ -208,9 +189,9 @@ def test_strip_and_embed_on_the_way(ann, checkpoint, tmp_path, monkeypatch):
 
 
 def test_branches_and_pull_requests(ann, transport, monkeypatch, checkpoint):
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     main = ann.repos["ann/x"].head.oid
-    folder = checkpoint(NAME)
+    folder = checkpoint(KEPT)
     (folder / "LICENSE").write_text("free")
     report = vera_tools.push(folder, "ann/x", revision="topic/one")
     assert ann.repos["ann/x"].resolve("topic/one").oid == report.commit
@@ -239,25 +220,25 @@ def test_branches_and_pull_requests(ann, transport, monkeypatch, checkpoint):
 
 
 def test_subfolders(ann, tmp_path):
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x/en")
-    vera_tools.push(CHECKPOINTS / NAME, "hf://ann/x/de")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x/en")
+    vera_tools.push(CHECKPOINTS / KEPT, "hf://ann/x/de")
     assert {path.split("/")[0] for path in contents(ann.repos["ann/x"].head)} == {"en", "de"}
     text = contents(ann.repos["ann/x"].head)["en/README.md"].decode()
     assert 'PeftModel.from_pretrained(base, "ann/x", subfolder="en")' in text
-    assert not vera_tools.push(CHECKPOINTS / NAME, "ann/x/en").committed
+    assert not vera_tools.push(CHECKPOINTS / KEPT, "ann/x/en").committed
     report = vera_tools.pull("ann/x/de", tmp_path / "out")
     assert report.verification.verdict == "reproducible"
 
 
 def test_private_means_private(ann):
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     with pytest.raises(UsageError, match="is there, and public"):
-        vera_tools.push(CHECKPOINTS / NAME, "ann/x", private=True)
+        vera_tools.push(CHECKPOINTS / KEPT, "ann/x", private=True)
 
 
 def test_an_existing_card_keeps_its_text(ann, checkpoint):
     own = "---\nlicense: mit\n# a comment\ntags: [mine]\n---\n\n# My adapter\n\nHand-written.  \n"
-    folder = checkpoint(NAME)
+    folder = checkpoint(KEPT)
     (folder / "README.md").write_text(own)
     vera_tools.push(folder, "ann/x")
     text = contents(ann.repos["ann/x"].head)["README.md"].decode()
@@ -287,7 +268,7 @@ def test_an_existing_card_keeps_its_text(ann, checkpoint):
     ],
 )
 def test_a_wrong_card_is_refused_before_anything_is_sent(ann, checkpoint, metadata, message):
-    folder = checkpoint(NAME)
+    folder = checkpoint(KEPT)
     (folder / "README.md").write_text(f"---\n{metadata}\n---\n# Title\n")
     with pytest.raises(FormatError, match=message) as caught:
         vera_tools.push(folder, "ann/x")
@@ -297,9 +278,9 @@ def test_a_wrong_card_is_refused_before_anything_is_sent(ann, checkpoint, metada
 
 
 def test_a_commit_in_between_is_a_conflict(ann, transport, checkpoint, monkeypatch):
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     repo = ann.repos["ann/x"]
-    folder = checkpoint(NAME)
+    folder = checkpoint(KEPT)
     (folder / "LICENSE").write_text("free")
     with ann.fault("POST /api/models/ann/x/preupload", delay=0.0):
         from vera_tools.hub import push as pushing
@@ -319,8 +300,8 @@ def test_a_commit_in_between_is_a_conflict(ann, transport, checkpoint, monkeypat
 
 def test_a_lost_answer_is_not_a_failure(ann, transport, checkpoint):
     """The commit is made, its answer never arrives: the second try finds it made."""
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
-    folder = checkpoint(NAME)
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
+    folder = checkpoint(KEPT)
     (folder / "LICENSE").write_text("free")
     with ann.fault("POST /api/models/ann/x/commit/main", lose=True):
         report = vera_tools.push(folder, "ann/x")
@@ -334,7 +315,7 @@ def test_a_lost_answer_is_not_a_failure(ann, transport, checkpoint):
 @pytest.mark.parametrize("where", ["GET /api/models/ann/x$", "POST /api/repos/create", "/preupload/", "/commit/main"])
 def test_what_passes_is_tried_again(ann, where, fault, transport):
     with ann.fault(where, **fault) as injected:
-        report = vera_tools.push(CHECKPOINTS / NAME, "ann/x")
+        report = vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
     assert injected.times == 0
     assert report.commit == ann.repos["ann/x"].head.oid
     assert len(ann.repos["ann/x"].commits) == 2
@@ -342,16 +323,8 @@ def test_what_passes_is_tried_again(ann, where, fault, transport):
 
 def test_peft_loads_what_was_pushed(ann):
     """`PeftModel.from_pretrained` from that server computes the logits that the adapter was trained to."""
-    torch, peft = pytest.importorskip("torch"), pytest.importorskip("peft")
-    from transformers import AutoModelForCausalLM
-
-    vera_tools.push(CHECKPOINTS / NAME, "ann/x")
-    expected = json.loads((CHECKPOINTS / NAME / "expected_logits.json").read_text())
-    base = AutoModelForCausalLM.from_pretrained(base_of(NAME))
-    model = peft.PeftModel.from_pretrained(base, "ann/x").eval()
-    with torch.no_grad():
-        logits = model(torch.tensor(expected["ids"])).logits
-    assert torch.allclose(logits, torch.tensor(expected["logits"]).reshape(logits.shape), atol=1e-5)
+    vera_tools.push(CHECKPOINTS / KEPT, "ann/x")
+    assert distance(load_peft(base_model(KEPT), "ann/x"), KEPT) <= 1e-5
     assert ann.count("HEAD /ann/x/resolve/main/adapter_config.json") >= 1
 
 
@@ -360,8 +333,8 @@ def test_a_local_folder_is_needed(ann, tmp_path):
         vera_tools.push("hf://ann/x", "ann/y")
     for wrong in ("badname", "not a repository"):
         with pytest.raises(UsageError, match=r"not a model repository \(expected owner/name or hf://owner/name"):
-            vera_tools.push(CHECKPOINTS / NAME, wrong)
+            vera_tools.push(CHECKPOINTS / KEPT, wrong)
     single = tmp_path / "other.safetensors"
-    shutil.copy(CHECKPOINTS / NAME / "adapter_model.safetensors", single)
+    shutil.copy(CHECKPOINTS / KEPT / "adapter_model.safetensors", single)
     with pytest.raises(UsageError, match="folder is pushed"):
         vera_tools.push(single, "ann/x")

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import vera_tools
-from tests.conftest import ROOT, run_cli, run_json
+from tests import ROOT
+from tests.command import run_cli, run_json
 from tests.merging.models import make_adapter, make_base, weights
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.merging import copying, execution, staging

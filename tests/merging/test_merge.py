@@ -6,15 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from tests.adapters import CHECKPOINTS, base_of, edit, files_of, put_pickle
+from tests.command import run_cli, run_json
 from tests.merging.models import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
 from vera_tools import schema
 from vera_tools.cli.merge import parse_shard, parse_size
@@ -30,11 +30,7 @@ from vera_tools.files.safetensors import TensorFile
 from vera_tools.hub import card
 
 Q0 = "model.layers.0.self_attn.q_proj"
-WEIGHTS = Path("model.safetensors")
-
-
-def snapshot(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+MODEL = "model.safetensors"
 
 
 def left_in(folder):
@@ -55,13 +51,13 @@ class TestLayout:
     @pytest.mark.parametrize("files", [1, 3])
     def test_files_headers_index_and_other_files_are_the_bases(self, files, adapter, tmp_path):
         base = make_base(tmp_path / "base", files=files)
-        before = snapshot(base)
+        before = files_of(base)
         report = vera_tools.merge(adapter, base=base, output=tmp_path / "out")
-        after = snapshot(tmp_path / "out")
-        assert snapshot(base) == before
-        assert set(after) == set(before) | {Path("README.md"), Path("vera_merge.json")}
-        changed = {path.name for path in before if before[path] != after[path]}
-        assert changed == {path.name for path in before if path.suffix == ".safetensors"}
+        after = files_of(tmp_path / "out")
+        assert files_of(base) == before
+        assert set(after) == set(before) | {"README.md", "vera_merge.json"}
+        changed = {name for name in before if before[name] != after[name]}
+        assert changed == {name for name in before if name.endswith(".safetensors")}
         for name in changed:
             with TensorFile.open(base / name) as old, TensorFile.open(tmp_path / "out" / name) as new:
                 assert old.header == new.header
@@ -103,7 +99,7 @@ class TestLayout:
         tokenizer.save_pretrained(base)
         (base / "other").mkdir()
         (base / "other/notes.txt").write_text("x")
-        hub.add_repo("ann/base", {str(name): data for name, data in snapshot(base).items()})
+        hub.add_repo("ann/base", files_of(base))
         for number, reference in enumerate((base, base / "model.safetensors", "hf://ann/base")):
             out = tmp_path / f"out{number}"
             vera_tools.merge(adapter, base=reference, output=out)
@@ -214,17 +210,14 @@ class TestNames:
 
 
 def test_a_pickle_is_merged_on_request(base, adapter, tmp_path):
-    torch = pytest.importorskip("torch")
-    whole = adapter / "adapter_model.safetensors"
-    torch.save({n: torch.from_numpy(t) for n, t in load_file(whole).items()}, adapter / "adapter_model.bin")
     vera_tools.merge(adapter, base=base, output=tmp_path / "expected")
-    whole.unlink()
+    put_pickle(adapter)
     code, document = run_json("merge", adapter, "--base", base, "-o", tmp_path / "out")
     assert code == document["error"]["exit_code"] != 0
     assert "--allow-pickle" in document["error"]["hint"]
     code, _ = run_json("merge", adapter, "--base", base, "-o", tmp_path / "out", "--allow-pickle")
     assert code == 0
-    assert (tmp_path / "out" / WEIGHTS).read_bytes() == (tmp_path / "expected" / WEIGHTS).read_bytes()
+    assert (tmp_path / "out" / MODEL).read_bytes() == (tmp_path / "expected" / MODEL).read_bytes()
     assert "--allow-pickle" in json.loads((tmp_path / "out/vera_merge.json").read_text())["redo"].split()
     assert "--allow-pickle" not in json.loads((tmp_path / "expected/vera_merge.json").read_text())["redo"]
 
@@ -252,7 +245,7 @@ class TestRecordAndCard:
             check=False,
         )
         assert again.returncode == 0, again.stderr
-        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
 
     def test_the_record_says_which_recipe_was_assumed(self, base, tmp_path):
         make_adapter(tmp_path / "seed", save_projection=False)
@@ -263,8 +256,8 @@ class TestRecordAndCard:
         again = run_cli(*words[1:-1], "again", cwd=tmp_path)
         assert again.returncode == 0, again.stderr
         assert "assuming" not in again.stderr
-        assert snapshot(tmp_path / "out") == snapshot(tmp_path / "again")
-        assert snapshot(tmp_path / "out")[WEIGHTS] != snapshot(tmp_path / "usual")[WEIGHTS]
+        assert files_of(tmp_path / "out") == files_of(tmp_path / "again")
+        assert files_of(tmp_path / "out")[MODEL] != files_of(tmp_path / "usual")[MODEL]
 
     def test_the_card_keeps_what_the_base_says_of_its_licence(self, base, tmp_path):
         (base / "README.md").write_text("---\nlicense: apache-2.0\nlanguage:\n- en\n- de\ntags:\n- x\n---\n# Base\n")
@@ -327,9 +320,7 @@ class TestRecordAndCard:
 
 
 def _pack(base, beside, dtype=np.uint8):
-    tensors = load_file(base / "model.safetensors")
-    tensors[beside] = np.zeros(4, dtype)
-    save_file(tensors, base / "model.safetensors")
+    edit(base, lambda tensors: tensors.update({beside: np.zeros(4, dtype)}), file=MODEL)
 
 
 def _quantise(base, method):
@@ -337,9 +328,8 @@ def _quantise(base, method):
 
 
 def _drop(adapter, *vectors):
-    path = adapter / "adapter_model.safetensors"
-    names = [f".layers.0.self_attn.q_proj.{vector}" for vector in vectors] if len(vectors) == 1 else list(vectors)
-    save_file({name: t for name, t in load_file(path).items() if not name.endswith(tuple(names))}, path)
+    endings = tuple(f".layers.0.self_attn.q_proj.{vector}" for vector in vectors) if len(vectors) == 1 else vectors
+    edit(adapter, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith(endings)])
 
 
 # What is done to a base or an adapter, and what the refusal says.
@@ -389,11 +379,11 @@ class TestRefusals:
     def test_refused_before_anything_is_written(self, case, base, tmp_path):
         prepare, error, message = REFUSALS[case]
         prepare(base, tmp_path / "a")
-        before = snapshot(base)
+        before = files_of(base)
         with pytest.raises(error, match=message):
             vera_tools.merge(tmp_path / "a", base=base, output=tmp_path / "new/out")
         assert left_in(tmp_path) == ["a", "base"]
-        assert snapshot(base) == before
+        assert files_of(base) == before
 
     def test_two_adapters_that_replace_the_same_tensor(self, base, tmp_path):
         norm = {"base_model.model.model.norm.weight": np.zeros(32, np.float32)}
@@ -419,10 +409,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize("where", ["base/out", "adapter/deep/out"])
     def test_an_output_inside_an_input(self, where, base, adapter, tmp_path):
-        before = snapshot(tmp_path)
+        before = files_of(tmp_path)
         with pytest.raises(UsageError, match="inside an input's folder"):
             vera_tools.merge(adapter, base=base, output=tmp_path / where)
-        assert snapshot(tmp_path) == before
+        assert files_of(tmp_path) == before
 
     @pytest.mark.parametrize(
         ("options", "message"),

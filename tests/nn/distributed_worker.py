@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.nn.models import OPTIONS, llama, some_ids
+from tests.nn.models import OPTIONS, fresh, some_ids
 from vera_tools.nn import VeraConfig, VeraModel
 from vera_tools.nn.projection import same_bits
 
@@ -40,7 +40,7 @@ def train(model: torch.nn.Module, *, rank: int, processes: int) -> None:
 
 def adapted() -> VeraModel:
     """The model that every process starts from; one pair is shared by two adapters."""
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model = fresh()
     model.add_adapter("second", VeraConfig(**OPTIONS))
     return model
 

@@ -1,23 +1,16 @@
-"""Small models that the tests of vera_tools.nn share, and PEFT beside them."""
+"""Small models that the tests of vera_tools.nn share, ours and PEFT's."""
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from tests.conftest import CHECKPOINTS
 from vera_tools.nn import VeraConfig, VeraModel
 
-#: PEFT and transformers warn about themselves; tests that run them take these marks.
-PEER_WARNINGS = (
-    "ignore:.* is deprecated and will be removed in v6:FutureWarning",
-    "ignore:Specified to not (save|load) vera_A and vera_B:UserWarning",
-)
+#: What most adapters of these tests are.
 OPTIONS: dict[str, Any] = {
     "r": 16,
     "target_modules": ["q_proj", "v_proj", "down_proj"],
@@ -44,20 +37,19 @@ def llama(dtype: torch.dtype = torch.float32, *, layers: int = 2, **options: Any
     return LlamaForCausalLM(config).to(dtype).eval()
 
 
-def base_model(name: str) -> nn.Module:
-    """The base of a checkpoint in fixtures/."""
+def bert(task: str = "SequenceClassification", *, layers: int = 1) -> nn.Module:
+    """A BERT of random weights with the head of a task, the same ones in every call."""
     import transformers
 
-    task = "SequenceClassification" if "seqcls" in name else "CausalLM"
-    loader = getattr(transformers, f"AutoModelFor{task}")
-    transformers.utils.logging.disable_progress_bar()
-    return loader.from_pretrained(CHECKPOINTS / f"{name}-base", dtype="auto").eval()
-
-
-def expected(name: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Input ids, and the logits that the PEFT which made the checkpoint gave."""
-    document = json.loads((CHECKPOINTS / name / "expected_logits.json").read_text())
-    return torch.tensor(document["ids"]), torch.tensor(document["logits"])
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+    )
+    return getattr(transformers, f"BertFor{task}")(config).eval()
 
 
 @torch.no_grad()
@@ -96,9 +88,14 @@ def randomise(model: nn.Module, *, seed: int = 5) -> None:
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
 
 
+def fresh(dtype: torch.dtype = torch.float32, **options: Any) -> VeraModel:
+    """A Llama with a new adapter, which does nothing yet."""
+    return VeraModel(llama(dtype), VeraConfig(**{**OPTIONS, **options}))
+
+
 def adapted(dtype: torch.dtype = torch.float32, *, seed: int = 5, **options: Any) -> VeraModel:
     """A Llama with an adapter that does something."""
-    model = VeraModel(llama(dtype), VeraConfig(**{**OPTIONS, **options}))
+    model = fresh(dtype, **options)
     randomise(model, seed=seed)
     return model
 
@@ -138,12 +135,3 @@ def peft_model(base: nn.Module, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(base, peft.VeraConfig(**{**OPTIONS, **options})).eval()
-
-
-def load_peft(base: nn.Module, folder: Path | str, **options: Any) -> Any:
-    """A checkpoint loaded by PEFT."""
-    import peft
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return peft.PeftModel.from_pretrained(base, str(folder), **options).eval()

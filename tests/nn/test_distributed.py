@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT
+from tests import ROOT
 from tests.nn.distributed_worker import adapted, train
-from tests.nn.models import PEER_WARNINGS
+from tests.peers import QUIET_PEERS
 from vera_tools.nn.projection import same_bits
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 ENGINES = ("ddp", "fsdp")
 

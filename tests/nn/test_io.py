@@ -14,26 +14,37 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli
+from tests.adapters import (
+    CHECKPOINTS,
+    GPT2,
+    KEPT,
+    NAMES,
+    SEED_ONLY,
+    SEED_ONLY_NAMES,
+    base_of,
+    edit_manifest,
+    files_of,
+    put_pickle,
+)
+from tests.command import run_cli
 from tests.nn.models import (
     OPTIONS,
-    PEER_WARNINGS,
-    base_model,
-    expected,
+    adapted,
+    bert,
+    fresh,
     llama,
-    load_peft,
     logits,
     peft_model,
     randomise,
     some_ids,
     train,
+    two_adapters,
 )
+from tests.peers import QUIET_PEERS, base_model, distance, load_peft
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
-
-SEED_ONLY = [name for name in NAMES if "seedonly" in name]
+pytestmark = QUIET_PEERS
 
 
 def tolerance(name):
@@ -42,7 +53,7 @@ def tolerance(name):
 
 def load(name, folder=None, **options):
     with warnings.catch_warnings():
-        if name in SEED_ONLY:
+        if name in SEED_ONLY_NAMES:
             warnings.simplefilter("ignore", AssumedRecipeWarning)
         return VeraModel.from_pretrained(base_model(name), folder or CHECKPOINTS / name, **options)
 
@@ -51,23 +62,18 @@ def load(name, folder=None, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_checkpoint_gives_the_logits_that_peft_gave(name):
     model = load(name)
-    ids, want = expected(name)
-    got = logits(model, ids).reshape(-1)[-want.numel() :]
-    assert (got - want).abs().max() <= tolerance(name)
+    assert distance(model, name) <= tolerance(name)
     with model.disable_adapter():
-        assert (logits(model, ids).reshape(-1)[-want.numel() :] - want).abs().max() > 5e-4
+        assert distance(model, name) > 5e-4
     model.merge_adapter()
-    merged = logits(model, ids).reshape(-1)[-want.numel() :]
-    assert (merged - want).abs().max() <= (0.05 if "bf16" in name else 1e-5)
+    assert distance(model, name) <= (0.05 if "bf16" in name else 1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_saved_again_it_loads_in_peft_to_the_same_logits(name, tmp_path):
     model = load(name)
     save_adapter(model, tmp_path / "out")
-    ids, want = expected(name)
-    got = logits(load_peft(base_model(name), tmp_path / "out"), ids).reshape(-1)[-want.numel() :]
-    assert (got - want).abs().max() <= tolerance(name)
+    assert distance(load_peft(base_model(name), tmp_path / "out"), name) <= tolerance(name)
     assert run_cli("verify", tmp_path / "out", "--base", base_of(name)).returncode == 0
 
 
@@ -86,14 +92,14 @@ def test_saved_again_every_tensor_has_its_bytes(name, tmp_path):
 
 
 def test_saving_is_deterministic(tmp_path):
-    model = load("peft-0.21.2-gpt2-conv1d-kept")
+    model = load(GPT2)
     for folder in ("a", "b"):
         save_adapter(model, tmp_path / folder)
     for name in ("adapter_model.safetensors", "adapter_config.json", "vera_manifest.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-@pytest.mark.parametrize("name", SEED_ONLY)
+@pytest.mark.parametrize("name", SEED_ONLY_NAMES)
 def test_a_seed_only_checkpoint_with_nothing_recorded_is_assumed_in_one_warning_or_refused(name):
     with pytest.warns(AssumedRecipeWarning) as caught:
         model = VeraModel.from_pretrained(base_model(name), CHECKPOINTS / name)
@@ -110,29 +116,28 @@ def test_a_seed_only_checkpoint_with_nothing_recorded_is_assumed_in_one_warning_
 def test_an_adapter_trained_on_bfloat16_keeps_its_rounded_pair_on_a_float32_base(tmp_path):
     name = "peft-0.21.2-llama-bf16-seedonly"
     save_adapter(load(name), tmp_path / "out")  # records what bfloat16 base it was trained on
-    wide = VeraModel.from_pretrained(base_model("peft-0.21.2-llama-f32-seedonly"), tmp_path / "out")
+    wide = VeraModel.from_pretrained(base_model(SEED_ONLY), tmp_path / "out")
     pair = [wide.vera_A["default"], wide.vera_B["default"]]
     assert all(t.dtype == torch.float32 and torch.equal(t, t.bfloat16().float()) for t in pair)
 
 
-@pytest.mark.parametrize("change", ["digest", "recipe"])
-def test_a_regenerated_pair_that_is_not_the_recorded_one_is_refused(tmp_path, change):
-    model = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+WRONG_RECORDS = {
+    "digest": lambda manifest: manifest["projections"]["vera_B"].update(sha256="0" * 64),
+    "recipe": lambda manifest: manifest["recipe"].update(name="mt19937-f32-separate", rounding="separate"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG_RECORDS)
+def test_a_regenerated_pair_that_is_not_the_recorded_one_is_refused(tmp_path, what):
+    model = fresh(save_projection=False)
     save_adapter(model, tmp_path / "a")
-    path = tmp_path / "a" / "vera_manifest.json"
-    manifest = json.loads(path.read_text())
-    if change == "digest":
-        manifest["projections"]["vera_B"]["sha256"] = "0" * 64
-    else:
-        manifest["recipe"] |= {"name": "mt19937-f32-separate", "rounding": "separate"}
-    path.write_text(json.dumps(manifest))
+    edit_manifest(tmp_path / "a", WRONG_RECORDS[what])
     with pytest.raises(CheckFailedError, match="not the recorded one"):
         VeraModel.from_pretrained(llama(), tmp_path / "a")
 
 
 def test_the_record_in_the_weights_file_is_enough(tmp_path):
-    model = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
-    randomise(model)
+    model = adapted(save_projection=False)
     save_adapter(model, tmp_path / "a")
     (tmp_path / "a" / "vera_manifest.json").unlink()
     again = VeraModel.from_pretrained(llama(), tmp_path / "a", strict=True)
@@ -140,11 +145,8 @@ def test_the_record_in_the_weights_file_is_enough(tmp_path):
 
 
 def test_stored_projections_that_are_not_the_recorded_ones_are_told(tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
-    path = tmp_path / "a" / "vera_manifest.json"
-    manifest = json.loads(path.read_text())
-    manifest["projections"]["vera_A"]["sha256"] = "0" * 64
-    path.write_text(json.dumps(manifest))
+    save_adapter(fresh(), tmp_path / "a")
+    edit_manifest(tmp_path / "a", lambda manifest: manifest["projections"]["vera_A"].update(sha256="0" * 64))
     with pytest.warns(VeraToolsWarning, match="not the recorded ones"):
         VeraModel.from_pretrained(llama(), tmp_path / "a")
     with pytest.raises(CheckFailedError, match="not the recorded ones"):
@@ -152,7 +154,7 @@ def test_stored_projections_that_are_not_the_recorded_ones_are_told(tmp_path):
 
 
 def test_twelve_steps_of_training_give_pefts_losses_and_checkpoint(tmp_path):
-    ours, peers = VeraModel(llama(), VeraConfig(**OPTIONS)), peft_model(llama())
+    ours, peers = fresh(), peft_model(llama())
     assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
     losses = train(ours)
     np.testing.assert_allclose(losses, train(peers), rtol=0, atol=1e-5)
@@ -172,15 +174,9 @@ def test_twelve_steps_of_training_give_pefts_losses_and_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("bias", ["all", "vera_only"])
 def test_biases_and_saved_modules_are_trained_saved_and_loaded_as_peft_does(bias, tmp_path):
-    from transformers import BertConfig, BertForSequenceClassification
-
-    def bert():
-        torch.manual_seed(0)
-        shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
-        return BertForSequenceClassification(BertConfig(vocab_size=97, **shape, hidden_dropout_prob=0.0)).eval()
-
     options = {"bias": bias, "task_type": "SEQ_CLS", "target_modules": ["query", "dense"]}
-    ours, peers = VeraModel(bert(), VeraConfig(**{**OPTIONS, **options})), peft_model(bert(), **options)
+    ours = VeraModel(bert(layers=2), VeraConfig(**{**OPTIONS, **options}))
+    peers = peft_model(bert(layers=2), **options)
     assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
 
     def step(model):
@@ -201,7 +197,7 @@ def test_biases_and_saved_modules_are_trained_saved_and_loaded_as_peft_does(bias
     want = logits(peers, some_ids())
     for folder in ("ours", "peers"):
         for loader in (load_peft, VeraModel.from_pretrained):
-            got = logits(loader(bert(), tmp_path / folder), some_ids())
+            got = logits(loader(bert(layers=2), tmp_path / folder), some_ids())
             torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
@@ -209,30 +205,20 @@ def test_biases_and_saved_modules_are_trained_saved_and_loaded_as_peft_does(bias
     ("task", "head"), [("QuestionAnswering", "qa_outputs"), ("TokenClassification", "classifier")], ids=str
 )
 def test_the_head_of_a_task_is_trained_and_saved_as_peft_does(task, head, tmp_path):
-    import transformers
-
     task_type = {"QuestionAnswering": "QUESTION_ANS", "TokenClassification": "TOKEN_CLS"}[task]
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
-
-    def bert():
-        torch.manual_seed(0)
-        return getattr(transformers, f"BertFor{task}")(transformers.BertConfig(vocab_size=97, **shape)).eval()
-
     options = {"task_type": task_type, "target_modules": ["query", "value"]}
-    ours, peers = VeraModel(bert(), VeraConfig(**{**OPTIONS, **options})), peft_model(bert(), **options)
+    ours, peers = VeraModel(bert(task), VeraConfig(**{**OPTIONS, **options})), peft_model(bert(task), **options)
     assert ours.get_nb_trainable_parameters() == peers.get_nb_trainable_parameters()
     ours.save_pretrained(tmp_path / "ours")
     peers.save_pretrained(tmp_path / "peers")
     first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "peers"))
     assert first.keys() == second.keys()
     assert f"base_model.model.{head}.weight" in first
-    VeraModel.from_pretrained(bert(), tmp_path / "peers")
+    VeraModel.from_pretrained(bert(task), tmp_path / "peers")
 
 
 def test_several_adapters_are_saved_as_peft_lays_them_out(tmp_path):
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
-    model.add_adapter("second", VeraConfig(**{**OPTIONS, "target_modules": ["q_proj"]}))
-    randomise(model)
+    model = two_adapters(target_modules=["q_proj"])
     model.save_pretrained(tmp_path / "out")
     assert (tmp_path / "out" / "adapter_config.json").exists()
     assert (tmp_path / "out" / "second" / "adapter_config.json").exists()
@@ -268,7 +254,7 @@ def test_pefts_auto_class_finds_the_base_of_what_was_saved(tmp_path, monkeypatch
     ids=["task", "kept"],
 )
 def test_a_task_needs_no_auto_mapping_and_one_that_is_there_is_kept(options, written, tmp_path):
-    VeraModel(llama(), VeraConfig(**OPTIONS, **options)).save_pretrained(tmp_path / "a")
+    fresh(**options).save_pretrained(tmp_path / "a")
     assert VeraConfig.from_pretrained(tmp_path / "a").auto_mapping == written
 
 
@@ -282,7 +268,7 @@ def test_vectors_without_values_cannot_be_saved(tmp_path):
 def test_other_files_in_the_folder_are_left_alone(tmp_path):
     (tmp_path / "optimizer.pt").write_bytes(b"mine")
     (tmp_path / "adapter_config.json").write_text("old")
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model = fresh()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "optimizer.pt").read_bytes() == b"mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -296,7 +282,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
 
 @pytest.mark.parametrize("options", [{"num_key_value_heads": 4}, {"intermediate_size": 160}])
 def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(options, tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    save_adapter(fresh(), tmp_path / "a")
     from transformers import LlamaConfig, LlamaForCausalLM
 
     shape = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 112, "num_hidden_layers": 2}
@@ -308,7 +294,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(optio
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    save_adapter(fresh(), tmp_path / "a")
     with pytest.raises(CheckFailedError, match=r"6 tensors are missing from the checkpoint \(model.layers.2"):
         VeraModel.from_pretrained(llama(layers=3), tmp_path / "a")
     with pytest.raises(CheckFailedError, match=r"6 tensors have no place in the model \(model.layers.1"):
@@ -316,7 +302,7 @@ def test_missing_and_unexpected_tensors_are_named(tmp_path):
 
 
 def test_a_pair_that_no_recipe_makes_is_never_saved_without_it(tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    save_adapter(fresh(), tmp_path / "a")
     model = VeraModel.from_pretrained(llama(), tmp_path / "a")
     state = model.state_dict()
     model.load_state_dict({**state, "vera_A.default": state["vera_A.default"] * 2})
@@ -329,27 +315,22 @@ def test_a_pair_that_no_recipe_makes_is_never_saved_without_it(tmp_path):
 
 
 def test_saving_seed_only_on_a_half_base_says_that_peft_would_draw_another_pair(tmp_path):
-    model = VeraModel(llama(torch.bfloat16), VeraConfig(**OPTIONS, save_projection=False))
+    model = fresh(torch.bfloat16, save_projection=False)
     with pytest.warns(VeraToolsWarning, match="PEFT would draw others"):
         save_adapter(model, tmp_path / "a")
     again = VeraModel.from_pretrained(llama(torch.bfloat16), tmp_path / "a", strict=True)
     assert torch.equal(again.vera_B["default"], model.vera_B["default"])
 
 
-def test_a_legacy_pickle_is_read_on_request(tmp_path):
+def test_a_legacy_pickle_is_read_on_request(checkpoint):
     name = "peft-0.11.1-llama-f32-kept"
-    folder = tmp_path / "pickled"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_bytes((CHECKPOINTS / name / "adapter_config.json").read_bytes())
-    torch.save(load_file(CHECKPOINTS / name / "adapter_model.safetensors"), folder / "adapter_model.bin")
-    ids, want = expected(name)
-    got = logits(load(name, folder, allow_pickle=True), ids).reshape(-1)[-want.numel() :]
-    assert (got - want).abs().max() <= 1e-5
+    folder = checkpoint(name)
+    put_pickle(folder)
+    assert distance(load(name, folder, allow_pickle=True), name) <= 1e-5
 
 
 def test_load_adapter_on_a_plain_model_and_on_an_adapted_one(tmp_path):
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
-    randomise(model)
+    model = adapted()
     save_adapter(model, tmp_path / "a")
     again = load_adapter(llama(), tmp_path / "a")
     assert load_adapter(again, tmp_path / "a", "twin") is again
@@ -361,32 +342,25 @@ def test_load_adapter_on_a_plain_model_and_on_an_adapted_one(tmp_path):
 
 
 def test_an_adapter_on_the_hub(hub):
-    name = "peft-0.21.2-llama-f32-kept"
-    hub.add_repo("ann/x", {f"adapters/{f.name}": f.read_bytes() for f in (CHECKPOINTS / name).iterdir()})
-    model = VeraModel.from_pretrained(base_model(name), "hf://ann/x/adapters")
-    ids, want = expected(name)
-    got = logits(model, ids).reshape(-1)[-want.numel() :]
-    assert (got - want).abs().max() <= 1e-5
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "adapters/"))
+    model = VeraModel.from_pretrained(base_model(KEPT), "hf://ann/x/adapters")
+    assert distance(model, KEPT) <= 1e-5
 
 
 def test_revision_and_subfolder_are_taken_as_peft_takes_them(hub, tmp_path):
-    name = "peft-0.21.2-llama-f32-kept"
-    hub.add_repo("ann/x", {f"adapters/{f.name}": f.read_bytes() for f in (CHECKPOINTS / name).iterdir()})
-    ids, want = expected(name)
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "adapters/"))
     for reference, options in (
         ("hf://ann/x", {"revision": "main", "subfolder": "adapters"}),
         ("hf://ann/x/adapters", {"revision": "main"}),
-        (CHECKPOINTS, {"subfolder": name}),
+        (CHECKPOINTS, {"subfolder": KEPT}),
     ):
-        got = logits(load_adapter(base_model(name), reference, **options), ids).reshape(-1)[-want.numel() :]
-        assert (got - want).abs().max() <= 1e-5
+        assert distance(load_adapter(base_model(KEPT), reference, **options), KEPT) <= 1e-5
     with pytest.raises(UsageError, match="hf://owner/name@v1/sub"):
-        load_adapter(base_model(name), CHECKPOINTS / name, revision="v1", subfolder="sub")
+        load_adapter(base_model(KEPT), CHECKPOINTS / KEPT, revision="v1", subfolder="sub")
 
 
 def test_pefts_further_arguments_are_taken_where_they_change_nothing(tmp_path):
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
-    randomise(model)
+    model = adapted()
     model.save_pretrained(tmp_path, safe_serialization=True, save_embedding_layers="auto")
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": True, "torch_device": "cpu"}
@@ -408,7 +382,7 @@ def test_pefts_further_arguments_are_taken_where_they_change_nothing(tmp_path):
 
 def test_push_to_hub_is_not_the_base_models():
     with pytest.raises(UsageError, match="vera-tools push"):
-        VeraModel(llama(), VeraConfig(**OPTIONS)).push_to_hub("ann/x")
+        fresh().push_to_hub("ann/x")
 
 
 def test_neither_transformers_nor_peft_is_needed():
@@ -420,8 +394,9 @@ def test_neither_transformers_nor_peft_is_needed():
 CROSS = """
 import json, sys, warnings
 import torch
-from tests.nn.models import OPTIONS, llama, load_peft, peft_model
-from vera_tools.nn import VeraConfig, VeraModel, save_adapter
+from tests.nn.models import fresh, llama, peft_model
+from tests.peers import load_peft
+from vera_tools.nn import VeraModel, save_adapter
 saved, to_save = sys.argv[1:]
 warnings.simplefilter("ignore")
 report = {"capability": torch.backends.cpu.get_cpu_capability()}
@@ -439,7 +414,7 @@ if saved:
         who: all(map(torch.equal, pair, trained[who])) for who, pair in pairs(ours, peers).items()
     }
 if to_save:
-    ours = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    ours = fresh(save_projection=False)
     save_adapter(ours, to_save + "/ours")
     peers = peft_model(llama(), save_projection=False)
     peers.save_pretrained(to_save + "/peers")

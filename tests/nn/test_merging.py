@@ -8,23 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.models import (
-    OPTIONS,
-    PEER_WARNINGS,
-    Tiny,
-    adapted,
-    llama,
-    logits,
-    peft_model,
-    randomise,
-    some_ids,
-    two_adapters,
-)
+from tests.nn.models import OPTIONS, Tiny, adapted, llama, logits, peft_model, randomise, some_ids, two_adapters
+from tests.peers import QUIET_PEERS
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel
 from vera_tools.nn.projection import same_bits
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

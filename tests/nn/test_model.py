@@ -12,11 +12,10 @@ from torch import nn
 
 from tests.nn.models import (
     OPTIONS,
-    PEER_WARNINGS,
     Tiny,
     adapted,
+    fresh,
     llama,
-    load_peft,
     logits,
     peft_model,
     randomise,
@@ -25,11 +24,12 @@ from tests.nn.models import (
     train,
     two_adapters,
 )
+from tests.peers import QUIET_PEERS, load_peft
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraLinear, VeraModel, save_adapter
 from vera_tools.nn.projection import same_bits
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 
 # What a new adapter is.
@@ -49,7 +49,7 @@ def test_a_new_adapter_does_nothing_and_trains_only_its_vectors():
 
 
 def test_the_projections_are_pefts_bit_for_bit():
-    ours, peers = VeraModel(llama(), VeraConfig(**OPTIONS)), peft_model(llama())
+    ours, peers = fresh(), peft_model(llama())
     for name in ("vera_A", "vera_B"):
         mine, theirs = getattr(ours, name)["default"], getattr(peers.base_model, name)["default"]
         assert mine.shape == theirs.shape
@@ -59,7 +59,7 @@ def test_the_projections_are_pefts_bit_for_bit():
 
 
 def test_without_init_weights_the_vectors_are_ones_and_normal():
-    layer = next(iter(VeraModel(llama(), VeraConfig(**OPTIONS, init_weights=False)).vera_layers().values()))
+    layer = next(iter(fresh(init_weights=False).vera_layers().values()))
     assert (layer.vera_lambda_b["default"] == 1).all()
     assert 0.3 < layer.vera_lambda_d["default"].std() < 2
 
@@ -233,7 +233,7 @@ def test_the_end_of_an_inner_disable_adapter_does_not_end_the_outer_one():
 
 
 def test_state_dict_round_trip():
-    model, other = adapted(), VeraModel(llama(), VeraConfig(**OPTIONS))
+    model, other = adapted(), fresh()
     state = model.state_dict()
     assert {name for name in state if name.startswith("vera_")} == {"vera_A.default", "vera_B.default"}
     assert not any("vera_A" in name for name in state if name.startswith("model."))
@@ -248,7 +248,7 @@ def test_state_dict_round_trip():
 def test_state_dict_without_projections():
     model = adapted(save_projection=False)
     assert not any(name.startswith("vera_") for name in model.state_dict())
-    other = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
+    other = fresh(save_projection=False)
     other.load_state_dict(model.state_dict())
     assert torch.equal(logits(other, some_ids()), logits(model, some_ids()))
 

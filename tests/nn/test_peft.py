@@ -6,28 +6,15 @@ import peft
 import pytest
 import torch
 
-from tests.conftest import CHECKPOINTS, NAMES
-from tests.nn.models import (
-    OPTIONS,
-    PEER_WARNINGS,
-    base_model,
-    expected,
-    llama,
-    load_peft,
-    logits,
-    peft_model,
-    randomise,
-    some_ids,
-)
+from tests.adapters import CHECKPOINTS, KEPT, KEPT_NAMES, SEED_ONLY, files_of
+from tests.nn.models import OPTIONS, adapted, fresh, llama, logits, peft_model, some_ids
+from tests.peers import QUIET_PEERS, base_model, distance, load_peft
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError
 from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 from vera_tools.nn.peft import load, restore_projections
 from vera_tools.nn.projection import same_bits
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
-
-
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
+pytestmark = QUIET_PEERS
 
 
 def pair(model, name="default"):
@@ -40,7 +27,7 @@ def draw_again(model):
         tensor += torch.finfo(tensor.dtype).eps * torch.rand(tensor.shape).to(tensor.dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "kept" in name])
+@pytest.mark.parametrize("name", KEPT_NAMES)
 def test_stored_projections_are_put_back(name):
     model = load_peft(base_model(name), CHECKPOINTS / name)
     right = [tensor.clone() for tensor in pair(model)]
@@ -51,19 +38,16 @@ def test_stored_projections_are_put_back(name):
     assert report.projections["vera_B"].differing > 0.5 * right[1].numel()
     for restored, tensor in zip(pair(model), right, strict=True):
         assert same_bits(restored, tensor)
-    ids, want = expected(name)
-    got = logits(model, ids).reshape(-1)[-want.numel() :]
-    assert (got - want).abs().max() <= (4e-3 if "bf16" in name else 1e-5)
+    assert distance(model, name) <= (4e-3 if "bf16" in name else 1e-5)
     again = restore_projections(model, CHECKPOINTS / name)
     assert not again.changed
     assert "was right already" in str(again)
 
 
 def test_all_layers_share_the_restored_pair():
-    name = "peft-0.21.2-llama-f32-kept"
-    model = load_peft(base_model(name), CHECKPOINTS / name)
+    model = load_peft(base_model(KEPT), CHECKPOINTS / KEPT)
     draw_again(model)
-    report = restore_projections(model, CHECKPOINTS / name)
+    report = restore_projections(model, CHECKPOINTS / KEPT)
     layers = [module for module in model.modules() if hasattr(module, "vera_lambda_b")]
     assert report.layers == len(layers) > 1
     for layer in layers:
@@ -72,8 +56,7 @@ def test_all_layers_share_the_restored_pair():
 
 @pytest.mark.parametrize("options", [{"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False}])
 def test_projections_that_peft_rounds_on_a_bfloat16_base_are_exact_afterwards(options, tmp_path):
-    trained = VeraModel(llama(torch.bfloat16), VeraConfig(**OPTIONS))
-    randomise(trained)
+    trained = adapted(torch.bfloat16)
     save_adapter(trained, tmp_path / "a")
     model = load_peft(llama(torch.bfloat16), tmp_path / "a", **options)
     assert not same_bits(pair(model)[0].float(), trained.vera_A["default"]), "PEFT rounds no more: change this test"
@@ -90,7 +73,7 @@ def test_a_recorded_seed_only_pair_is_regenerated(tmp_path):
     name = "peft-0.21.2-llama-bf16-seedonly"
     with pytest.warns(AssumedRecipeWarning):
         save_adapter(VeraModel.from_pretrained(base_model(name), CHECKPOINTS / name), tmp_path / "a")
-    model = load_peft(base_model("peft-0.21.2-llama-f32-seedonly"), tmp_path / "a")
+    model = load_peft(base_model(SEED_ONLY), tmp_path / "a")
     report = restore_projections(model, tmp_path / "a", strict=True)
     assert report.origin == "recorded"
     assert report.recipe.name == "mt19937-f32-fused-via-bf16"
@@ -110,8 +93,7 @@ def test_nothing_recorded_is_assumed_or_refused():
 
 
 def test_loading_and_restoring_in_one_line(tmp_path):
-    trained = VeraModel(llama(), VeraConfig(**OPTIONS, save_projection=False))
-    randomise(trained)
+    trained = adapted(save_projection=False)
     save_adapter(trained, tmp_path / "a")
     model = load(peft.PeftModel, llama(), tmp_path / "a", strict=True)
     assert isinstance(model, peft.PeftModel)
@@ -121,44 +103,39 @@ def test_loading_and_restoring_in_one_line(tmp_path):
 
 def test_an_adapter_on_the_hub_is_loaded_and_restored(hub, tmp_path):
     """The wanted one is at a tag, in a subfolder; its branch holds another one by now."""
-    name = "peft-0.21.2-llama-f32-kept"
-    files = {f"sub/{file.name}": file for file in (CHECKPOINTS / name).iterdir()}
-    repo = hub.add_repo("ann/x", files)
+    repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "sub/"))
     tagged = repo.refs["refs/tags/v1"] = repo.refs["refs/heads/main"]
-    other = {f"sub/{file.name}": hub.store(file, large=False) for file in (CHECKPOINTS / SEED_ONLY).iterdir()}
+    other = {path: hub.store(data, large=False) for path, data in files_of(CHECKPOINTS / SEED_ONLY, "sub/").items()}
     hub.commit(repo, "refs/heads/main", tagged, other, "another", "ann")
-    ids, want = expected(name)
     for reference, options in (("hf://ann/x@v1/sub", {}), ("hf://ann/x", {"revision": "v1", "subfolder": "sub"})):
-        model = load(peft.PeftModel, base_model(name), reference, strict=True, **options)
-        got = logits(model.eval(), ids).reshape(-1)[-want.numel() :]
-        assert (got - want).abs().max() <= 1e-5
+        model = load(peft.PeftModel, base_model(KEPT), reference, strict=True, **options)
+        assert distance(model.eval(), KEPT) <= 1e-5
     # Here PEFT draws the pair without the rounding that is recorded.
     rounded = CHECKPOINTS / "peft-0.21.2-llama-bf16-seedonly"
     with pytest.warns(AssumedRecipeWarning):
         save_adapter(VeraModel.from_pretrained(base_model(rounded.name), rounded), tmp_path / "a")
-    hub.add_repo("ann/y", {file.name: file for file in (tmp_path / "a").iterdir()})
+    hub.add_repo("ann/y", files_of(tmp_path / "a"))
     model = load(peft.PeftModel, base_model(SEED_ONLY), "hf://ann/y", strict=True)
     assert all(same_bits(tensor, tensor.bfloat16().float()) for tensor in pair(model))
 
 
 def test_merged_adapters_are_refused_because_they_could_not_be_taken_out_again():
-    name = "peft-0.21.2-llama-f32-kept"
-    model = load_peft(base_model(name), CHECKPOINTS / name)
+    model = load_peft(base_model(KEPT), CHECKPOINTS / KEPT)
     model.merge_adapter()
     draw_again(model)
     wrong = [tensor.clone() for tensor in pair(model)]
     with pytest.raises(UsageError, match=r"'default' is merged.*unmerge_adapter"):
-        restore_projections(model, CHECKPOINTS / name)
+        restore_projections(model, CHECKPOINTS / KEPT)
     assert all(map(same_bits, pair(model), wrong))
 
 
 def test_a_class_that_makes_the_base_itself_is_refused():
     with pytest.raises(UsageError, match=r"AutoPeftModelForCausalLM.*restore_projections"):
-        load(peft.AutoPeftModelForCausalLM, llama(), CHECKPOINTS / "peft-0.21.2-llama-f32-kept")
+        load(peft.AutoPeftModelForCausalLM, llama(), CHECKPOINTS / KEPT)
 
 
 def test_a_model_with_pefts_adapters_is_refused(tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    save_adapter(fresh(), tmp_path / "a")
     model = peft_model(llama())
     names = list(model.state_dict())
     for base in (model, model.get_base_model()):
@@ -189,6 +166,6 @@ def test_a_config_of_another_kind_is_refused():
 
 
 def test_a_model_without_the_adapter_is_refused(tmp_path):
-    save_adapter(VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "a")
+    save_adapter(fresh(), tmp_path / "a")
     with pytest.raises(UsageError, match="no VeRA adapter 'other'"):
         restore_projections(peft_model(llama()), tmp_path / "a", "other")

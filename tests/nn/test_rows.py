@@ -7,19 +7,20 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, logits, randomise, some_ids
+from tests.nn.models import OPTIONS, bert, fresh, llama, logits, randomise, some_ids
+from tests.peers import QUIET_PEERS
 from vera_tools.errors import UsageError
 from vera_tools.nn import VeraConfig, VeraModel
 from vera_tools.nn import layer as layer_module
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 NAMES = ["second", "__base__", "default", "narrow", "default", "few"]
 
 
 def many():
     """Adapters that share a pair, one with a pair of its own, one on fewer layers with a pair of its own."""
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model = fresh()
     model.add_adapter("second", VeraConfig(**OPTIONS))
     model.add_adapter("narrow", VeraConfig(**{**OPTIONS, "r": 8}))
     model.add_adapter("few", VeraConfig(**{**OPTIONS, "target_modules": ["q_proj"]}))
@@ -105,12 +106,8 @@ def test_a_model_that_flattens_rows_and_positions():
 
 
 def test_saved_modules_are_chosen_by_row_too():
-    from transformers import BertConfig, BertForSequenceClassification
-
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 40}
     options = {"r": 4, "task_type": "SEQ_CLS", "target_modules": ["query"]}
-    model = VeraModel(BertForSequenceClassification(BertConfig(vocab_size=97, **shape)).eval(), VeraConfig(**options))
+    model = VeraModel(bert(), VeraConfig(**options))
     model.add_adapter("second", VeraConfig(**options))
     randomise(model)
     with torch.no_grad():

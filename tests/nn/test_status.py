@@ -8,11 +8,12 @@ import peft
 import pytest
 import torch
 
-from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, logits, peft_model, randomise, some_ids
+from tests.nn.models import OPTIONS, fresh, llama, logits, peft_model, randomise, some_ids
+from tests.peers import QUIET_PEERS
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 # Both need a pair of the same shapes: PEFT cannot hold two.
 SECOND = {**OPTIONS, "target_modules": ["q_proj", "v_proj"]}
@@ -65,7 +66,7 @@ def test_the_status_is_pefts(what):
 
 
 def test_a_saved_module_without_parameters_has_a_status():
-    model = VeraModel(llama(), VeraConfig(**OPTIONS, modules_to_save=["rotary_emb"]))
+    model = fresh(modules_to_save=["rotary_emb"])
     assert model.get_layer_status()[-1].requires_grad == {}
     assert model.get_model_status().requires_grad == {"default": True}
 

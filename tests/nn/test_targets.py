@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, peft_model
+from tests.nn.models import OPTIONS, llama, peft_model
+from tests.peers import QUIET_PEERS
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel
 from vera_tools.nn.targets import DEFAULT_TARGETS
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 
 def gpt2():

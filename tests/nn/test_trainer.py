@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import Trainer, TrainingArguments
 
-from tests.nn.models import OPTIONS, PEER_WARNINGS, llama, logits, peft_model, randomise, some_ids
-from vera_tools.nn import VeraConfig, VeraModel
+from tests.nn.models import adapted, fresh, llama, logits, peft_model, some_ids
+from tests.peers import QUIET_PEERS
+from vera_tools.nn import VeraModel
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 GUIDE = Path(__file__).parents[2] / "docs" / "training.md"
 ROWS = [{"input_ids": row, "labels": row, "unused": torch.tensor(1)} for row in some_ids(8, 6)]
@@ -50,7 +51,7 @@ def documented():
 
 def test_its_defaults_train_and_evaluate_as_with_peft(tmp_path):
     done = []
-    for name, model in (("ours", VeraModel(llama(), VeraConfig(**OPTIONS))), ("peers", peft_model(llama()))):
+    for name, model in (("ours", fresh()), ("peers", peft_model(llama()))):
         done.append(trainer(Trainer, model, tmp_path / name, save_strategy="no"))
         done[-1].train()
     assert losses(done[0]) == pytest.approx(losses(done[1]), abs=1e-4)
@@ -60,7 +61,7 @@ def test_its_defaults_train_and_evaluate_as_with_peft(tmp_path):
 
 def test_the_documented_subclass_saves_the_adapter_resumes_and_finds_the_best(tmp_path):
     kind = documented()
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
+    model = fresh()
     best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True}
     whole = trainer(kind, model, tmp_path / "run", **best)
     whole.train()
@@ -68,14 +69,13 @@ def test_the_documented_subclass_saves_the_adapter_resumes_and_finds_the_best(tm
     for folder in ("final", "run/checkpoint-4"):
         again = VeraModel.from_pretrained(llama(), tmp_path / folder)
         assert torch.equal(logits(again, some_ids()), logits(model.eval(), some_ids()))
-    resumed = trainer(kind, VeraModel(llama(), VeraConfig(**OPTIONS)), tmp_path / "run")
+    resumed = trainer(kind, fresh(), tmp_path / "run")
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     assert losses(resumed) == pytest.approx(losses(whole), abs=1e-6)
 
 
 def test_an_instances_forward_takes_what_its_base_takes():
-    model = VeraModel(llama(), VeraConfig(**OPTIONS))
-    randomise(model)
+    model = adapted()
     names = list(inspect.signature(model.forward).parameters)
     assert set(names) == {*inspect.signature(model.model.forward).parameters, "adapter_names"}
     assert names[0] == "input_ids"

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.func import functional_call, grad, vmap
 
-from tests.nn.models import PEER_WARNINGS, adapted, some_ids, tiny
+from tests.nn.models import adapted, some_ids, tiny
+from tests.peers import QUIET_PEERS
 
-pytestmark = [pytest.mark.filterwarnings(warning) for warning in PEER_WARNINGS]
+pytestmark = QUIET_PEERS
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -8,7 +8,7 @@ import json
 
 import pytest
 
-from tests.conftest import FIXTURES, ROOT
+from tests import FIXTURES, ROOT
 from vera_tools import schema
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.platforms import atlas

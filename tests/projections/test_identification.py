@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import tracemalloc
 from fractions import Fraction
 
 import ml_dtypes
@@ -14,7 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.conftest import CHECKPOINTS, FIXTURES
+from tests import FIXTURES
+from tests.adapters import CHECKPOINTS
+from tests.machine import X86
+from tests.memory import traced_peak
 from tests.projections import torch_draws
 from vera_tools.dtypes import FLOATS
 from vera_tools.files.safetensors import TensorFile
@@ -110,7 +111,7 @@ def test_after_bfloat16_the_recorded_pair_still_shows_how_it_was_rounded(roundin
 
 @pytest.mark.parametrize("rounding", ["fused", "separate"])
 def test_torch_makes_the_recorded_pair_again(rounding, request):
-    if rounding == "separate" and platform.machine() not in ("x86_64", "AMD64"):
+    if rounding == "separate" and not X86:
         pytest.skip("only x86-64 has kernels without fused multiply-add")
     if rounding == "fused" and torch_draws.rounding() != "fused":
         pytest.skip("this process has no fused kernels")
@@ -356,10 +357,7 @@ def test_memory_does_not_grow_with_the_pair(edit):
     if edit:
         flat["vera_B"][7] = 1
     pair = Pair(shape, "float32", lambda name, start, stop: flat[name][start:stop])
-    tracemalloc.start()
-    found = identify_pair(pair, prng_key=KEY)
-    memory = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    memory, found = traced_peak(lambda: identify_pair(pair, prng_key=KEY))
     assert found.exact != edit
     assert memory < 40 << 20  # 28 candidates with a block of scratch each
 

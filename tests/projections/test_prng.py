@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
-import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -13,7 +11,9 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests.conftest import FIXTURES
+from tests import FIXTURES
+from tests.machine import X86
+from tests.memory import traced_peak
 from tests.projections import plain, torch_draws
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.projections import prng
@@ -142,7 +142,7 @@ def test_torch_here_draws_the_same(key, shape, drawn, through):
     assert digests(recipe, shape, stored_dtype=stored) == expected
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="only x86-64 has kernels without fused")
+@pytest.mark.skipif(not X86, reason="only x86-64 has kernels without fused")
 @settings(max_examples=60, deadline=None)
 @given(key=KEYS, shape=SHAPES, drawn=st.sampled_from(FLOATS), through=st.sampled_from([None, "bfloat16", "float16"]))
 @example(key=5, shape=PairShape(16, 4096, 2048), drawn="float32", through="bfloat16")
@@ -266,17 +266,8 @@ def test_a_recipe_that_is_no_longer_wanted_is_not_computed_and_disturbs_no_other
 def test_memory_stays_near_the_size_of_the_result(recipe):
     shape = PairShape(128, 8192, 8192)
     generate(recipe, PairShape(1, 1, 1))  # imports are not counted
-    assert peak(generate, recipe, shape) < 1.05 * shape.elements * 4 + 40 * prng.BLOCK * 4
-    assert peak(digests, recipe, shape) < 40 * prng.BLOCK * 4
-
-
-def peak(function, *args) -> int:
-    tracemalloc.start()
-    try:
-        function(*args)
-        return tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+    assert traced_peak(lambda: generate(recipe, shape))[0] < 1.05 * shape.elements * 4 + 40 * prng.BLOCK * 4
+    assert traced_peak(lambda: digests(recipe, shape))[0] < 40 * prng.BLOCK * 4
 
 
 @settings(max_examples=200, deadline=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.conftest import CHECKPOINTS, base_of
+from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, PAIR, SEED_ONLY, base_of, edit, set_config
+from tests.machine import FUSED_X86
 from tests.projections import torch_draws
 from tests.verifying import peft_loads
 from vera_tools import verify
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
-from vera_tools.files import safetensors
-from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.loads import (
@@ -37,43 +36,32 @@ from vera_tools.verifying.record import record
 
 # The seed-only ones are recorded first, with what they were trained with; that is all that sets them apart from "kept".
 RECIPES = {
-    "peft-0.21.2-llama-f32-seedonly": "mt19937-f32-fused",
+    SEED_ONLY: "mt19937-f32-fused",
     "peft-0.21.2-llama-f32-seedonly-noavx": "mt19937-f32-separate",
     "peft-0.21.2-llama-bf16-seedonly": "mt19937-f32-fused-via-bf16",
 }
-KEPT = [
+STORED = [
     "peft-0.11.1-llama-bf16-kept",
     "peft-0.20.0-llama-f32-kept",
-    "peft-0.21.2-bert-seqcls-kept",
-    "peft-0.21.2-gpt2-conv1d-kept",
+    BERT,
+    GPT2,
     "peft-0.21.2-llama-bf16-kept",
-    "peft-0.21.2-llama-f32-kept",
+    KEPT,
     "peft-0.21.2-llama-f32-kept-noavx",
 ]
-OURS = "peft-0.21.2-llama-f32-kept"
 
 
-def rewrite(folder: Path, change) -> None:
-    """Put other tensors into a checkpoint."""
-    path = folder / "adapter_model.safetensors"
-    with TensorFile.open(path) as file:
-        tensors = {name: file.read(name) for name in file.tensors}
-    for name in ("base_model.vera_A", "base_model.vera_B"):
-        tensors[name] = change(tensors[name])
-    safetensors.save(path, tensors, {"format": "pt"})
-
-
-def set_config(folder: Path, **changes) -> None:
-    path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+def edit_pair(folder: Path, change) -> None:
+    """Put `change` of each projection in its place."""
+    edit(folder, lambda tensors: tensors.update({name: change(tensors[name]) for name in PAIR}))
 
 
 # Adapters that nobody has trained, for the rows that the others do not reach.
 CHANGES = {
-    "edited": lambda folder: rewrite(folder, lambda a: np.where(np.arange(a.size).reshape(a.shape) == 5, 0.123, a)),
-    "float64": lambda folder: rewrite(folder, lambda a: a.astype(np.float64) * (1 + 2.0**-40)),
-    "float64-of-float32": lambda folder: rewrite(folder, lambda a: a.astype(np.float64)),
-    "in-float16": lambda folder: rewrite(folder, lambda a: a.astype(np.float16)),
+    "edited": lambda folder: edit_pair(folder, lambda a: np.where(np.arange(a.size).reshape(a.shape) == 5, 0.123, a)),
+    "float64": lambda folder: edit_pair(folder, lambda a: a.astype(np.float64) * (1 + 2.0**-40)),
+    "float64-of-float32": lambda folder: edit_pair(folder, lambda a: a.astype(np.float64)),
+    "in-float16": lambda folder: edit_pair(folder, lambda a: a.astype(np.float16)),
     "ignored": lambda folder: set_config(folder, save_projection=False),
     "other-key": lambda folder: set_config(folder, projection_prng_key=9),
     "wide-key": lambda folder: set_config(folder, projection_prng_key=101 + 2**32),
@@ -83,12 +71,10 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
     """Every adapter of this module, by name, with its base."""
-    import shutil
-
     root = tmp_path_factory.mktemp("adapters")
     found = {}
-    for name in (*KEPT, *RECIPES, *CHANGES):
-        source = OURS if name in CHANGES else name
+    for name in (*STORED, *RECIPES, *CHANGES):
+        source = KEPT if name in CHANGES else name
         folder = Path(shutil.copytree(CHECKPOINTS / source, root / name))
         found[name] = folder, base_of(source)
         if name in CHANGES:
@@ -103,7 +89,7 @@ def seen(adapters) -> dict[str, dict[str, list]]:
     """What PEFT loaded, by the kernels' rounding and the adapter's name."""
     here = torch_draws.rounding()
     rows = {here: {name: peft_loads.loaded(*map(str, paths)) for name, paths in adapters.items()}}
-    if here == "fused" and platform.machine() in ("x86_64", "AMD64"):
+    if FUSED_X86:
         rows["separate"] = run_script(adapters, ATEN_CPU_CAPABILITY="default")
     return rows
 
@@ -134,7 +120,7 @@ def trained(folder: Path, base: Path) -> list[str]:
     return [hashlib.sha256(array.astype(np.float64).tobytes()).hexdigest() for array in pair]
 
 
-@pytest.mark.parametrize("name", [*KEPT, *RECIPES, *CHANGES])
+@pytest.mark.parametrize("name", [*STORED, *RECIPES, *CHANGES])
 def test_every_row_about_todays_peft_is_what_peft_does(adapters, seen, name):
     folder, base = adapters[name]
     expected = trained(folder, base)
@@ -167,7 +153,7 @@ OLD = [path for path in os.environ.get("VERA_TOOLS_OLD_PEFT", "").split(os.paths
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_row_about_older_peft_is_what_it_does(adapters, peft, rounding):
     environment = {"PYTHONPATH": peft, **({"ATEN_CPU_CAPABILITY": "default"} if rounding == "separate" else {})}
-    wanted = {name: adapters[name] for name in (*RECIPES, *KEPT, "other-key", "wide-key")}
+    wanted = {name: adapters[name] for name in (*RECIPES, *STORED, "other-key", "wide-key")}
     answers = run_script(wanted, **environment)
     assert set(answers) >= {"peft-0.11.1-llama-bf16-kept", "peft-0.20.0-llama-f32-kept"}
     for name, rows in answers.items():

@@ -6,32 +6,39 @@ import hashlib
 import json
 
 import pytest
+from safetensors.numpy import load_file
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, NAMES, base_of, run_cli, run_json
+from tests.adapters import (
+    BERT,
+    KEPT,
+    NAMES,
+    SEED_ONLY,
+    WEIGHTS,
+    base_of,
+    edit,
+    edit_manifest,
+    files_of,
+    flip,
+    tensors_of,
+)
+from tests.command import run_cli, run_json
+from tests.peers import base_model, distance, load_peft
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
-from vera_tools.files import safetensors
-
-KEPT = "peft-0.21.2-llama-f32-kept"
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
-
-
-def files(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
 def test_touches_nothing_else_and_twice_is_the_same(name, checkpoint):
     folder = checkpoint(name)
-    before = files(folder)
+    before = files_of(folder)
     first = vera_tools.record(folder, base=base_of(name))
-    after = files(folder)
+    after = files_of(folder)
     assert after.keys() - before.keys() == {MANIFEST_NAME}
     assert {key: after[key] for key in before} == before
     second = vera_tools.record(folder, base=base_of(name))
-    assert files(folder) == after
+    assert files_of(folder) == after
     assert (first.renewed, second.renewed, second.changed) == (False, True, False)
 
 
@@ -41,13 +48,12 @@ def test_digests_and_base_are_the_files_own(checkpoint):
     assert code == 0
     assert document["origin"] == "stored"
     manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text())
-    safetensors = pytest.importorskip("safetensors.numpy")
-    stored = safetensors.load_file(folder / "adapter_model.safetensors")
+    stored = tensors_of(folder)
     assert manifest.tensors.keys() == stored.keys()
     for name, array in stored.items():
         assert manifest.tensors[name].sha256 == hashlib.sha256(array.tobytes()).hexdigest()
         assert manifest.tensors[name].shape == array.shape
-    base = safetensors.load_file(base_of(KEPT) / "model.safetensors")
+    base = load_file(base_of(KEPT) / "model.safetensors")
     assert len(manifest.base.weights) == 4
     for name, record in manifest.base.weights.items():
         assert record.sha256 == hashlib.sha256(base[name].tobytes()).hexdigest()
@@ -75,9 +81,7 @@ def test_renewing_keeps_what_was_known_of_the_base(checkpoint):
 
 def test_unknown_projections_are_recorded_without_a_recipe(checkpoint):
     folder = checkpoint(KEPT)
-    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
-    data[-3] ^= 1
-    (folder / "adapter_model.safetensors").write_bytes(data)
+    flip(folder / WEIGHTS, -3)
     report = vera_tools.record(folder)
     assert report.manifest.projections.recipe is None
     assert "no known recipe" in run_cli("record", folder).stdout
@@ -89,7 +93,7 @@ def test_unknown_projections_are_recorded_without_a_recipe(checkpoint):
 def test_wrong_base_is_refused_and_nothing_written(checkpoint):
     folder = checkpoint(SEED_ONLY)
     with pytest.raises(CheckFailedError, match=r"no such module.*transformers 5 renames the modules"):
-        vera_tools.record(folder, base=base_of("peft-0.21.2-bert-seqcls-kept"))
+        vera_tools.record(folder, base=base_of(BERT))
     assert not (folder / MANIFEST_NAME).exists()
 
 
@@ -99,18 +103,9 @@ def test_seed_only_needs_in_max(checkpoint):
 
 
 def test_peft_goes_on_loading(checkpoint):
-    peft = pytest.importorskip("peft")
-    torch = pytest.importorskip("torch")
-    from transformers import AutoModelForCausalLM
-
     folder = checkpoint(KEPT)
     vera_tools.record(folder, base=base_of(KEPT))
-    base = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
-    model = peft.PeftModel.from_pretrained(base, folder)
-    expected = json.loads((CHECKPOINTS / KEPT / "expected_logits.json").read_text())
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor(expected["ids"])).logits
-    assert torch.allclose(logits.reshape(-1), torch.tensor(expected["logits"]).reshape(-1), atol=1e-5)
+    assert distance(load_peft(base_model(KEPT), folder), KEPT) <= 1e-5
 
 
 def test_hub_reference_is_refused():
@@ -134,11 +129,11 @@ def test_a_folder_in_the_manifests_place_is_named(checkpoint):
 
 def test_a_checkpoint_without_an_adapted_layer_has_nothing_to_record(checkpoint):
     folder = checkpoint(SEED_ONLY)
-    safetensors.save(folder / "adapter_model.safetensors", {}, {"format": "pt"})
+    edit(folder, dict.clear)
     code, document = run_json("record", folder)
     assert code == 4
     assert document["error"]["what"] == "there is no adapted layer"
-    assert MANIFEST_NAME not in files(folder)
+    assert MANIFEST_NAME not in files_of(folder)
 
 
 def test_a_manifest_that_an_editor_marked_is_read(checkpoint):
@@ -154,8 +149,7 @@ def test_a_manifest_that_an_editor_marked_is_read(checkpoint):
 def test_unknown_keys_of_a_manifest_are_named_in_plain_words(checkpoint):
     folder = checkpoint(KEPT)
     vera_tools.record(folder)
-    path = folder / MANIFEST_NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "extra": 1, "more": 2}))
+    edit_manifest(folder, lambda manifest: manifest.update(extra=1, more=2))
     shown = " ".join(run_cli("verify", folder).stdout.split())
     assert "unknown key 'extra', 'more'" in shown
     assert "nevaluated" not in shown

@@ -13,30 +13,24 @@ from xml.etree import ElementTree
 import pytest
 
 import vera_tools
-from tests.conftest import CHECKPOINTS, base_of, run_cli, run_json
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, files_of
+from tests.command import run_cli, run_json
 from vera_tools import schema
 from vera_tools.errors import FormatError, HubError, UsageError
 from vera_tools.verifying.registry import run
 from vera_tools.verifying.report import Skipped
 
-NAME = "peft-0.21.2-llama-f32-kept"
-SEED_ONLY = "peft-0.21.2-llama-f32-seedonly"
-
-
-def files_of(folder, prefix=""):
-    return {prefix + path.name: path.read_bytes() for path in folder.iterdir()}
-
 
 @pytest.fixture
 def registry(hub):
     """What an owner may have: adapters at the root and below it, other kinds, broken ones, and plain models."""
-    hub.add_repo("ann/good", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("ann/good", files_of(CHECKPOINTS / KEPT))
     hub.add_repo("ann/seeds", files_of(CHECKPOINTS / SEED_ONLY))
-    hub.add_repo("ann/both", files_of(CHECKPOINTS / NAME, "en/") | files_of(CHECKPOINTS / NAME, "de/"))
+    hub.add_repo("ann/both", files_of(CHECKPOINTS / KEPT, "en/") | files_of(CHECKPOINTS / KEPT, "de/"))
     hub.add_repo("ann/lora", {"adapter_config.json": b'{"peft_type": "LORA", "r": 8}'})
     hub.add_repo("ann/broken", {"adapter_config.json": b"{"})
     hub.add_repo("ann/model", {"config.json": b"{}"})
-    hub.add_repo("bob/other", files_of(CHECKPOINTS / NAME))
+    hub.add_repo("bob/other", files_of(CHECKPOINTS / KEPT))
     return hub
 
 
@@ -89,15 +83,15 @@ def test_a_pattern_without_an_adapter_does_not_pass(registry, tmp_path):
 
 
 def test_one_that_cannot_be_reached_does_not_stop_the_others(registry):
-    registry.add_repo("ann/gated", files_of(CHECKPOINTS / NAME), gated_for=set())
+    registry.add_repo("ann/gated", files_of(CHECKPOINTS / KEPT), gated_for=set())
     report = vera_tools.verify("hf://ann/*")
     assert {found.path for found in report.checkpoints} == set(EXPECTED)
     ((path, error),) = report.failed
     assert path == "hf://ann/gated"
     assert "is gated" in str(error)
-    code, document = run_json("verify", "hf://ann/good", "hf://ann/none", CHECKPOINTS / NAME)
+    code, document = run_json("verify", "hf://ann/good", "hf://ann/none", CHECKPOINTS / KEPT)
     assert code == 5
-    assert [found["path"] for found in document["checkpoints"]] == ["hf://ann/good", str(CHECKPOINTS / NAME)]
+    assert [found["path"] for found in document["checkpoints"]] == ["hf://ann/good", str(CHECKPOINTS / KEPT)]
     assert document["failed"][0]["error"]["exit_code"] == 5
     (suite,) = (s for s in ElementTree.fromstring(report.to_junit()) if s.get("name") == "hf://ann/gated")
     assert (suite.get("errors"), suite.get("tests")) == ("1", "1")
@@ -109,11 +103,11 @@ def test_one_that_cannot_be_reached_does_not_stop_the_others(registry):
 
 
 def test_a_list_on_standard_input(registry):
-    listed = f"# a registry\nhf://ann/good\n\n  {CHECKPOINTS / NAME}  \nhf://bob/*\n"
+    listed = f"# a registry\nhf://ann/good\n\n  {CHECKPOINTS / KEPT}  \nhf://bob/*\n"
     code, document = run_json("verify", "-", input=listed)
     assert code == 0
     found = [checkpoint["path"] for checkpoint in document["checkpoints"]]
-    assert found == ["hf://ann/good", str(CHECKPOINTS / NAME), "hf://bob/other"]
+    assert found == ["hf://ann/good", str(CHECKPOINTS / KEPT), "hf://bob/other"]
     result = run_cli("verify", "-", "--log", "-", input=listed)
     assert result.returncode == 0
     assert {line["path"] for line in lines_of(result.stdout)} == set(found)
@@ -143,7 +137,7 @@ def test_the_log_is_written_as_it_goes_and_taken_up_again(registry, tmp_path):
     assert len(lines) == 8
     assert [line["path"] for line in lines].count("hf://ann/good") == 2
     # what was checked against another base does not count
-    vera_tools.verify("hf://ann/good", "hf://ann/seeds", base=base_of(NAME), log=log)
+    vera_tools.verify("hf://ann/good", "hf://ann/seeds", base=base_of(KEPT), log=log)
     assert len(lines_of(log.read_text())) == 10
     log.write_text("{}\n")
     with pytest.raises(FormatError, match="line 1"):
@@ -152,7 +146,7 @@ def test_the_log_is_written_as_it_goes_and_taken_up_again(registry, tmp_path):
 
 def test_what_failed_is_tried_again(registry, tmp_path):
     log = tmp_path / "log.jsonl"
-    repo = registry.add_repo("ann/gated", files_of(CHECKPOINTS / NAME), gated_for=set())
+    repo = registry.add_repo("ann/gated", files_of(CHECKPOINTS / KEPT), gated_for=set())
     assert len(vera_tools.verify("hf://ann/*", log=log).failed) == 1
     repo.gated_for = None
     assert vera_tools.verify("hf://ann/*", log=log).failed == ()
