@@ -53,9 +53,11 @@ def hidden(folder):
 
 # A merge in a process of its own that comes to a halt at its Nth computed block (of 16) and says so on its output, so
 # that it is interrupted in the middle however fast or busy the machine is. Every block from there on takes a second.
+# Ctrl-C reaches it as it would in a terminal, even where tests run in the background, where a shell has it ignored.
 HALTING = """
-import sys, time
+import signal, sys, time
 from vera_tools.merging import execution
+signal.signal(signal.SIGINT, signal.default_int_handler)
 original, left = execution.as_bytes, int(sys.argv.pop(1))
 def as_bytes(*args):
     global left
