@@ -194,6 +194,7 @@ class HubServer:
 def _handler(hub: HubServer, routes: list[Route]) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        disable_nagle_algorithm = True  # a body would wait for the acknowledgement of its headers: 40 ms an answer
 
         def handle_any(self) -> None:
             call = Call(hub, self)
