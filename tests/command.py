@@ -1,36 +1,64 @@
-"""The command line, run as a user runs it: in a process of its own, with pipes or on a terminal."""
+"""The command line: run in this process, in one of its own with pipes, or on a terminal."""
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pytest
+
 from vera_tools import schema
+from vera_tools.cli import main
 
 VERA_TOOLS = (sys.executable, "-m", "vera_tools")
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
-def run_cli(*args: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run a command with pipes; `env` is added to the environment."""
+def run_cli(
+    *args: object, env: dict[str, str] | None = None, cwd: Path | None = None, input: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Run a command in this process: what it prints, and the code that it exits with."""
+    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="") for name in ("stdout", "stderr")}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (env or {}).items():
+            patch.setenv(name, value)
+        if cwd is not None:
+            patch.chdir(cwd)
+        for name, stream in (*streams.items(), ("stdin", io.StringIO(input))):
+            patch.setattr(sys, name, stream)
+        with pytest.raises(SystemExit) as stop:
+            main(list(map(str, args)))
+    for stream in streams.values():
+        stream.seek(0)
+    return subprocess.CompletedProcess(
+        args, int(stop.value.code or 0), streams["stdout"].read(), streams["stderr"].read()
+    )
+
+
+def run_process(*args: object, env: dict[str, str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run a command in a process of its own, with pipes: for what its environment, its system or its end decides."""
     return subprocess.run(
         [*VERA_TOOLS, *map(str, args)],
         capture_output=True,
         text=True,
         env={**os.environ, **(env or {})},
-        timeout=120,
+        timeout=600,
         check=False,
         **options,
     )
 
 
-def run_json(*args: object, **options: Any) -> tuple[int, dict[str, Any]]:
+def run_json(*args: object, run: Run = run_cli, **options: Any) -> tuple[int, dict[str, Any]]:
     """Run a command with --json: the exit code and the document, checked against its schema."""
-    result = run_cli(*args, "--json", **options)
+    result = run(*args, "--json", **options)
     document = json.loads(result.stdout)
     report = document["schema"].split("/")[1]
     schema.validate(document, f"{report}.v1", where=f"--json of {args[0]}")

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.adapters import CHECKPOINTS, SEED_ONLY, base_of
+from tests import kernels
+from tests.adapters import CHECKPOINTS
+from tests.machine import X86
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """`-n auto`: one worker for each core that this process may use; each holds torch, and few tests last long."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, 8)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes():
+    """Workers, and the processes that they start, share the cores: none of them computes with a thread for each."""
+    for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
 
 
 @pytest.fixture
@@ -28,16 +41,11 @@ def checkpoint(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def drift_report():
-    """A real run of drift on a seed-only adapter whose recipe is assumed: native and forced rows, effect, logits."""
-    import warnings
+def probes(tmp_path_factory):
+    """The probe of `drift`, which answers from memory what it was asked before."""
+    from tests.drifting.probes import Probes
 
-    from vera_tools import drift
-    from vera_tools.errors import AssumedRecipeWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", AssumedRecipeWarning)
-        return drift(checkpoint=CHECKPOINTS / SEED_ONLY, base=base_of(SEED_ONLY), dtype=["float32", "bfloat16"])
+    return Probes(tmp_path_factory.mktemp("probes"))
 
 
 @pytest.fixture
@@ -70,21 +78,9 @@ def small_disk(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def separate_torch() -> Iterator[Callable[[dict[str, Any]], dict[str, str]]]:
-    """Ask a torch whose kernels round separately: a request for `torch_draws.digests` gives the two digests."""
-    command = [sys.executable, str(Path(__file__).parent / "projections" / "torch_draws.py")]
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdin is not None
-        assert process.stdout is not None
-
-        def ask(request: dict[str, Any]) -> dict[str, str]:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
-            answer: dict[str, str] = json.loads(process.stdout.readline())
-            return answer
-
-        yield ask
-        process.stdin.close()
+def separate_kernels() -> Iterator[kernels.Call]:
+    """Call a function where torch's kernels round separately, whatever they do here; a skip where no CPU has such."""
+    if not X86:
+        pytest.skip("only x86-64 has kernels without fused multiply-add")
+    with kernels.under("default") as call:
+        yield call

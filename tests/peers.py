@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import runpy
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import FIXTURES
 from tests.adapters import CHECKPOINTS, base_of
 
 if TYPE_CHECKING:
@@ -47,6 +50,23 @@ def distance(model: torch.nn.Module, name: str) -> float:
     with torch.no_grad():
         logits = model(torch.tensor(expected["ids"])).logits.float().flatten()
     return float((logits - torch.tensor(expected["logits"])).abs().max())
+
+
+def drawn_digests(key: int, r: int, in_max: int, out_max: int) -> list[str]:
+    """sha256 of the pair that PEFT draws in this process, vera_A first."""
+    import torch
+    from peft.tuners.vera.model import _kaiming_init
+
+    generator = torch.Generator(device="cpu").manual_seed(key)
+    pair = [_kaiming_init(shape, generator=generator) for shape in ((r, in_max), (out_max, r))]
+    return [hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for tensor in pair]
+
+
+def make_checkpoints(folder: Path | str) -> list[str]:
+    """Every checkpoint of fixtures/ that the PEFT at hand makes with the kernels of this process; their names."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return runpy.run_path(str(FIXTURES / "generate.py"))["checkpoints"](Path(folder), [])
 
 
 def save_drawn_pair(name: str, path: Path | str) -> None:

@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-import warnings
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ import pytest
 from tests import FIXTURES, ROOT
 from tests.adapters import CHECKPOINTS, NAMES
 from tests.machine import X86, x86
+from tests.peers import make_checkpoints
 from tests.projections import torch_draws
 from vera_tools.files.safetensors import TensorFile
 
@@ -23,26 +23,16 @@ WEIGHTS = {True: "model.safetensors", False: "adapter_model.safetensors"}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(tmp_path_factory, request):
     """Every checkpoint that the PEFT at hand makes, with fused kernels and (in a process of its own) without."""
     import peft
 
     folder = tmp_path_factory.mktemp("checkpoints")
     names: list[str] = []
     if torch_draws.rounding() == "fused":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # transformers' own, about itself
-            names += runpy.run_path(str(GENERATOR))["checkpoints"](folder, [])
+        names += make_checkpoints(folder)
     if X86:
-        result = subprocess.run(
-            [sys.executable, "-W", "ignore", str(GENERATOR), "checkpoints", "--out", str(folder)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": "default"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            check=True,
-        )
-        names += result.stdout.split()
+        names += request.getfixturevalue("separate_kernels")(make_checkpoints, folder)
     assert names or f"peft-{peft.__version__}" not in " ".join(NAMES)
     return folder, names
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests import ROOT
 from tests.adapters import CHECKPOINTS, KEPT
-from tests.command import run_cli, run_json
+from tests.command import run_cli, run_json, run_process
 from vera_tools import schema
 from vera_tools._version import __version__
 from vera_tools.cli import COMMANDS, cli
@@ -68,7 +68,7 @@ def test_errors_are_one_line_on_stderr_and_one_document_on_stdout(tmp_path):
 
 
 def test_traceback_only_on_request(tmp_path):
-    result = run_cli("inspect", tmp_path / "nothing", env={"VERA_TOOLS_DEBUG": "1"})
+    result = run_process("inspect", tmp_path / "nothing", env={"VERA_TOOLS_DEBUG": "1"})
     assert "Traceback" in result.stderr
 
 
@@ -125,7 +125,7 @@ print(heavy, file=sys.stderr)
 def test_module_and_script_are_the_same():
     script = os.path.join(os.path.dirname(sys.executable), "vera-tools")
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == (
-        run_cli("--version").stdout
+        run_process("--version").stdout
     )
 
 

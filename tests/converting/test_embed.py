@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tests import ROOT
 from tests.adapters import (
     CHECKPOINTS,
     CONFIG,
@@ -33,6 +32,7 @@ from tests.adapters import (
 from tests.command import run_cli, run_json
 from tests.memory import traced_peak
 from tests.peers import save_drawn_pair
+from tests.projections import torch_draws
 from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -120,22 +120,22 @@ def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "capability", "recipe"),
+    ("name", "rounding", "recipe"),
     [
-        (SEED_ONLY, "", None),
-        ("peft-0.21.2-llama-bf16-seedonly", "", None),
-        ("peft-0.21.2-llama-f32-seedonly-noavx", "default", "mt19937-f32-separate"),
+        (SEED_ONLY, "fused", None),
+        ("peft-0.21.2-llama-bf16-seedonly", "fused", None),
+        ("peft-0.21.2-llama-f32-seedonly-noavx", "separate", "mt19937-f32-separate"),
     ],
 )
 @pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
-def test_the_embedded_pair_is_what_peft_draws(name, capability, recipe, tmp_path):
+def test_the_embedded_pair_is_what_peft_draws(name, rounding, recipe, tmp_path, request):
     drawn = tmp_path / "drawn.safetensors"
-    if capability:  # torch reads it when it starts, so that takes a process of its own
-        code = "import sys; from tests.peers import save_drawn_pair; save_drawn_pair(*sys.argv[1:])"
-        env = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-        subprocess.run([sys.executable, "-c", code, name, drawn], cwd=ROOT, env=env, check=True, timeout=300)
-    else:
+    if rounding == torch_draws.rounding():
         save_drawn_pair(name, drawn)
+    elif rounding == "separate":
+        request.getfixturevalue("separate_kernels")(save_drawn_pair, name, drawn)
+    else:
+        pytest.skip("this process has no fused kernels")
     embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
     embedded, expected = tensors_of(tmp_path / "out"), load_file(drawn)
     for key in ("vera_A", "vera_B"):

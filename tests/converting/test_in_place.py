@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters import BERT, CHECKPOINTS, CONFIG, KEPT, SEED_ONLY, WEIGHTS, base_of, config_of, files_of, flip
-from tests.command import run_cli, run_json
+from tests.command import run_cli, run_json, run_process
 from vera_tools import embed_projections, strip_projections, to_lora, verify
 from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
@@ -249,7 +249,7 @@ def test_a_limit_on_file_sizes_does_the_same(tmp_path, large):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     for options in (["-o", tmp_path / "out"], ["--in-place"]):
-        result = run_cli("embed-projections", source, "--in-features", width, *options, preexec_fn=limit)
+        result = run_process("embed-projections", source, "--in-features", width, *options, preexec_fn=limit)
         assert_refused_and_untouched(result, tmp_path, before)
 
 

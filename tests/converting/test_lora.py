@@ -23,7 +23,7 @@ from tests.adapters import (
     set_config,
     tensors_of,
 )
-from tests.command import run_cli, run_json
+from tests.command import run_cli, run_json, run_process
 from tests.memory import traced_peak
 from tests.peers import base_model, distance
 from vera_tools import record, strip_projections, to_lora
@@ -161,7 +161,7 @@ def test_two_processes_write_the_same_bytes(tmp_path):
     """The safetensors library orders metadata at random in every process; nothing here does."""
     for seed in ("1", "2"):
         options = ("--to", "lora", "--base", base_of(GPT2), "-o", tmp_path / seed)
-        assert run_cli("convert", CHECKPOINTS / GPT2, *options, env={"PYTHONHASHSEED": seed}).returncode == 0
+        assert run_process("convert", CHECKPOINTS / GPT2, *options, env={"PYTHONHASHSEED": seed}).returncode == 0
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -15,25 +12,19 @@ import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
 from tests.command import run_cli, run_json
 from tests.memory import traced_peak
+from tests.peers import drawn_digests
+from tests.projections import torch_draws
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError, VeraToolsError
 from vera_tools.files import safetensors
 
-PEFT_DRAW = """
-import hashlib, sys, torch
-from peft.tuners.vera.model import _kaiming_init
-key, r, i, o = map(int, sys.argv[1:])
-generator = torch.Generator(device="cpu").manual_seed(key)
-for shape in ((r, i), (o, r)):
-    print(hashlib.sha256(_kaiming_init(shape, generator=generator).numpy().tobytes()).hexdigest())
-"""
 
-
-@pytest.mark.parametrize(("capability", "rounding"), [(None, "fused"), ("default", "separate")])
+@pytest.mark.parametrize("kernels", ["here", "separate"])
 @pytest.mark.parametrize(("key", "shape"), [(42, (16, 100, 60)), (-3, (7, 33, 129))])
-def test_digests_are_what_peft_draws(capability, rounding, key, shape):
-    env = {**os.environ, **({"ATEN_CPU_CAPABILITY": capability} if capability else {})}
-    command = [sys.executable, "-W", "ignore", "-c", PEFT_DRAW, *map(str, (key, *shape))]
-    drawn = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout.split()
+def test_digests_are_what_peft_draws(request, kernels, key, shape):
+    if kernels == "here":
+        rounding, drawn = torch_draws.rounding(), drawn_digests(key, *shape)
+    else:
+        rounding, drawn = "separate", request.getfixturevalue("separate_kernels")(drawn_digests, key, *shape)
     r, in_features, out_features = shape
     code, document = run_json(
         *("regenerate", "--key", key, "--rank", r, "--in-features", in_features, "--out-features", out_features),

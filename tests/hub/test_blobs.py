@@ -16,7 +16,7 @@ import pytest
 import vera_tools
 from tests import ROOT
 from tests.adapters import CHECKPOINTS, KEPT, files_of
-from tests.command import run_cli
+from tests.command import run_process
 from tests.hub.server import without_xet
 from vera_tools.errors import HubError
 
@@ -53,7 +53,7 @@ def test_a_later_process_goes_on_where_an_earlier_one_was_cut_off(hub, tmp_path)
     assert partial_of("ann/x").stat().st_size == 6_000
     assert not (tmp_path / "out").exists()
     hub.requests.clear()
-    assert run_cli("pull", "ann/x", "-o", tmp_path / "out").returncode == 0
+    assert run_process("pull", "ann/x", "-o", tmp_path / "out").returncode == 0
     assert ranges(hub) == ["bytes=6000-"]
     content = {name: data for name, data in files_of(tmp_path / "out").items() if name != "vera_provenance.json"}
     assert content == files_of(CHECKPOINTS / KEPT)
@@ -134,7 +134,7 @@ def test_processes_that_are_killed_one_after_the_other(hub, tmp_path):
         assert process.returncode == -signal.SIGKILL
         assert sorted(path.name for path in tmp_path.iterdir()) == ["hf-home", "hub-storage"]
         expected.append(f"bytes={partial_of('ann/x').stat().st_size}-")
-    assert run_cli(*arguments).returncode == 0
+    assert run_process(*arguments).returncode == 0
     assert {**files, "vera_provenance.json": b""} == {**files_of(tmp_path / "out"), "vera_provenance.json": b""}
     large = [request for request in hub.requests if hashlib.sha256(content).hexdigest() in request.path]
     assert large[-1].headers.get("Range") == expected[-1]

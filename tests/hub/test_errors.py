@@ -20,7 +20,7 @@ import pytest
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, base_of, files_of
-from tests.command import run_cli
+from tests.command import run_cli, run_process
 from tests.hub.server import without_xet
 from vera_tools import schema
 from vera_tools.errors import HubError, VeraToolsError
@@ -45,7 +45,7 @@ def quick(monkeypatch):
 
 def failure(arguments, *, env=None):
     """Run a command that must fail because of the Hub: its one line of error, checked for form and secrets."""
-    result = run_cli(*arguments, env=env)
+    result = run_process(*arguments, env=env)
     assert result.returncode == 5, result.stderr
     assert result.stdout == ""
     lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
@@ -115,7 +115,7 @@ def test_a_refusal_to_read_is_not_answered_with_advice_on_writing(hub, tmp_path,
 
 
 def test_a_json_error(hub, tmp_path):
-    result = run_cli("pull", "ann/none", "-o", tmp_path / "out", "--json")
+    result = run_process("pull", "ann/none", "-o", tmp_path / "out", "--json")
     document = json.loads(result.stdout)
     schema.validate(document, "error.v1", where="error")
     assert (document["error"]["exit_code"], document["error"]["type"]) == (5, "HubError")
@@ -132,7 +132,7 @@ def test_a_malformed_token_is_not_shown(hub, tmp_path, monkeypatch):
         shown = str(caught.value) + "".join(traceback.format_exception(caught.value))
         assert "zebra" not in shown
         assert "agga" not in shown
-    result = run_cli("pull", "ann/x", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": "1"})
+    result = run_process("pull", "ann/x", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": "1"})
     assert "Traceback" in result.stderr
     assert "zebra" not in result.stderr
 
@@ -146,7 +146,7 @@ def test_a_token_that_is_kept_in_a_file_is_not_shown(hub, tmp_path):
     quote = {"X-Error-Message": "zebra-quagga has expired"}
     for debug in ("0", "1"):
         with hub.fault("GET /api/models/ann/x$", status=401, headers=quote):
-            result = run_cli("pull", "ann/x", "-v", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": debug})
+            result = run_process("pull", "ann/x", "-v", "-o", tmp_path / "out", env={"VERA_TOOLS_DEBUG": debug})
         assert "quagga" not in result.stderr
         assert '"<token> has expired"' in result.stderr
 
@@ -223,11 +223,11 @@ def test_a_rate_limit_is_waited_out_as_told(hub, tmp_path, caplog, monkeypatch):
 def test_rate_limits_are_told_on_stderr(hub, tmp_path):
     hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("GET /api/models/ann/x$", status=429, headers={"Retry-After": "0"}):
-        result = run_cli("pull", "ann/x", "-o", tmp_path / "a")
+        result = run_process("pull", "ann/x", "-o", tmp_path / "a")
     assert result.returncode == 0
     assert result.stderr == "rate limited by the Hub: trying again in 1 s (1 of 4)\n"
     with hub.fault("GET /api/models/ann/x$", status=429, headers={"Retry-After": "0"}):
-        assert run_cli("pull", "ann/x", "-q", "-o", tmp_path / "b").stderr == ""
+        assert run_process("pull", "ann/x", "-q", "-o", tmp_path / "b").stderr == ""
 
 
 @pytest.mark.parametrize("command", ["merge", "inspect"])
@@ -238,7 +238,7 @@ def test_a_quiet_command_says_nothing_of_a_wait(hub, tmp_path, command):
     limit = {"status": 429, "headers": {"Retry-After": "0"}}
     for option in ("-q", "--json"):
         with hub.fault("GET /api/models/ann/x$", **limit) as ours, hub.fault("GET /blob/", **limit) as theirs:
-            result = run_cli(command, "hf://ann/x", *more, option)
+            result = run_process(command, "hf://ann/x", *more, option)
         assert (result.returncode, ours.times, theirs.times) == (0, 0, 0)
         if option == "-q":
             assert (result.stdout, result.stderr) == ("", "")

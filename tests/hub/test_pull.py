@@ -12,7 +12,7 @@ import pytest
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, PICKLE, SEED_ONLY, WEIGHTS, base_of, config_of, files_of, flip, put_pickle
-from tests.command import run_cli, run_json, run_terminal
+from tests.command import run_cli, run_json, run_process, run_terminal
 from tests.hub.state import git_sha1
 from vera_tools import schema
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
@@ -62,19 +62,19 @@ def test_pull_gives_the_same_bytes_and_says_where_from(hub, tmp_path, transport)
 
 def test_the_command_line(hub, tmp_path):
     commit = put(hub, "ann/x", CHECKPOINTS / KEPT)
-    code, document = run_json("pull", "ann/x", "-o", tmp_path / "a", "--base", base_of(KEPT))
+    code, document = run_json("pull", "ann/x", "-o", tmp_path / "a", "--base", base_of(KEPT), run=run_process)
     assert code == 0
     assert document["commit"] == commit
     assert document["verification"]["verdict"] == "reproducible"
-    result = run_cli("pull", "hf://ann/x@main", "-o", tmp_path / "b")
+    result = run_process("pull", "hf://ann/x@main", "-o", tmp_path / "b")
     assert result.returncode == 0
     assert result.stderr == ""  # no progress where there is no terminal
     assert commit in result.stdout
     assert "REPRODUCIBLE" in result.stdout
-    result = run_cli("pull", "hf://ann/x@main", "-o", tmp_path / "b")
+    result = run_process("pull", "hf://ann/x@main", "-o", tmp_path / "b")
     assert result.returncode == 2
     assert "already exists" in result.stderr
-    assert run_cli("pull", "ann/x", "-q", "-o", tmp_path / "b", "--overwrite").stdout == ""
+    assert run_process("pull", "ann/x", "-q", "-o", tmp_path / "b", "--overwrite").stdout == ""
 
 
 def test_revisions_and_subfolders(hub, tmp_path):
@@ -231,7 +231,7 @@ def test_offline_from_the_cache(hub, tmp_path, monkeypatch):
     vera_tools.pull("ann/x/en", tmp_path / "online")
     vera_tools.pull("ann/x/en", tmp_path / "tag", revision="v1")
     asked = len(hub.requests)
-    code, document = run_json("pull", "ann/x/en", "-o", tmp_path / "cli", env={"HF_HUB_OFFLINE": "1"})
+    code, document = run_json("pull", "ann/x/en", "-o", tmp_path / "cli", run=run_process, env={"HF_HUB_OFFLINE": "1"})
     assert (code, document["offline"], document["commit"]) == (0, True, repo.head.oid)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for number, revision in enumerate((None, "main", "v1", repo.head.oid)):

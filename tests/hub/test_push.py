@@ -10,7 +10,7 @@ import pytest
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, WEIGHTS, base_of, files_of, flip
-from tests.command import run_cli, run_json
+from tests.command import run_json, run_process
 from tests.hub.server import without_xet
 from tests.peers import base_model, distance, load_peft
 from vera_tools import schema
@@ -109,17 +109,18 @@ def test_only_what_changed_is_sent(ann, checkpoint):
 
 
 def test_the_command_line(ann, checkpoint):
-    code, document = run_json("push", CHECKPOINTS / KEPT, "ann/x", "--private", "-m", "First", "--base", base_of(KEPT))
+    options = ("--private", "-m", "First", "--base", base_of(KEPT))
+    code, document = run_json("push", CHECKPOINTS / KEPT, "ann/x", *options, run=run_process)
     assert code == 0
     assert (document["created"], document["private"], document["committed"]) == (True, True, True)
     assert ann.repos["ann/x"].private
     assert ann.repos["ann/x"].head.title == "First"
     manifest = json.loads(contents(ann.repos["ann/x"].head)["vera_manifest.json"])
     assert len(manifest["base"]["weights"]) == 4
-    result = run_cli("push", CHECKPOINTS / KEPT, "ann/y")
+    result = run_process("push", CHECKPOINTS / KEPT, "ann/y")
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines()[0] == f"{ann.url}/ann/y/commit/{ann.repos['ann/y'].head.oid}"
-    result = run_cli("push", drifted(checkpoint(KEPT)), "ann/z")
+    result = run_process("push", drifted(checkpoint(KEPT)), "ann/z")
     assert result.returncode == 1
     assert "drift, so it is not pushed" in result.stderr
     assert "ann/z" not in ann.repos

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import warnings
@@ -27,6 +26,7 @@ from tests.adapters import (
     put_pickle,
 )
 from tests.command import run_cli
+from tests.nn import crossing
 from tests.nn.models import (
     OPTIONS,
     adapted,
@@ -391,56 +391,10 @@ def test_neither_transformers_nor_peft_is_needed():
     assert result.stdout.strip() == ""
 
 
-CROSS = """
-import json, sys, warnings
-import torch
-from tests.nn.models import fresh, llama, peft_model
-from tests.peers import load_peft
-from vera_tools.nn import VeraModel, save_adapter
-saved, to_save = sys.argv[1:]
-warnings.simplefilter("ignore")
-report = {"capability": torch.backends.cpu.get_cpu_capability()}
-def pairs(ours, peers):
-    peers = peers.base_model
-    return {
-        "ours": [ours.vera_A["default"], ours.vera_B["default"]],
-        "peers": [peers.vera_A["default"], peers.vera_B["default"]],
-    }
-if saved:
-    ours = VeraModel.from_pretrained(llama(), saved + "/ours", strict=True)
-    peers = load_peft(llama(), saved + "/peers")
-    trained = torch.load(saved + "/pairs.pt")
-    report["same"] = {
-        who: all(map(torch.equal, pair, trained[who])) for who, pair in pairs(ours, peers).items()
-    }
-if to_save:
-    ours = fresh(save_projection=False)
-    save_adapter(ours, to_save + "/ours")
-    peers = peft_model(llama(), save_projection=False)
-    peers.save_pretrained(to_save + "/peers")
-    torch.save(pairs(ours, peers), to_save + "/pairs.pt")
-print(json.dumps(report))
-"""
-
-
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2")
-def test_a_seed_only_checkpoint_loads_bit_identically_on_a_cpu_of_another_kind(tmp_path):
+def test_a_seed_only_checkpoint_loads_bit_identically_on_a_cpu_of_another_kind(tmp_path, separate_kernels):
     """Saved without AVX2 and loaded with it, then the other way round; PEFT gets other projections both times."""
-
-    def run(capability, saved, to_save):
-        result = subprocess.run(
-            [sys.executable, "-c", CROSS, saved and str(tmp_path / saved), to_save and str(tmp_path / to_save)],
-            env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=300,
-        )
-        assert result.returncode == 0, result.stderr
-        report = json.loads(result.stdout)
-        assert report["capability"].lower() == capability
-        return report.get("same")
-
-    run("default", "", "plain")
-    assert run("avx2", "plain", "vector") == {"ours": True, "peers": False}
-    assert run("default", "vector", "") == {"ours": True, "peers": False}
+    assert separate_kernels(crossing.save, tmp_path / "plain") == "DEFAULT"
+    assert crossing.load(tmp_path / "plain") == {"ours": True, "peers": False}
+    crossing.save(tmp_path / "vector")
+    assert separate_kernels(crossing.load, tmp_path / "vector") == {"ours": True, "peers": False}

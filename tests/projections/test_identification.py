@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from tests import FIXTURES
 from tests.adapters import CHECKPOINTS
-from tests.machine import X86
 from tests.memory import traced_peak
 from tests.projections import torch_draws
 from vera_tools.dtypes import FLOATS
@@ -111,13 +110,15 @@ def test_after_bfloat16_the_recorded_pair_still_shows_how_it_was_rounded(roundin
 
 @pytest.mark.parametrize("rounding", ["fused", "separate"])
 def test_torch_makes_the_recorded_pair_again(rounding, request):
-    if rounding == "separate" and not X86:
-        pytest.skip("only x86-64 has kernels without fused multiply-add")
-    if rounding == "fused" and torch_draws.rounding() != "fused":
-        pytest.skip("this process has no fused kernels")
-    draw = torch_draws.digests if rounding == "fused" else request.getfixturevalue("separate_torch")
     asked = {"key": ROUNDING["prng_key"], **{key: ROUNDING[key] for key in ("r", "in_max", "out_max")}}
-    assert draw({**asked, "through": "bfloat16"}) == ROUNDING["sha256"][rounding]
+    asked["through"] = "bfloat16"
+    if rounding == torch_draws.rounding():
+        drawn = torch_draws.digests(asked)
+    elif rounding == "separate":
+        drawn = request.getfixturevalue("separate_kernels")(torch_draws.digests, asked)
+    else:
+        pytest.skip("this process has no fused kernels")
+    assert drawn == ROUNDING["sha256"][rounding]
 
 
 @pytest.mark.parametrize(

@@ -147,7 +147,7 @@ def test_torch_here_draws_the_same(key, shape, drawn, through):
 @given(key=KEYS, shape=SHAPES, drawn=st.sampled_from(FLOATS), through=st.sampled_from([None, "bfloat16", "float16"]))
 @example(key=5, shape=PairShape(16, 4096, 2048), drawn="float32", through="bfloat16")
 @example(key=5, shape=PairShape(16, 2048, 1024), drawn="float64", through=None)
-def test_torch_without_avx_draws_the_separate_streams(separate_torch, key, shape, drawn, through):
+def test_torch_without_avx_draws_the_separate_streams(separate_kernels, key, shape, drawn, through):
     recipe = Recipe(
         prng_key=key,
         drawn_dtype=drawn,
@@ -156,7 +156,8 @@ def test_torch_without_avx_draws_the_separate_streams(separate_torch, key, shape
         rounded_through=through,
     )
     stored = "float64" if drawn == "float64" else "float32"
-    assert digests(recipe, shape, stored_dtype=stored) == separate_torch(request(key, shape, drawn, through, stored))
+    expected = separate_kernels(torch_draws.digests, request(key, shape, drawn, through, stored))
+    assert digests(recipe, shape, stored_dtype=stored) == expected
 
 
 def request(key, shape, drawn, through, stored):

@@ -1,15 +1,9 @@
-"""vera_A and vera_B as the torch of this process draws them, in PEFT's order of steps.
-
-As a script it answers one JSON request a line, so that a process with other kernels (``ATEN_CPU_CAPABILITY=default`` is
-read when torch is loaded) can be asked again and again.
-"""
+"""vera_A and vera_B as the torch of this process draws them, in PEFT's order of steps."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import sys
 from typing import Any
 
 import torch
@@ -46,8 +40,3 @@ def half_sampling(dtype: str) -> str | None:
         return None
     major, minor = map(int, torch.__version__.split(".")[:2])
     return "opmath" if (major, minor) >= (2, 12) else "scalar"
-
-
-if __name__ == "__main__":
-    for line in sys.stdin:
-        print(json.dumps(digests(json.loads(line))), flush=True)

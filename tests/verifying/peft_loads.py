@@ -1,7 +1,7 @@
 """Which projections PEFT computes with after it has loaded an adapter: seen by loading it.
 
-As a script it prints the answer for the folders named on its command line, for processes with other kernels
-(``ATEN_CPU_CAPABILITY=default``) or another PEFT (``PYTHONPATH``).
+As a script it prints the answer for the folders named on its command line, for a process with another PEFT
+(``PYTHONPATH``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ def loaded(adapter: str, base: str, *, options: tuple[dict[str, bool], ...] = OP
             digests = [hashlib.sha256(t.detach().double().contiguous().numpy().tobytes()).hexdigest() for t in pair]
             rows.append({"base_dtype": base_dtype, "options": chosen, "digests": digests})
     return rows
+
+
+def all_loaded(adapters: dict[str, tuple[str | Path, str | Path]]) -> dict[str, list[dict[str, Any]]]:
+    """The same for many adapters and their bases, by name."""
+    return {name: loaded(str(adapter), str(base)) for name, (adapter, base) in adapters.items()}
 
 
 if __name__ == "__main__":

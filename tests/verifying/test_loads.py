@@ -85,12 +85,11 @@ def adapters(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
 
 
 @pytest.fixture(scope="module")
-def seen(adapters) -> dict[str, dict[str, list]]:
+def seen(adapters, request) -> dict[str, dict[str, list]]:
     """What PEFT loaded, by the kernels' rounding and the adapter's name."""
-    here = torch_draws.rounding()
-    rows = {here: {name: peft_loads.loaded(*map(str, paths)) for name, paths in adapters.items()}}
+    rows = {torch_draws.rounding(): peft_loads.all_loaded(adapters)}
     if FUSED_X86:
-        rows["separate"] = run_script(adapters, ATEN_CPU_CAPABILITY="default")
+        rows["separate"] = request.getfixturevalue("separate_kernels")(peft_loads.all_loaded, adapters)
     return rows
 
 

@@ -14,7 +14,7 @@ import pytest
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, NAMES, SEED_ONLY, base_of, put_pickle, replace_pair
-from tests.command import plain, run_cli, run_json, run_terminal
+from tests.command import plain, run_cli, run_json, run_process, run_terminal
 from tests.verifying.reports import failed, one
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.files import safetensors
@@ -183,7 +183,7 @@ assert not heavy, heavy
 
     def test_works_where_torch_cannot_be_imported(self, tmp_path):
         (tmp_path / "torch.py").write_text("raise ImportError('there is no torch here')")
-        result = run_cli("verify", CHECKPOINTS / KEPT, env={"PYTHONPATH": str(tmp_path)})
+        result = run_process("verify", CHECKPOINTS / KEPT, env={"PYTHONPATH": str(tmp_path)})
         assert result.returncode == 0, result.stderr
 
     def test_pickle_is_not_read_by_default(self, checkpoint):
