@@ -6,6 +6,7 @@ A line that starts with "$ " is a command; the lines up to the next one are what
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from vera_tools._version import __version__
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
@@ -79,6 +81,29 @@ def test_commands_for_a_fresh_machine():
 
 
 def test_links_lead_somewhere():
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+    for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_limits_in_security_md_are_those_of_the_code():
+    rows = re.findall(r"^\| .* \| ([\d,]+) \w+ \| `(.+)\.(\w+)` \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    for number, module, name in rows:
+        assert getattr(importlib.import_module(module), name) == int(number.replace(",", "")), name
+
+
+def test_every_decision_is_in_the_list():
+    folder = ROOT / "docs" / "decisions"
+    listed = re.findall(r"^(\d+)\. \[(.+)\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE)
+    assert [name for *_, name in listed] == sorted(path.name for path in folder.glob("[0-9]*.md"))
+    for number, title, name in listed:
+        assert name.startswith(f"{int(number):04d}-")
+        assert (folder / name).read_text().startswith(f"# {number}. {title}\n")
+
+
+def test_the_version_stands_in_one_place():
+    """As RELEASE.md says: what cites, builds or installs vera-tools reads it there or does without."""
+    for name in ("pyproject.toml", "CITATION.cff", "README.md", "CONTRIBUTING.md", "noxfile.py"):
+        text = (ROOT / name).read_text()
+        assert not re.search(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])", text), name
