@@ -108,15 +108,36 @@ def test_a_folder_without_safetensors_is_told_so(tmp_path):
         BaseModel.open(tmp_path)
 
 
-@pytest.mark.parametrize("config", ["{", "[" * 100_000, '{"a": ' + "1" * 5000 + "}"])
-def test_a_config_that_is_no_json_is_an_error(tmp_path, config):
-    with pytest.raises(FormatError, match=r"config\.json: not JSON"):
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [("{", "not JSON"), ("[" * 100_000, "not JSON"), ('{"a": ' + "1" * 5000 + "}", "a number is too large")],
+)
+def test_a_config_that_is_no_json_is_an_error(tmp_path, config, words):
+    with pytest.raises(FormatError, match=rf"config\.json.*: {words}"):
         BaseModel.open(make_base(tmp_path, {"a.weight": (2, 2)}, config=config))
 
 
-def test_a_config_that_is_no_object_says_nothing(tmp_path):
-    with BaseModel.open(make_base(tmp_path, {"a.weight": (2, 2)}, config="[1]")) as base:
-        assert base.config == {}
+def test_a_config_that_is_no_object_is_an_error(tmp_path):
+    base = make_base(tmp_path, {"a.weight": (2, 2)}, config="[1]")
+    with pytest.raises(
+        FormatError, match=r"config\.json: not a model's config \(expected a JSON object, found \[1\]\)"
+    ):
+        BaseModel.open(base)
+
+
+def test_a_config_is_parsed_as_strictly_as_any_file(tmp_path):
+    base = make_base(
+        tmp_path, {"a.weight": (2, 2)}, config='{"tie_word_embeddings": true, "tie_word_embeddings": false}'
+    )
+    with pytest.raises(FormatError, match="'tie_word_embeddings'"):
+        BaseModel.open(base)
+
+
+def test_infinity_is_no_reason_to_refuse_a_config(tmp_path):
+    """Mamba 2's own says that its time steps have no upper limit."""
+    base = make_base(tmp_path, {"a.weight": (2, 2)}, config='{"time_step_limit": [0.0, Infinity]}')
+    with BaseModel.open(base) as opened:
+        assert opened.config == {"time_step_limit": [0.0, float("inf")]}
 
 
 MODULES = ["model.layers.0.q_proj", "model.layers.1.q_proj"]

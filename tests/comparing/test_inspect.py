@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, GPT2, KEPT, NAMES, PAIR, SEED_ONLY, base_of, set_config
@@ -75,3 +76,16 @@ def test_unknown_keys_and_text(checkpoint):
     assert "arrow_config" in result.stdout
     _, shown = run_terminal("inspect", folder)
     assert all(len(line) <= 80 for line in plain(shown).splitlines()[2:])
+
+
+def test_in_features_are_known_alike_wherever_the_base_has_shorter_names(checkpoint, tmp_path):
+    """A base that was saved without its head has "layers.0..." for the adapter's "model.layers.0..."."""
+    folder, base = checkpoint(KEPT), tmp_path / "base"
+    base.mkdir()
+    tensors = load_file(base_of(KEPT) / "model.safetensors")
+    save_file({name.removeprefix("model."): tensor for name, tensor in tensors.items()}, base / "model.safetensors")
+    vera_tools.record(folder, base=base)
+    layers = vera_tools.inspect(folder).layers
+    assert {layer.in_features for layer in layers} == {64}
+    report = vera_tools.to_lora(folder, tmp_path / "lora")  # a warning would say that widths were assumed
+    assert not report.widths_assumed

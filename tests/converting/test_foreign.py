@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from tests.adapters import CHECKPOINTS, CONFIG, GPT2, KEPT, base_of, config_of, edit, edit_json, tensors_of
+from tests.adapters import CHECKPOINTS, CONFIG, GPT2, KEPT, base_of, config_of, edit, edit_json, set_config, tensors_of
 from tests.command import run_cli, run_json
 from tests.peers import base_model, distance
 from vera_tools import diff, from_foreign, strip_projections, verify
@@ -190,6 +190,29 @@ def test_the_rest_is_refused_by_name(tensor, kind, tmp_path):
     assert len(result.stderr.splitlines()) == 1
     assert "no exact mapping to VeRA" in result.stderr
     assert kind in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("tensor", "why"),
+    [
+        ("base_model.randlora_A", "RandLora sums many bases"),
+        ("base_model.pvera_A", "PVeRA samples its vectors"),
+        ("base_model.model.x.lora_A.weight", "LoRA's matrices are trained"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_told_why(checkpoint, tensor, why, tmp_path):
+    """Opening it refuses it already, without the reason that conversion has."""
+    source = checkpoint(KEPT)
+    edit(source, lambda tensors: tensors.update({tensor: np.zeros((2, 2), np.float32)}))
+    with pytest.raises(NotVeraError, match=f"no exact mapping to VeRA: {why}"):
+        from_foreign(source, tmp_path / "out")
+
+
+def test_another_kind_by_its_config_is_told_why(checkpoint, tmp_path):
+    source = checkpoint(KEPT)
+    set_config(source, peft_type="LORA")
+    with pytest.raises(NotVeraError, match=r"adapter_config\.json: no exact mapping to VeRA: LoRA's matrices"):
+        from_foreign(source, tmp_path / "out")
 
 
 def test_adapter_hub_is_refused_by_name(tmp_path):

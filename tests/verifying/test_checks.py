@@ -187,6 +187,15 @@ class TestSavedModules:
         assert statuses(report)["tensors.unexpected"] == "warn"
         assert statuses(report)["base.parameters"] == status
 
+    @pytest.mark.parametrize("module", ["tok_embeddings", "output_layer", "embed_in", "lm_head"])
+    def test_saved_embeddings_of_any_name(self, checkpoint, module):
+        folder = checkpoint(KEPT)
+        weight = np.zeros((130, 64), np.float32)
+        edit(folder, lambda arrays: arrays.__setitem__(f"base_model.model.model.{module}.weight", weight))
+        report = one(folder)
+        assert not failed(report)
+        assert statuses(report)["tensors.unexpected"] == "warn"
+
     def test_adapted_output_layer(self, tmp_path):
         """PEFT saves its weight too."""
         peft = pytest.importorskip("peft")

@@ -234,3 +234,12 @@ def test_progress_is_shown_on_a_terminal_only():
     _, shown = run_terminal("verify", "-R", CHECKPOINTS)
     assert "verifying" in shown or "━" in shown
     assert run_cli("verify", "-R", CHECKPOINTS).stderr == ""
+
+
+def test_an_error_is_of_the_part_that_it_is_in_whatever_the_folder_is_called(checkpoint, tmp_path):
+    """A folder's name that looks like the config's does not make its weights' error one of the config."""
+    folder = checkpoint(KEPT).rename(tmp_path / "adapter_config.json")
+    (folder / "adapter_model.safetensors").write_bytes(b"not safetensors")
+    assert failed(one(folder)) == {"tensors.file"}
+    (folder / "adapter_config.json").write_text("{")
+    assert failed(one(folder)) == {"config.schema"}

@@ -6,12 +6,12 @@ because transformers saves a model with or without its head. `BaseModel.locate` 
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from vera_tools import schema
 from vera_tools.checkpoints.names import INPUT_EMBEDDINGS, OUTPUT_LAYERS, module_of
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import CheckFailedError, FormatError
@@ -136,46 +136,7 @@ class BaseModel(local.Closing):
         Raises:
             CheckFailedError: the modules fit as well in several places.
         """
-        weights = {name.removesuffix(".weight") for name in self.tensors if name.endswith(".weight")}
-        modules = list(modules)
-        found = sum(module in weights for module in modules)
-        if found == len(modules):
-            return Renaming()
-        best, fits = {Renaming()}, found
-        deepest = max(modules, key=lambda module: module.count("."))
-        for option in self._renamings(deepest, weights):
-            found = sum(option(module) in weights for module in modules)
-            if found > fits:
-                best, fits = {option}, found
-            elif found == fits and fits:
-                best.add(option)
-        if Renaming() in best:
-            return Renaming()
-        # "model." taken off is the same as "model.language_model." become "language_model.": the shortest says it.
-        places = {option(deepest): option for option in sorted(best, key=lambda o: -len(o.strip + o.add))}
-        # Of a text and a vision tower, the one whose name the module bears is meant.
-        shared = {place: len(set(place.split(".")) & set(deepest.split("."))) for place in places}
-        places = {place: option for place, option in places.items() if shared[place] == max(shared.values())}
-        if len(places) > 1:
-            raise CheckFailedError(
-                "the adapter's modules fit in several places of the base",
-                where=self.label,
-                found=" and ".join(sorted(places)[:3]),
-                hint="name the part of the base that was adapted",
-            )
-        return next(iter(places.values()))
-
-    @staticmethod
-    def _renamings(module: str, weights: set[str]) -> set[Renaming]:
-        """The renamings under which one module has a weight."""
-        parts = module.split(".")
-        found = set()
-        for n in range(len(parts)):
-            strip, rest = ".".join(parts[:n]) + "." * (n > 0), ".".join(parts[n:])
-            # A bare "q_proj" is no evidence; a path with a number in it, such as "layers.0.self_attn.q_proj", is.
-            if n == 0 or rest in weights or any(part.isdigit() for part in parts[n:]):
-                found |= {Renaming(strip, w.removesuffix(rest)) for w in weights if w == rest or w.endswith(f".{rest}")}
-        return found
+        return find_renaming(modules, self.tensors, where=self.label)
 
     def linear(self, module: str, *, out_features: int, transposed: bool, renaming: Renaming) -> Linear:
         """The weight of an adapted module.
@@ -248,11 +209,65 @@ class BaseModel(local.Closing):
     def _read_config(self) -> dict[str, Any]:
         if "config.json" not in self.folder.names():
             return {}
-        try:
-            config = json.loads(local.read_text(self.folder, "config.json"))
-        except (ValueError, RecursionError) as error:
-            raise FormatError(f"not JSON: {error}", where=self.folder.path_of("config.json")) from error
-        return config if isinstance(config, dict) else {}
+        where = self.folder.path_of("config.json")
+        # Some models' configs hold infinity, Mamba 2's time_step_limit for one.
+        config = parse_json(local.read_text(self.folder, "config.json"), where=where, finite=False)
+        if not isinstance(config, dict):
+            raise FormatError("not a model's config", where=where, expected="a JSON object", found=schema.shown(config))
+        return config
+
+
+def find_renaming(modules: Iterable[str], tensors: Collection[str], *, where: str) -> Renaming:
+    """The renaming under which the most of an adapter's modules have a weight among a base's tensors.
+
+    Args:
+        modules: The adapted modules' names.
+        tensors: The base's tensor names.
+        where: The base, for messages.
+
+    Raises:
+        CheckFailedError: the modules fit as well in several places.
+    """
+    weights = {name.removesuffix(".weight") for name in tensors if name.endswith(".weight")}
+    modules = list(modules)
+    found = sum(module in weights for module in modules)
+    if found == len(modules):
+        return Renaming()
+    best, fits = {Renaming()}, found
+    deepest = max(modules, key=lambda module: module.count("."))
+    for option in _renamings(deepest, weights):
+        found = sum(option(module) in weights for module in modules)
+        if found > fits:
+            best, fits = {option}, found
+        elif found == fits and fits:
+            best.add(option)
+    if Renaming() in best:
+        return Renaming()
+    # "model." taken off is the same as "model.language_model." become "language_model.": the shortest says it.
+    places = {option(deepest): option for option in sorted(best, key=lambda o: -len(o.strip + o.add))}
+    # Of a text and a vision tower, the one whose name the module bears is meant.
+    shared = {place: len(set(place.split(".")) & set(deepest.split("."))) for place in places}
+    places = {place: option for place, option in places.items() if shared[place] == max(shared.values())}
+    if len(places) > 1:
+        raise CheckFailedError(
+            "the adapter's modules fit in several places of the base",
+            where=where,
+            found=" and ".join(sorted(places)[:3]),
+            hint="name the part of the base that was adapted",
+        )
+    return next(iter(places.values()))
+
+
+def _renamings(module: str, weights: set[str]) -> set[Renaming]:
+    """The renamings under which one module has a weight."""
+    parts = module.split(".")
+    found = set()
+    for n in range(len(parts)):
+        strip, rest = ".".join(parts[:n]) + "." * (n > 0), ".".join(parts[n:])
+        # A bare "q_proj" is no evidence; a path with a number in it, such as "layers.0.self_attn.q_proj", is.
+        if n == 0 or rest in weights or any(part.isdigit() for part in parts[n:]):
+            found |= {Renaming(strip, w.removesuffix(rest)) for w in weights if w == rest or w.endswith(f".{rest}")}
+    return found
 
 
 def rounds_through(dtypes: Iterable[str]) -> str | None:

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vera_tools.checkpoints.base import BaseModel, Linear, rounds_through
+from vera_tools.checkpoints.base import BaseModel, Linear, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
@@ -227,6 +227,29 @@ class Checkpoint(local.Closing):
             for layer in self.layers.values()
             if layer.lambda_b is not None
         ]
+
+    def in_features(self, base: BaseModel | None = None) -> dict[str, int]:
+        """in_features by adapted module, as far as the base, or a manifest made with the base at hand, tells them.
+
+        Raises:
+            CheckFailedError: the base does not fit.
+        """
+        if base is not None:
+            return {linear.module: linear.in_features for linear in self.linears(base)}
+        weights = self.manifest.base.weights if self.manifest else {}
+        if not weights or not self.layers:
+            return {}
+        try:
+            renaming = find_renaming(self.layers, weights, where=self.label)
+        except CheckFailedError:
+            return {}
+        widths = {}
+        for module, layer in self.layers.items():
+            record = weights.get(renaming(module) + ".weight")
+            if record and len(record.shape) == 2 and layer.lambda_b and layer.lambda_b.size in record.shape:
+                rows, columns = record.shape
+                widths[module] = columns if rows == layer.lambda_b.size else rows
+        return widths
 
     def pair_shape(self, base: BaseModel | None = None) -> PairShape | None:
         """r, in_max and out_max: from the stored projections, a record, or the base; None where nothing says in_max.

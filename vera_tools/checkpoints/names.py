@@ -39,13 +39,18 @@ def module_of(parameter: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 
 
-def lies_in_saved(parameter: str, saved: str) -> bool:
-    """Whether a parameter lies in a module that an entry of modules_to_save covers.
+def is_saved(module: str, saved: str) -> bool:
+    """Whether an entry of modules_to_save means this module.
 
     PEFT's ``_set_trainable``: every module whose full name ends so, be it in the middle of a word.
     """
+    return module.endswith(saved)
+
+
+def lies_in_saved(parameter: str, saved: str) -> bool:
+    """Whether a parameter lies in a module that an entry of modules_to_save means (see `is_saved`)."""
     parts = parameter.split(".")
-    return any(".".join(parts[:n]).endswith(saved) for n in range(1, len(parts)))
+    return any(is_saved(".".join(parts[:n]), saved) for n in range(1, len(parts)))
 
 
 def is_kept_from_adapting(module: str, saved: str, *, where: str) -> bool:

@@ -134,7 +134,7 @@ def inspect(
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
-        widths = _in_features(opened, model)
+        widths = opened.in_features(model)
         vectors = [i for layer in opened.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
         pair = list(opened.projections.values())
         return InspectReport(
@@ -160,18 +160,3 @@ def _summary(layer: Layer, in_features: int | None) -> LayerSummary:
         in_features,
         layer.lambda_d.size if layer.lambda_d else None,
     )
-
-
-def _in_features(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, int]:
-    """in_features by module, as far as the base or a manifest that was made with the base at hand tells it."""
-    if base is not None:
-        return {linear.module: linear.in_features for linear in checkpoint.linears(base)}
-    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
-    found = {}
-    for layer in checkpoint.layers.values():
-        record = next((r for name, r in weights.items() if name == f"{layer.module}.weight"), None)
-        if record and len(record.shape) == 2 and layer.lambda_b:
-            rows, columns = record.shape
-            transposed = checkpoint.config.fan_in_fan_out if rows == columns else columns == layer.lambda_b.size
-            found[layer.module] = rows if transposed else columns
-    return found

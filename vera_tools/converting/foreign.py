@@ -41,14 +41,15 @@ FORMATS = ("peft-draft", "anima")
 
 _SHARED = {"vera_A": "vera_shared_A", "vera_B": "vera_shared_B"}
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
+_NO_MAPPING = "no exact mapping to VeRA"
 #: Fragments of tensor names: what they belong to, and why that is not taken in.
 _REFUSED = {
     "vera_embedding_": ("PEFT-DRAFT-EMBEDDINGS", "it adapts embeddings, which VeRA has not done since PEFT 0.11"),
     "randlora_": ("RANDLORA", "RandLora sums many bases, VeRA has one"),
     "pvera_": ("PVERA", "PVeRA samples its vectors, VeRA's are fixed"),
     "vblora_": ("VBLORA", "VB-LoRA composes its matrices from a bank"),
-    ".lora_down.": ("LORA", "the vectors were multiplied into LoRA's matrices and cannot be taken out exactly"),
     ".lora_A": ("LORA", "LoRA's matrices are trained, VeRA's are not"),
+    ".lora_down.": ("LORA", "the vectors were multiplied into LoRA's matrices and cannot be taken out exactly"),
     "lokr_": ("LOKR", "it is a Kronecker product"),
 }
 
@@ -123,7 +124,10 @@ def from_foreign(
         raise FormatError(f"not a training state: it has an {CONFIG_NAME}", where=os.fspath(checkpoint))
     _refuse_adapter_hub(folder)
     with contextlib.ExitStack() as stack:
-        opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
+        try:
+            opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
+        except NotVeraError as error:
+            raise _with_reason(error) from error
         target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         _refuse_by_name(opened.weights)
@@ -161,7 +165,13 @@ def _refuse_by_name(weights: TensorFile) -> None:
     for name in weights.tensors:
         for fragment, (kind, why) in _REFUSED.items():
             if fragment in name:
-                raise NotVeraError(f"no exact mapping to VeRA: {why}", kind=kind, where=f"{weights.label}: {name}")
+                raise NotVeraError(f"{_NO_MAPPING}: {why}", kind=kind, where=f"{weights.label}: {name}")
+
+
+def _with_reason(error: NotVeraError) -> NotVeraError:
+    """The refusal of another kind of adapter, with why it cannot become VeRA, where that is known."""
+    why = next((why for kind, why in _REFUSED.values() if kind == error.kind.upper()), None)
+    return error if why is None else NotVeraError(f"{_NO_MAPPING}: {why}", kind=error.kind, where=error.where)
 
 
 def _draft_config(checkpoint: Checkpoint) -> dict[str, Any]:

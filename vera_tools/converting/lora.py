@@ -128,10 +128,11 @@ def to_lora(
         )
         resolved = resolve(opened, assumptions)
         record = resolved.record
-        widths = in_features_by_layer(opened, model)
-        if widths is None:
+        widths = opened.in_features(model)
+        widths_assumed = not widths.keys() >= opened.layers.keys()
+        if widths_assumed:
             _warn_of_widths(opened, record, strict=strict)
-        tensors = _Tensors(opened, resolved, widths or {}, dtype)
+        tensors = _Tensors(opened, resolved, {} if widths_assumed else widths, dtype)
         config = lora_config(opened, r=record.shape.r)
         with target.open() as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
@@ -148,7 +149,7 @@ def to_lora(
             factor=size / opened.weights.size,
             vllm_max_lora_rank=rank,
             vllm_obstacles=tuple(_vllm_obstacles(opened, record.shape.r)),
-            widths_assumed=widths is None,
+            widths_assumed=widths_assumed,
             notes=notes,
         )
 
@@ -178,26 +179,6 @@ def lora_config(checkpoint: Checkpoint, *, r: int) -> dict[str, Any]:
         "target_modules": sorted(checkpoint.layers) if targets is None else targets,
         "task_type": config.task_type,
     }
-
-
-def in_features_by_layer(checkpoint: Checkpoint, base: BaseModel | None) -> dict[str, int] | None:
-    """Each adapted module's in_features, from the base or the manifest's record of it; None where neither says.
-
-    Raises:
-        CheckFailedError: the base does not fit.
-    """
-    if base is not None:
-        return {linear.module: linear.in_features for linear in checkpoint.linears(base)}
-    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
-    widths = {}
-    for module, layer in checkpoint.layers.items():
-        # The outermost module's name may differ between adapter and base; the rest of the path does not.
-        names = [n for n in weights if f".{module}.weight".endswith(f".{n}") or n.endswith(f".{module}.weight")]
-        if len(names) != 1 or layer.lambda_b is None or len(weights[names[0]].shape) != 2:
-            return None
-        rows, columns = weights[names[0]].shape
-        widths[module] = columns if rows == layer.lambda_b.size else rows
-    return widths or None
 
 
 class _Tensors:

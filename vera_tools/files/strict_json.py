@@ -12,10 +12,15 @@ from vera_tools.errors import FormatError
 _MAX_DIGITS = 4000  # Python refuses to parse a few more
 
 
-def parse_json(text: str, *, where: str) -> Any:
+def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
     """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, numbers and text that cannot be.
 
     A byte-order mark before it is no part of it.
+
+    Args:
+        text: The file's text.
+        where: The file.
+        finite: Refuse NaN and infinity, which JSON does not have; Python writes and reads them all the same.
 
     Raises:
         FormatError: not JSON.
@@ -30,7 +35,7 @@ def parse_json(text: str, *, where: str) -> Any:
             raise FormatError(f"the key {twice!r} stands there twice", where=where)
         return result
 
-    def refuse(constant: str) -> None:
+    def refuse(constant: str) -> float:
         raise FormatError(f"{constant} is not JSON", where=where)
 
     oversized: list[str] = []  # the numbers that Python cannot hold; infinity stands for them until their key is known
@@ -52,7 +57,7 @@ def parse_json(text: str, *, where: str) -> Any:
         document = json.loads(
             text.removeprefix("\ufeff"),
             object_pairs_hook=unique,
-            parse_constant=refuse,
+            parse_constant=refuse if finite else float,
             parse_int=whole,
             parse_float=real,
         )

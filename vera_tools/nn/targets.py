@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.checkpoints.names import TASK_HEADS
+from vera_tools.checkpoints.names import TASK_HEADS, is_saved
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
@@ -104,11 +104,16 @@ def find(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
 def unmatched(config: VeraConfig, model: nn.Module) -> list[str]:
     """Entries of target_modules and modules_to_save that no module of the model answers to."""
     names = [name for name, _ in named_modules(model)]
-    entries = [] if isinstance(config.target_modules, str) else list(config.target_modules or [])
-    entries += [
-        entry for entry in config.modules_to_save or [] if entry not in TASK_HEADS.get(config.task_type or "", ())
+    targets = [] if isinstance(config.target_modules, str) else list(config.target_modules or [])
+    heads = TASK_HEADS.get(config.task_type or "", ())
+    return [
+        *(entry for entry in targets if not any(n == entry or n.endswith(f".{entry}") for n in names)),
+        *(
+            entry
+            for entry in config.modules_to_save or []
+            if entry not in heads and not any(is_saved(name, entry) for name in names)
+        ),
     ]
-    return [entry for entry in entries if not any(n == entry or n.endswith(f".{entry}") for n in names)]
 
 
 def saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -119,7 +124,7 @@ def saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
     """
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
-        if any(name == wanted or name.endswith(f".{wanted}") for wanted in config.modules_to_save or []):
+        if any(is_saved(name, wanted) for wanted in config.modules_to_save or []):
             if isinstance(module, nn.ModuleList | nn.ModuleDict):
                 raise UsageError("modules_to_save cannot be a container", where=name, found=type(module).__name__)
             if any(name.startswith(f"{outer}.") for outer in found):
