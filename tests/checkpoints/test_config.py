@@ -237,7 +237,7 @@ BAD_TEXTS = {
     "a list": (b"[]", "not an adapter config (expected a JSON object, found [])"),
     "null": (b"null", "found null"),
     "a number": (b"5", "not an adapter config"),
-    "a key twice": (b'{"peft_type": "VERA", "r": 8, "r": 9}', "the key 'r' stands there twice"),
+    "a key twice": (b'{"peft_type": "VERA", "r": 8, "r": 9}', "duplicate key 'r'"),
     "NaN": (b'{"peft_type": "VERA", "d_initial": NaN}', "NaN is not JSON"),
     "infinity": (b'{"peft_type": "VERA", "d_initial": -Infinity}', "-Infinity is not JSON"),
     "infinity in digits": (b'{"peft_type": "VERA", "d_initial": 1e999}', "a number is too large"),

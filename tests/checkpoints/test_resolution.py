@@ -162,7 +162,7 @@ def test_a_recipe_that_the_user_names_is_taken_without_a_warning():
 
 def test_in_max_must_come_from_somewhere():
     with Checkpoint.open(CHECKPOINTS / SEED_ONLY) as checkpoint:
-        with pytest.raises(UsageError, match=r"in_max cannot be read off a seed-only checkpoint; .*--in-features"):
+        with pytest.raises(UsageError, match=r"the layer width is unknown: pass --base; .*--in-features"):
             resolve(checkpoint)
         with BaseModel.open(base_of(SEED_ONLY)) as base, pytest.raises(UsageError, match="expected 96, found 95"):
             resolve(checkpoint, Assumptions(base=base, in_features=95))

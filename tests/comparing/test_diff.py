@@ -234,7 +234,7 @@ def test_an_unknown_pair_leaves_the_effect_unknown():
     report = diff(CHECKPOINTS / SEED_ONLY, CHECKPOINTS / KEPT)
     assert report.layers is None
     assert report.equal_in_effect is None
-    assert "in_max cannot be read off" in str(report.why_not)
+    assert "the layer width is unknown" in str(report.why_not)
 
 
 def test_command(checkpoint, tmp_path):

@@ -194,7 +194,7 @@ def test_memory_stays_within_twice_the_adapter(tmp_path):
 
 
 def test_without_a_width_it_refuses(tmp_path):
-    with pytest.raises(UsageError, match="in_max cannot be read off a seed-only checkpoint"):
+    with pytest.raises(UsageError, match="the layer width is unknown: pass --base"):
         embed_projections(CHECKPOINTS / SEED_ONLY, tmp_path / "out")
 
 

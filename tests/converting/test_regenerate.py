@@ -71,7 +71,7 @@ def test_strict_in_the_library():
 
 
 def test_seed_only_needs_in_max():
-    with pytest.raises(UsageError, match="in_max"):
+    with pytest.raises(UsageError, match="the layer width is unknown"):
         vera_tools.regenerate(CHECKPOINTS / SEED_ONLY)
     with pytest.warns(AssumedRecipeWarning, match="half-precision base"):
         by_hand = vera_tools.regenerate(CHECKPOINTS / SEED_ONLY, in_features=96)

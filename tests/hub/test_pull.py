@@ -313,7 +313,7 @@ def test_embed(hub, tmp_path):
     assert all(load.exact for load in default)
     assert provenance(tmp_path / "out")["embedded"] is True
     assert config_of(tmp_path / "out")["save_projection"] is True
-    with pytest.raises(UsageError, match="in_max"):
+    with pytest.raises(UsageError, match="the layer width is unknown"):
         vera_tools.pull("ann/x", tmp_path / "new", embed=True)
     assert not (tmp_path / "new").exists()
 

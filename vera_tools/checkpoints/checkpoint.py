@@ -353,7 +353,7 @@ def _open_weights(place: Place, *, allow_pickle: bool) -> TensorFile:
 
             return TensorFile(read_pickle(folder, PICKLE_NAME))
         raise FormatError(
-            "a pickle can run code when it is read, so it is not",
+            "pickles can run code, so vera-tools does not read them",
             where=folder.path_of(PICKLE_NAME),
             expected=WEIGHTS_NAME,
             hint="pass --allow-pickle to read it through torch's weights_only loader, or save it again with a PEFT "

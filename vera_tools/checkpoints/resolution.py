@@ -268,9 +268,9 @@ def _assume(checkpoint: Checkpoint, given: Assumptions) -> ProjectionRecord:
     if shape is None:
         if in_features is None:
             raise UsageError(
-                "in_max cannot be read off a seed-only checkpoint",
+                "the layer width is unknown: pass --base",
                 where=checkpoint.label,
-                hint="name the base model (--base) or the largest in_features of the adapted layers (--in-features)",
+                hint="a seed-only checkpoint does not hold it; --in-features N does too, the widest adapted layer's",
             )
         widths = [layer.lambda_b.size for layer in checkpoint.layers.values() if layer.lambda_b]
         if not widths:

@@ -108,7 +108,7 @@ def show_common(report: ConversionReport, console: Console) -> None:
     console.print(f"  recipe    {recipe}{' (assumed)' if record.assumed else ''}")
     console.print(f"  manifest  {human_bytes(report.manifest_bytes)}, with the digests of all tensors")
     if report.carried_over and not report.in_place:
-        console.print(f"  as it is  {', '.join(report.carried_over)}")
+        console.print(f"  copied    {', '.join(report.carried_over)}, unchanged")
     if report.left_out:
         console.print(f"  left out  {', '.join(report.left_out)}")
     for note in report.notes:

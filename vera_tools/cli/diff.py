@@ -37,7 +37,8 @@ def command(
 ) -> int:
     """Compare checkpoints A and B: config, tensors, and the updates that they make to a base's weights.
 
-    Exits 0 only where config and tensors are equal. Metadata, manifest and model card are reported and decide nothing.
+    Exits 0 only where config and tensors are equal. Differences in metadata, manifest and model card are
+    reported, and do not count.
     """
     with output.progress("comparing layers") as progress:
         report = diff(
@@ -92,7 +93,7 @@ def _show(report: DiffReport, console: Console, *, limit: int | None) -> None:
         f"{name} {sides.get(state, state)}" for name, state in report.beside.items() if state not in ("equal", "absent")
     )
     if states:
-        console.print(f"beside   {states} (decides nothing)")
+        console.print(f"not compared: {states}")
     verdict = "equal" if report.equal else "not equal, but equal in effect" if report.equal_in_effect else "not equal"
     console.print(f"verdict  {verdict}")
 

@@ -16,7 +16,7 @@ from vera_tools.files import atomic
 from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
-from vera_tools.verifying.loads import BASE_DTYPES, Load
+from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import VERDICTS, CheckpointReport, Verdict, VerifyReport
 from vera_tools.verifying.verify import verify
 
@@ -200,19 +200,19 @@ def _print_loads(rows: list[tuple[str, tuple[bool | None, ...]]], console: Conso
 
     heading = "loads exactly, by dtype of the base"
     width = max(len(heading), *(len(name) for name, _ in rows)) + 2
-    if not console.soft_wrap and console.width < 2 + width + len("  ".join(BASE_DTYPES)):
+    if not console.soft_wrap and console.width < 2 + width + len("  ".join(BASE_KINDS.values())):
         console.print(Text(f"  {heading}", style="bold"))
         for name, cells in rows:
-            pairs = zip(BASE_DTYPES, cells, strict=True)
+            pairs = zip(BASE_KINDS.values(), cells, strict=True)
             answers = ", ".join(f"{dtype} {_ANSWERS[exact][0]}" for dtype, exact in pairs)
             console.print(Text(f"  {name}: {answers}"))
         return
-    console.print(Text(f"  {heading:{width}}" + "  ".join(BASE_DTYPES), style="bold"))
+    console.print(Text(f"  {heading:{width}}" + "  ".join(BASE_KINDS.values()), style="bold"))
     for name, cells in rows:
         line = Text(f"  {name:{width}}")
-        for dtype, exact in zip(BASE_DTYPES, cells, strict=True):
+        for kind, exact in zip(BASE_KINDS.values(), cells, strict=True):
             word, style = _ANSWERS[exact]
-            line.append(f"{word:{len(dtype) + 2}}", style=style)
+            line.append(f"{word:{len(kind) + 2}}", style=style)
         line.rstrip()
         console.print(line)
 

@@ -143,7 +143,7 @@ def strip_projections(
 def describe_distance(found: Identification) -> str:
     """How far a stored pair is from the nearest known recipe, in one line."""
     if found.recipe is None:
-        return "no known recipe makes anything like it"
+        return "no known recipe comes close"
     parts = []
     for name in PROJECTIONS:
         match = found.matches[name]

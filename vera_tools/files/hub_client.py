@@ -297,7 +297,7 @@ def _explain_status(root: BaseException, where: str) -> HubError | None:
     said = _redact(str(getattr(root, "server_message", None) or "")).split("\n")[0].rstrip(".")
     quoted = f': "{said}"' if said else ""
     if status == 401:
-        what = "the Hub does not accept the token" if _token() else "the Hub wants to know who asks"
+        what = "the Hub does not accept the token" if _token() else "authentication required"
         return HubError(what + quoted, where=where, hint=_SIGN_IN)
     if status == 403:
         hint = "use a token with write access to this namespace, or propose the change with --create-pr"

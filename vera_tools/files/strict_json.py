@@ -32,7 +32,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
             refuse_oversized(next((f": {name}" for name, value in pairs if _holds_infinity(value)), ""))
         if len(result) != len(pairs):
             ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise FormatError(f"the key {twice!r} stands there twice", where=where)
+            raise FormatError(f"duplicate key {twice!r}", where=where)
         return result
 
     def refuse(constant: str) -> float:

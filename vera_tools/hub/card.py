@@ -16,7 +16,7 @@ from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
 from vera_tools.files.hub_client import Reference
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Load
+from vera_tools.verifying.loads import BASE_DTYPES, BASE_KINDS, ROUNDINGS, Load
 from vera_tools.verifying.report import CheckpointReport
 
 BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
@@ -205,7 +205,7 @@ def _loaders(loads: Iterable[Load]) -> str:
         cells.setdefault((load.loader, options), {})[load.base_dtype, load.rounding] = load.exact
     if not cells:
         return ""
-    head = ["Loader", *(f"{dtype} base" for dtype in BASE_DTYPES)]
+    head = ["Loader", *(f"{kind} base" for kind in BASE_KINDS.values())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for (loader, options), exact in cells.items():
         label = f"{loader}, {options}" if options else loader

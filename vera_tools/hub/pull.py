@@ -242,7 +242,7 @@ def _chosen(
         raise FormatError("no adapter here", where=str(reference), expected=CONFIG_NAME, found=_some(by_name))
     if PICKLE_NAME in by_name and WEIGHTS_NAME not in by_name and not allow_pickle:
         raise FormatError(
-            "a pickle can run code when it is read, so it is not pulled",
+            "pickles can run code, so vera-tools does not pull them",
             where=f"{reference}/{PICKLE_NAME}",
             expected=WEIGHTS_NAME,
             hint="pass --allow-pickle to take it all the same",

@@ -23,6 +23,8 @@ from vera_tools.report import Document
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
 ROUNDINGS = ("fused", "separate")
 BASE_DTYPES = ("float32", "bfloat16", "float16", "integer")
+#: The same in the words of tables for people.
+BASE_KINDS = dict(zip(BASE_DTYPES, ("float32", "bfloat16", "float16", "quantised"), strict=True))
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
 
 
@@ -111,7 +113,7 @@ def _row(
 
 def _vera_tools(trained: Trained) -> tuple[bool | None, str]:
     if trained.stored:
-        return True, "takes the stored pair as it is"
+        return True, "takes the stored pair unchanged"
     if trained.recipes is None:
         return None, "nothing is recorded: assumes PEFT's recipe for the base, and says so"
     if not trained.recipes:

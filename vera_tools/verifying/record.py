@@ -103,7 +103,7 @@ def record(
         assert isinstance(folder, local.LocalFolder)
         path = folder.path / MANIFEST_NAME
         if kind := local.not_a_file(path):
-            raise FormatError(f"this is {kind}, not a file", where=path, hint="take it away")
+            raise FormatError(f"this is {kind}, not a file", where=path, hint="remove it")
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
