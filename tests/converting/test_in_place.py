@@ -67,7 +67,7 @@ def test_a_refusal_changes_nothing(checkpoint):
 def test_where_the_system_cannot_exchange_it_refuses(checkpoint, monkeypatch):
     source = checkpoint(KEPT)
     before = files_of(source)
-    monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    monkeypatch.setattr(atomic, "_swap", lambda: None)
     with pytest.raises(UsageError, match=r"cannot replace a folder in one step; write to another folder with -o"):
         strip_projections(source, in_place=True)
     assert files_of(source) == before

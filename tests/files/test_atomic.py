@@ -118,7 +118,7 @@ def test_what_appears_meanwhile_is_not_touched(tmp_path):
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+        monkeypatch.setattr(atomic, "_swap", lambda: None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_bytes(b"old")
@@ -144,7 +144,7 @@ def test_an_error_leaves_no_folder_or_the_old_one(tmp_path, overwrite):
 
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+    monkeypatch.setattr(atomic, "_swap", lambda: None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_bytes(b"old")
@@ -236,7 +236,7 @@ class TestReplacement:
         assert (old / "weights").read_bytes() == b"old"
 
     def test_a_system_without_the_exchange_is_told_so(self, old, monkeypatch):
-        monkeypatch.setattr(atomic, "_renameat2", lambda: None)
+        monkeypatch.setattr(atomic, "_swap", lambda: None)
         with pytest.raises(UsageError, match=r"cannot replace a folder in one step; .* -o instead"):
             self.replace(old)
         assert (old / "weights").read_bytes() == b"old"

@@ -2,7 +2,8 @@
 
 Everything is written under a temporary name in the same parent folder, flushed to disk, and renamed. A process that is
 killed leaves the old state or the new one, and at most a hidden ``.NAME.XXXX.tmp`` beside it. A folder that is there
-already is exchanged with the new one in a single step (`exchange`), where the system has it.
+already is exchanged with the new one in a single step (`exchange`), where the system has it: Linux's renameat2, macOS's
+renameatx_np.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import errno
 import functools
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from vera_tools.errors import UsageError, VeraToolsError
@@ -53,8 +54,8 @@ def file(path: Path, *, sync: bool = True) -> Iterator[Path]:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
         temporary = Path(name)
         try:
-            os.fchmod(descriptor, path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
             os.close(descriptor)
+            temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
             yield temporary
             if sync:
                 _sync(temporary)
@@ -106,6 +107,8 @@ def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
     """
     with errors(path):
         path = path.resolve(strict=True)
+        if _swap() is None:
+            raise _no_exchange(path)
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
         try:
             yield temporary
@@ -124,34 +127,54 @@ def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Swap what two names of one file system stand for, in a single step (Linux's renameat2 with RENAME_EXCHANGE).
+    """Swap what two names of one file system stand for, in a single step.
 
     Raises:
         UsageError: this system or this file system has no such operation.
         OSError: it has, and refused.
     """
-    rename = _renameat2()
-    if rename is not None:
-        at_cwd, rename_exchange = -100, 2  # AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
-        if rename(at_cwd, os.fsencode(a), at_cwd, os.fsencode(b), rename_exchange) == 0:
+    swap = _swap()
+    if swap is not None:
+        if swap.call(swap.here, os.fsencode(a), swap.here, os.fsencode(b), swap.flag) == 0:
             return
         code = ctypes.get_errno()
         if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
             raise OSError(code, os.strerror(code), str(b))
-    raise UsageError(
-        "this system cannot replace a folder in one step", where=b, hint="write to another folder with -o instead"
+    raise _no_exchange(b)
+
+
+def _no_exchange(path: Path) -> UsageError:
+    return UsageError(
+        "this system cannot replace a folder in one step", where=path, hint="write to another folder with -o instead"
     )
 
 
+@dataclass(frozen=True)
+class _Swap:
+    """A function of the C library, what it takes for the working folder, and the flag that has it swap."""
+
+    call: ctypes._NamedFuncPointer
+    here: int
+    flag: int
+
+
 @functools.cache
-def _renameat2() -> ctypes._NamedFuncPointer | None:
-    """The C library's function, or None where there is none."""
-    if sys.platform != "linux":
+def _swap() -> _Swap | None:
+    """How two names are swapped here; None where it cannot be done (Windows)."""
+    known = (
+        ("renameat2", -100, 2),  # Linux: AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
+        ("renameatx_np", -2, 2),  # macOS: AT_FDCWD in sys/fcntl.h, RENAME_SWAP in sys/stdio.h
+    )
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+    except (TypeError, OSError):  # there is no one C library that every program has
         return None
-    function: ctypes._NamedFuncPointer | None = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if function is not None:
-        function.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-    return function
+    for name, here, flag in known:
+        call: ctypes._NamedFuncPointer | None = getattr(library, name, None)
+        if call is not None:
+            call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+            return _Swap(call, here, flag)
+    return None
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -222,14 +245,15 @@ def _carry_over(old: Path, new: Path) -> None:
         return
     try:
         os.link(old, new, follow_symlinks=False)
-    except OSError:  # a file system without hard links, or too many of them
+    except (OSError, AttributeError, NotImplementedError):  # no hard links here, or too many of them
         shutil.copy2(old, new, follow_symlinks=False)
         _keep_owner(old, new, follow_symlinks=False)
 
 
 def _keep_owner(old: Path, new: Path, *, follow_symlinks: bool = True) -> None:
     status = old.stat(follow_symlinks=follow_symlinks)
-    with contextlib.suppress(PermissionError):  # only root may give a file away
+    # Only root may give a file away, and Windows has no owners of this kind.
+    with contextlib.suppress(PermissionError, AttributeError):
         os.chown(new, status.st_uid, status.st_gid, follow_symlinks=follow_symlinks)
     if follow_symlinks:
         new.chmod(status.st_mode & 0o7777)
@@ -250,12 +274,22 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    if path.is_dir():
+        with contextlib.suppress(OSError):  # Windows opens no folder, and some file systems cannot flush one
+            _flush(path, os.O_RDONLY)
+        return
+    try:
+        _flush(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno != errno.EBADF:
+            raise
+        _flush(path, os.O_RDWR)  # Windows flushes nothing that was opened for reading
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)
-    except OSError:  # some file systems cannot sync a folder
-        if path.is_file():
-            raise
     finally:
         os.close(descriptor)
 

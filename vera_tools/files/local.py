@@ -1,13 +1,15 @@
 """Where bytes come from: a folder on disk, or (through `vera_tools.files.hub`) a repository on the Hub.
 
 Everything above this module reads through `Folder` and `ByteSource`, by ranges, and so never needs to know which.
-Files are read with pread, not mapped: a file that is truncated while it is read becomes an error, not a SIGBUS.
+Files are read by ranges, not mapped: a file that is truncated while it is read becomes an error, not a SIGBUS.
 """
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -76,10 +78,11 @@ class LocalFile(Closing):
         if kind := not_a_file(path):
             raise FormatError(f"this is {kind}, not a file", where=path)
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._file = io.FileIO(path)
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
-        status = os.fstat(self._descriptor)
+        self._position = threading.Lock()
+        status = os.fstat(self._file.fileno())
         self.size, self.modified = status.st_size, status.st_mtime_ns
 
     @property
@@ -96,7 +99,7 @@ class LocalFile(Closing):
         view, done = buffer.cast("B"), 0
         while done < len(view):
             try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
+                count = self._read_at(view[done:], start + done)
             except OSError as error:
                 raise FormatError(f"cannot be read: {error.strerror}", where=self.label) from error
             if count == 0:
@@ -109,9 +112,16 @@ class LocalFile(Closing):
                 )
             done += count
 
+    def _read_at(self, view: memoryview, start: int) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [view], start)
+        with self._position:  # which is one for all threads
+            self._file.seek(start)
+            return self._file.readinto(view)
+
     def fileno(self) -> int:
         """The open descriptor."""
-        return self._descriptor
+        return self._file.fileno()
 
     def check_unchanged(self) -> None:
         """Refuse a file that was written to since it was opened.
@@ -119,7 +129,7 @@ class LocalFile(Closing):
         Raises:
             FormatError: its size or its time of modification is another.
         """
-        status = os.fstat(self._descriptor)
+        status = os.fstat(self._file.fileno())
         if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
             raise FormatError(
                 "the file was changed while it was read",
@@ -131,9 +141,7 @@ class LocalFile(Closing):
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._file.close()
 
 
 class MemoryFile:

@@ -7,12 +7,13 @@ becomes the client's own blob once it has that digest. What Xet transfers is lef
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import importlib.util
 from pathlib import Path
 
 from vera_tools.errors import HubError
 from vera_tools.files import hub_client as hub
+from vera_tools.files import locking
 from vera_tools.files.hub_client import Reference, RemoteFile
 from vera_tools.hub.transfer import check_arrived
 
@@ -35,9 +36,7 @@ def fetch(reference: Reference, commit: str, file: RemoteFile) -> None:
     with hub.errors(where):
         blob.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            if not locking.take(stream.fileno()):
                 return
             if blob.exists():  # another process has just finished it
                 return
@@ -49,6 +48,12 @@ def fetch(reference: Reference, commit: str, file: RemoteFile) -> None:
                     raise
                 # What was there before may have been damaged since.
                 _complete(reference, commit, file, partial, where=where)
+            try:
+                partial.replace(blob)
+                return
+            except PermissionError:
+                pass  # Windows renames no file that is open
+        with contextlib.suppress(PermissionError):  # another process has just opened it, and finds it whole
             partial.replace(blob)
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import io
 import os
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +25,9 @@ _NOT_POSSIBLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errn
 
 
 def _system_fallocate() -> Callable[[int, int, int, int], int] | None:
-    """fallocate(2). `os.posix_fallocate` would write to every block where a file system has no such call."""
+    """Linux's fallocate(2). `os.posix_fallocate` would write to every block where a file system has no such call."""
+    if sys.platform != "linux":
+        return None
     try:
         function = ctypes.CDLL(None).fallocate
     except (AttributeError, OSError):
@@ -39,12 +44,17 @@ class OutputFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._file = io.FileIO(path, "w+")
+        self._position = threading.Lock()
+
+    def fileno(self) -> int:
+        """The open descriptor."""
+        return self._file.fileno()
 
     def reserve(self, size: int) -> None:
         """Reserve the blocks of a file of `size` bytes, where the system can: copying then takes a sixth less time."""
         if _fallocate is not None:
-            _fallocate(self.descriptor, 0, 0, size)  # where that fails, writing tells why
+            _fallocate(self.fileno(), 0, 0, size)  # where that fails, writing tells why
 
     def write_at(self, data: memoryview, offset: int) -> None:
         """Write all of `data`.
@@ -53,18 +63,19 @@ class OutputFile:
             OSError: the disk is full, or fails.
         """
         while data:
-            count = os.pwrite(self.descriptor, data, offset)
+            count = self._write_at(data, offset)
             data, offset = data[count:], offset + count
 
-    def sync(self) -> None:
-        """Flush to disk."""
-        os.fsync(self.descriptor)
+    def _write_at(self, data: memoryview, offset: int) -> int:
+        if hasattr(os, "pwrite"):
+            return os.pwrite(self.fileno(), data, offset)
+        with self._position:  # which is one for all threads
+            self._file.seek(offset)
+            return self._file.write(data)
 
     def close(self) -> None:
         """Close the descriptor."""
-        if self.descriptor >= 0:
-            os.close(self.descriptor)
-            self.descriptor = -1
+        self._file.close()
 
     def __enter__(self) -> OutputFile:
         return self
@@ -100,7 +111,7 @@ def _copy_inside_the_kernel(source: LocalFile, start: int, length: int, target: 
         to_boundary = -(offset + done) % _ALIGNMENT
         count = min(to_boundary or PIECE, length - done)
         try:
-            count = os.copy_file_range(source.fileno(), target.descriptor, count, start + done, offset + done)
+            count = os.copy_file_range(source.fileno(), target.fileno(), count, start + done, offset + done)
         except OSError as error:
             if error.errno in _NOT_POSSIBLE:
                 return done

@@ -17,21 +17,17 @@ that is killed leaves the folder behind; the system drops its lock.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
+import platform
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from vera_tools.errors import UsageError
-from vera_tools.files import atomic
+from vera_tools.files import atomic, locking
 from vera_tools.merging.plan import Plan, Shard
-
-# What flock says where a file system has no locks; then nothing can be promised, and nothing is refused.
-_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @dataclass(frozen=True)
@@ -62,7 +58,7 @@ class Staging:
 
     def part(self, shard: Shard) -> Path:
         """Where a file is written; each process has its own, so that none disturbs another's."""
-        return self.folder / "parts" / f"{shard.name}.{os.uname().nodename}.{os.getpid()}"
+        return self.folder / "parts" / f"{shard.name}.{platform.node()}.{os.getpid()}"
 
     def done(self, shard: Shard) -> Path:
         """Where it lies when it is finished."""
@@ -183,17 +179,13 @@ def _locked(folder: Path, output: Path, *, shared: bool) -> Iterator[None]:
         except FileNotFoundError:  # another process has just finished and removed the folder
             continue
         try:
-            try:
-                fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            except OSError as error:
-                if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise UsageError(
-                        "another merge is at work on this output",
-                        where=output,
-                        hint="wait for it, or choose another output",
-                    ) from None
-                if error.errno not in _NO_LOCKS:
-                    raise
+            # Where there are no locks nothing can be promised, and nothing is refused.
+            if locking.take(descriptor, shared=shared) is False:
+                raise UsageError(
+                    "another merge is at work on this output",
+                    where=output,
+                    hint="wait for it, or choose another output",
+                )
             if not _is_current(descriptor, folder / "lock"):
                 continue  # locked a file that was removed meanwhile
             yield
