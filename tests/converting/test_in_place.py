@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import resource
 import shutil
 import stat
 import subprocess
@@ -20,6 +19,8 @@ from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
 from vera_tools.files import atomic
 from vera_tools.projections.pair import PairShape
+
+resource = pytest.importorskip("resource", reason="signals, limits and terminals of POSIX")
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="exchanging folders in one step is Linux's"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import random
 import signal
@@ -144,6 +143,7 @@ def test_processes_that_are_killed_one_after_the_other(hub, tmp_path):
 
 
 def test_a_file_that_another_process_fetches_is_left_to_the_client(hub, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
     hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     with hub.fault("GET /blob/", status=403, times=99), pytest.raises(HubError):
         vera_tools.pull("ann/x", tmp_path / "out")

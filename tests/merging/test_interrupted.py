@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,6 +22,8 @@ from tests.merging.models import make_adapter, make_base, weights
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.merging import copying, execution, staging
 from vera_tools.merging import merge as merging
+
+resource = pytest.importorskip("resource", reason="signals, limits and terminals of POSIX")
 
 SHAPES = {f"model.layers.{n}.{p}": (512, 384) for n in range(8) for p in ("up", "gate")}
 

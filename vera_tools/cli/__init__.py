@@ -6,6 +6,7 @@ One module a command, loaded when it is called; what they share is in `shared`. 
 
 from __future__ import annotations
 
+import errno
 import importlib
 import io
 import os
@@ -70,7 +71,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     """Run the command line and exit: the one place that turns errors into messages and exit codes."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the caller, as by the shell's >&-
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8, or a path that is not
@@ -84,6 +85,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         if error.filename is not None or os.environ.get("VERA_TOOLS_DEBUG") == "1":
             raise
         _abandon_stdout()
+        if sys.platform == "win32" and error.errno == errno.EINVAL:  # what Windows says of a pipe that nobody reads
+            sys.exit(CLOSED)
         write_line(f"error: the output could not be written: {error.strerror}")
         code = VeraToolsError.exit_code
     sys.exit(code)

@@ -258,7 +258,7 @@ def _write(
     base: BaseModel | None,
 ) -> Manifest:
     """Config, weights and manifest. The manifest's tensors are the LoRA's, its projections those it was made from."""
-    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+    (folder / CONFIG_NAME).write_bytes(json.dumps(config, indent=2, sort_keys=True).encode())
     safetensors.save(folder / WEIGHTS_NAME, tensors, {**foreign_metadata(checkpoint), **record.to_metadata()})
     with TensorFile.open(folder / WEIGHTS_NAME) as file:
         records = {n: TensorRecord(info.shape, info.dtype, file.sha256(n)) for n, info in file.tensors.items()}

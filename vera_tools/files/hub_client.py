@@ -416,7 +416,7 @@ def _secrets() -> list[str]:
 
     found = [os.environ.get("HF_TOKEN", ""), os.environ.get("HUGGING_FACE_HUB_TOKEN", "")]
     with contextlib.suppress(OSError, ValueError):
-        found.append(Path(constants.HF_TOKEN_PATH).read_text())
+        found.append(Path(constants.HF_TOKEN_PATH).read_text("utf-8"))
     forms = {form for token in found for form in (token, token.strip(), "".join(token.splitlines()).strip())}
     return sorted((form for form in forms if form.strip()), key=len, reverse=True)
 

@@ -36,7 +36,10 @@ def fetch(reference: Reference, commit: str, file: RemoteFile) -> None:
     with hub.errors(where):
         blob.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("ab") as stream:
-            if not locking.take(stream.fileno()):
+            taken = locking.take(stream.fileno())
+            if not taken:
+                if taken is None and not stream.tell():  # there are no locks here, so nobody will go on with it
+                    partial.unlink(missing_ok=True)
                 return
             if blob.exists():  # another process has just finished it
                 return

@@ -158,7 +158,7 @@ def pull(
             embedded=embedded,
             verification=verification,
         )
-        (folder / PROVENANCE_NAME).write_text(_provenance(report), "utf-8")
+        (folder / PROVENANCE_NAME).write_bytes(_provenance(report).encode())
     return report
 
 

@@ -6,7 +6,6 @@ import ctypes
 import errno
 import io
 import os
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -26,11 +25,9 @@ _NOT_POSSIBLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errn
 
 def _system_fallocate() -> Callable[[int, int, int, int], int] | None:
     """Linux's fallocate(2). `os.posix_fallocate` would write to every block where a file system has no such call."""
-    if sys.platform != "linux":
-        return None
     try:
         function = ctypes.CDLL(None).fallocate
-    except (AttributeError, OSError):
+    except (AttributeError, OSError, TypeError):  # TypeError: Windows, which has no one C library for every program
         return None
     function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
     return function

@@ -17,15 +17,17 @@ that is killed leaves the folder behind; the system drops its lock.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vera_tools.errors import UsageError
+from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.files import atomic, locking
 from vera_tools.merging.plan import Plan, Shard
 
@@ -48,8 +50,8 @@ class Journal:
 class Staging:
     """One merge's folder, locked."""
 
-    def __init__(self, folder: Path, output: Path) -> None:
-        self.folder, self.path = folder, output
+    def __init__(self, folder: Path, output: Path, lock: io.FileIO) -> None:
+        self.folder, self.path, self._lock = folder, output, lock
 
     @property
     def output(self) -> Path:
@@ -92,8 +94,11 @@ class Staging:
         """Remove everything, the lock last: until it is gone no other process begins here."""
         with contextlib.suppress(OSError):
             _clear(self.folder)
-            (self.folder / "lock").unlink(missing_ok=True)
-            self.folder.rmdir()  # fails where another process has begun at once
+            try:
+                _remove_lock(self.folder)
+            except PermissionError:  # Windows removes no open file: ours, nor one that another process has just opened
+                self._lock.close()
+                _remove_lock(self.folder)
 
 
 def place(output: Path) -> Path:
@@ -125,8 +130,8 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
                 "there is nothing to finish", where=output, hint="run the merge with --shard 1/N to N/N first"
             )
         output.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(folder, output, shared=shared):
-            staging = Staging(folder, output)
+        with _locked(folder, output, shared=shared) as lock:
+            staging = Staging(folder, output, lock)
             _take_up(folder, output, plan, resume=resume or finish, shared=shared)
             if not shared:  # what is in parts then belongs to processes that are no more
                 shutil.rmtree(folder / "parts", ignore_errors=True)
@@ -140,6 +145,11 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
                 raise
 
 
+def _remove_lock(folder: Path) -> None:
+    (folder / "lock").unlink(missing_ok=True)
+    folder.rmdir()  # fails where another process has begun at once
+
+
 def _clear(folder: Path) -> None:
     for entry in folder.iterdir():
         if entry.name != "lock":
@@ -148,7 +158,8 @@ def _clear(folder: Path) -> None:
 
 def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
     marker, plan_file = folder / "shared", folder / "plan"
-    known = (plan_file.read_text() or None) if plan_file.exists() else None  # a power failure may have emptied it
+    # A power failure may have emptied it.
+    known = (plan_file.read_text("utf-8") or None) if plan_file.exists() else None
     if not (resume or shared):
         if marker.exists():
             raise UsageError(
@@ -171,27 +182,28 @@ def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bo
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, output: Path, *, shared: bool) -> Iterator[None]:
+def _locked(folder: Path, output: Path, *, shared: bool) -> Iterator[io.FileIO]:
     while True:
         folder.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            lock = io.FileIO(folder / "lock", "a")
         except FileNotFoundError:  # another process has just finished and removed the folder
             continue
-        try:
-            # Where there are no locks nothing can be promised, and nothing is refused.
-            if locking.take(descriptor, shared=shared) is False:
+        with lock:
+            taken = locking.take(lock.fileno(), shared=shared)
+            if taken is None:
+                message = f"{output}: there are no file locks here, so a second merge into it would not be refused"
+                warnings.warn(message, VeraToolsWarning, stacklevel=5)
+            if taken is False:
                 raise UsageError(
                     "another merge is at work on this output",
                     where=output,
                     hint="wait for it, or choose another output",
                 )
-            if not _is_current(descriptor, folder / "lock"):
+            if not _is_current(lock.fileno(), folder / "lock"):
                 continue  # locked a file that was removed meanwhile
-            yield
+            yield lock
             return
-        finally:
-            os.close(descriptor)
 
 
 def _is_current(descriptor: int, path: Path) -> bool:

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TextIO
 
 from vera_tools import schema
@@ -151,7 +151,8 @@ def _repository(path: str, verify: Verify, known: _Log) -> list[Result]:
         files = hub.listing(api, reference, commit, recursive=True)
     except HubError as error:
         return [Result(path, None, Failed(path, error))]
-    folders = sorted(str(Path(file).parent) for file in files if Path(file).name == CONFIG_NAME)
+    paths = [PurePosixPath(file) for file in files]
+    folders = sorted(str(path.parent) for path in paths if path.name == CONFIG_NAME)
     if not folders:
         return [known.get(path, commit) or Result(path, commit, Skipped(path, NO_ADAPTER))]
     found = [replace(reference, subfolder="" if folder == "." else folder) for folder in folders]
@@ -193,7 +194,7 @@ class _Log:
             whole = data[: data.rfind(b"\n") + 1]
             for number, line in enumerate(whole.splitlines(), start=1):
                 self._remember(line, where=f"{self._path}: line {number}")
-            self._stream = self._path.open("r+" if self._path.exists() else "w", encoding="utf-8")
+            self._stream = self._path.open("r+" if self._path.exists() else "w", encoding="utf-8", newline="\n")
             self._stream.seek(len(whole))
             self._stream.truncate()
         except OSError as error:
