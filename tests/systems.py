@@ -130,11 +130,19 @@ def _no_flushing_of_what_is_read() -> None:
 def _text_mode() -> None:
     """Windows writes line ends as it likes, to files that were opened as text and to descriptors without O_BINARY."""
 
-    def translating(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
-        plain = len(args) < 4 and options.get("newline") is None
-        if plain and "b" not in mode and set(mode) & set("wax+"):
-            options["newline"] = "\r\n"
-        return _real_open(file, mode, *args, **options)
+    def translating(
+        file: Any,
+        mode: str = "r",
+        buffering: int = -1,
+        encoding: str | None = None,
+        errors: str | None = None,
+        newline: str | None = None,
+        *more: Any,
+        **options: Any,
+    ) -> Any:
+        if newline is None and "b" not in mode and set(mode) & set("wax+"):
+            newline = "\r\n"
+        return _real_open(file, mode, buffering, encoding, errors, newline, *more, **options)
 
     io.open = builtins.open = translating
     os.O_BINARY = binary = 1 << 30
@@ -277,18 +285,7 @@ class _LockFileEx:
 
 _whole_os = types.ModuleType("os")
 #: Libraries that vera-tools uses and that look at the system themselves.
-OTHERS = (
-    "click",
-    "filelock",
-    "hf_xet",
-    "huggingface_hub",
-    "httpx2",
-    "jsonschema",
-    "numpy",
-    "rich",
-    "threadpoolctl",
-    "yaml",
-)
+OTHERS = ("click", "filelock", "huggingface_hub", "httpcore", "httpx", "numpy", "rich", "threadpoolctl", "tqdm")
 
 
 def take_away(*names: str) -> None:
@@ -314,11 +311,11 @@ def stand_in_for_windows() -> None:
 
 
 def _leave_others_alone() -> None:
-    for name in ("huggingface_hub.file_download", "rich.console", "rich.progress", *OTHERS):
+    for name in ("click", "huggingface_hub.file_download", "numpy", "rich.progress", "threadpoolctl"):
         importlib.import_module(name)
     vars(_whole_os).update(vars(os))
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0] in OTHERS and getattr(module, "os", None) is os:
+        if name.split(".")[0].removesuffix("2") in OTHERS and getattr(module, "os", None) is os:
             module.os = _whole_os
 
 

@@ -175,8 +175,8 @@ def test_threads_write_one_file_without_pwrite(tmp_path, monkeypatch):
     with OutputFile(tmp_path / "data") as file:
 
         def write(number):
-            for start in range(number * 256, len(data), 8 * 256):
-                file.write_at(memoryview(data)[start : start + 256], start)
+            for start in range(number * 16, len(data), 8 * 16):
+                file.write_at(memoryview(data)[start : start + 16], start)
 
         at_once(write)
     assert (tmp_path / "data").read_bytes() == data
