@@ -17,6 +17,7 @@ import errno
 import importlib
 import io
 import os
+import pathlib
 import shutil
 import signal
 import sys
@@ -295,6 +296,10 @@ def take_away(*names: str) -> None:
     for name in names:
         for lack in SYSTEMS.get(name, (name,)):
             LACKS[lack]()
+    if accessor := getattr(pathlib, "_NormalAccessor", None):  # Python 3.10 keeps the functions that it found
+        for name in ("rename", "replace", "unlink", "rmdir", "symlink"):
+            setattr(accessor, name, staticmethod(getattr(os, name)))
+        accessor.open = staticmethod(io.open)
     if "macos" in names:
         _symbols_instead["renameatx_np"] = _renameatx_np
     if "windows" in names:
@@ -315,7 +320,8 @@ def _leave_others_alone() -> None:
         importlib.import_module(name)
     vars(_whole_os).update(vars(os))
     for name, module in list(sys.modules.items()):
-        if name.split(".")[0].removesuffix("2") in OTHERS and getattr(module, "os", None) is os:
+        other = name.split(".")[0].removesuffix("2") in OTHERS or name == "ctypes.util"
+        if other and getattr(module, "os", None) is os:
             module.os = _whole_os
 
 
