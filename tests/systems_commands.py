@@ -73,7 +73,7 @@ def merge(note: Transcript) -> None:
 
 def merge_in_parts(note: Transcript) -> None:
     for part in ("1/2", "2/2"):
-        note.run("merge", "stored", "--base", "merged", "-o", "parts", "--shard", part)
+        note.run("merge", "stored", "--base", "merged", "-o", "parts", "--part", part)
     note.run("merge", "stored", "--base", "merged", "-o", "parts", "--finish", "--verify")
 
 
@@ -100,7 +100,7 @@ def merge_twice_at_once(note: Transcript) -> None:
     with open(".busy.merge/lock", "ab") as held:
         locking.take(held.fileno())
         note.run("merge", "stored", "--base", "base", "-o", "busy", "-q")
-        note.run("merge", "stored", "--base", "base", "-o", "busy", "-q", "--shard", "1/2")
+        note.run("merge", "stored", "--base", "base", "-o", "busy", "-q", "--part", "1/2")
     shutil.rmtree(".busy.merge", ignore_errors=True)
     shutil.rmtree("busy", ignore_errors=True)
 

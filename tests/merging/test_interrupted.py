@@ -148,7 +148,7 @@ class TestKill:
     @pytest.mark.parametrize("damage", ["copied", "computed", "cut", "journal"])
     def test_resume_checks_what_is_there(self, damage, made, tmp_path):
         out = tmp_path / "out"
-        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        vera_tools.merge(made[1], base=made[0], output=out, part=(1, 2))
         folder = staging.place(out)
         victim = min((folder / "output").iterdir())
         with vera_tools.files.safetensors.TensorFile.open(victim) as file:
@@ -163,7 +163,7 @@ class TestKill:
             data = bytearray(victim.read_bytes())
             data[place] ^= 1
             victim.write_bytes(data)
-        report = vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        report = vera_tools.merge(made[1], base=made[0], output=out, part=(1, 2))
         assert report.shards == (victim.name,)
         assert victim.name not in report.resumed
 
@@ -183,9 +183,9 @@ class TestKill:
 
     def test_another_merge_is_not_resumed(self, made, tmp_path):
         out = tmp_path / "out"
-        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        vera_tools.merge(made[1], base=made[0], output=out, part=(1, 2))
         with pytest.raises(UsageError, match="belongs to another merge"):
-            vera_tools.merge(made[1], base=made[0], output=out, weights=[2], shard=(2, 2))
+            vera_tools.merge(made[1], base=made[0], output=out, weights=[2], part=(2, 2))
         with pytest.raises(UsageError, match="have begun to fill"):
             vera_tools.merge(made[1], base=made[0], output=out)
 
@@ -197,14 +197,14 @@ class TestSharing:
         adapter = make_adapter(tmp_path / "adapter", SHAPES)
         repo = hub.add_repo("ann/base", snapshot(first))
         out = tmp_path / "out"
-        vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(1, 2))
+        vera_tools.merge(adapter, base="hf://ann/base", output=out, part=(1, 2))
         stored = {name: hub.store(data, large=name.endswith(".safetensors")) for name, data in snapshot(second).items()}
         old = repo.head.oid
         hub.commit(repo, "refs/heads/main", old, stored, "other weights", "ann")
         with pytest.raises(UsageError, match="belongs to another merge: base, "):
-            vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(2, 2))
+            vera_tools.merge(adapter, base="hf://ann/base", output=out, part=(2, 2))
         repo.refs["refs/heads/main"] = old
-        vera_tools.merge(adapter, base="hf://ann/base", output=out, shard=(2, 2))
+        vera_tools.merge(adapter, base="hf://ann/base", output=out, part=(2, 2))
         vera_tools.merge(adapter, base="hf://ann/base", output=out, finish=True)
         vera_tools.merge(adapter, base=first, output=tmp_path / "expected")
         assert weights(out).keys() == weights(first).keys()
@@ -212,7 +212,8 @@ class TestSharing:
 
     def test_processes_share_the_files_and_one_finishes(self, made, tmp_path):
         out = tmp_path / "out"
-        parts = [subprocess.Popen(command(made, out, "--shard", f"{n}/3", "-q")) for n in (1, 2, 3)]
+        names = ("--part", "--shard", "--part")  # the second is the older name
+        parts = [subprocess.Popen(command(made, out, name, f"{n}/3", "-q")) for n, name in enumerate(names, 1)]
         assert [part.wait() for part in parts] == [0, 0, 0]
         assert not out.exists()
         code, document = run_json(*command(made, out, "--finish", "--verify")[3:])
@@ -223,7 +224,7 @@ class TestSharing:
         assert hidden(tmp_path) == []
 
     def test_every_file_belongs_to_exactly_one_part(self, made, tmp_path):
-        reports = [vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 3)) for n in (1, 2, 3)]
+        reports = [vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", part=(n, 3)) for n in (1, 2, 3)]
         names = [name for report in reports for name in report.shards]
         assert sorted(names) == sorted(path for path in made[2] if path.endswith(".safetensors"))
         assert all(len(report.shards) in (2, 3) for report in reports)
@@ -231,17 +232,17 @@ class TestSharing:
 
     def test_more_parts_than_files(self, made, tmp_path):
         for n in range(1, 11):
-            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 10))
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", part=(n, 10))
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
         assert snapshot(tmp_path / "out") == made[2]
 
     def test_finish_refuses_what_is_incomplete(self, made, tmp_path):
-        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(1, 3))
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", part=(1, 3))
         with pytest.raises(UsageError, match="not every file is finished"):
             vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
         assert hidden(tmp_path) == [".out.merge"]
         for n in (2, 3):
-            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 3))
+            vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", part=(n, 3))
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
         assert snapshot(tmp_path / "out") == made[2]
 
@@ -250,7 +251,7 @@ class TestSharing:
         first = halted(made, out, after=8)
         first.send_signal(signal.SIGSTOP)
         try:
-            for options in ((), ("--resume",), ("--finish",), ("--shard", "1/2")):
+            for options in ((), ("--resume",), ("--finish",), ("--part", "1/2")):
                 second = run_cli(*command(made, out, *options)[3:])
                 assert second.returncode == 2
                 assert "another merge is at work on this output" in second.stderr
@@ -310,14 +311,14 @@ class TestDisk:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         out = tmp_path / "out"
-        vera_tools.merge(made[1], base=made[0], output=out, shard=(1, 2))
+        vera_tools.merge(made[1], base=made[0], output=out, part=(1, 2))
         monkeypatch.setattr(os, "copy_file_range", fail)
         with pytest.raises(VeraToolsError, match="No space left"):
-            vera_tools.merge(made[1], base=made[0], output=out, shard=(2, 2))
+            vera_tools.merge(made[1], base=made[0], output=out, part=(2, 2))
         monkeypatch.undo()
         assert list((staging.place(out) / "parts").iterdir()) == []
         assert len(list((staging.place(out) / "output").iterdir())) == 4
-        vera_tools.merge(made[1], base=made[0], output=out, shard=(2, 2))
+        vera_tools.merge(made[1], base=made[0], output=out, part=(2, 2))
         vera_tools.merge(made[1], base=made[0], output=out, finish=True)
         assert snapshot(out) == made[2]
 
@@ -438,7 +439,7 @@ class TestVerify:
 
 def test_the_record_is_the_same_after_a_resume(made, tmp_path):
     for n in (1, 2):
-        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", shard=(n, 2))
+        vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", part=(n, 2))
     vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
     assert json.loads((tmp_path / "out/vera_merge.json").read_bytes()) == json.loads(made[2]["vera_merge.json"])
 

@@ -41,7 +41,9 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 )
 @click.option("--verify", is_flag=True, help="Read the result back and prove it before it appears.")
 @click.option("--resume", is_flag=True, help="Go on from the files that an interrupted merge has finished.")
-@click.option("--shard", metavar="I/N", help="Write only part I of N; other processes write the others.")
+@click.option(
+    "--part", "--shard", metavar="I/N", help="Write only part I of N of the files; other processes write the others."
+)
 @click.option("--finish", is_flag=True, help="Check what the N processes wrote and make OUT appear.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity too.")
 @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too, by torch with weights_only.")
@@ -64,7 +66,7 @@ def command(
     max_shard_size: str | None,
     verify: bool,
     resume: bool,
-    shard: str | None,
+    part: str | None,
     finish: bool,
     allow_nonfinite: bool,
     allow_pickle: bool,
@@ -94,7 +96,7 @@ def command(
             allow_pickle=allow_pickle,
             verify=verify,
             resume=resume,
-            shard=parse_shard(shard) if shard else None,
+            part=parse_part(part) if part else None,
             finish=finish,
             overwrite=overwrite,
             sync=sync,
@@ -116,7 +118,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def parse_shard(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
     """(I, N) from "I/N".
 
     Raises:

@@ -122,6 +122,7 @@ def merge(
     allow_pickle: bool = False,
     verify: bool = False,
     resume: bool = False,
+    part: tuple[int, int] | None = None,
     shard: tuple[int, int] | None = None,
     finish: bool = False,
     overwrite: bool = False,
@@ -148,7 +149,8 @@ def merge(
         allow_pickle: Read legacy adapter_model.bin files too, by torch with weights_only.
         verify: Read the result back and prove it, before it appears.
         resume: Go on from the files that an interrupted merge has finished, after checking them.
-        shard: (I, N): write only the I-th of N parts of the files, 1 <= I <= N; other processes write the others.
+        part: (I, N): write only the I-th of N parts of the files, 1 <= I <= N; other processes write the others.
+        shard: The older name of `part`.
         finish: Check the files that the N processes wrote, and make the output appear.
         overwrite: Replace an existing output.
         sync: Flush the weights to disk before the output appears.
@@ -166,7 +168,8 @@ def merge(
     started = time.perf_counter()
     references = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
-    _check_arguments(references, factors, shard=shard, finish=finish)
+    part = part or shard
+    _check_arguments(references, factors, part=part, finish=finish)
     path = destination.refuse_output(output, overwrite=overwrite, inputs=(base, *references))
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(BaseModel.open(base))
@@ -179,10 +182,10 @@ def merge(
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
         notes = heads.notes(plan)
-        mine = portion(plan.shards, shard)
+        mine = portion(plan.shards, part)
         for adapter in adapters:
             adapter.load()
-        stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=shard is not None, finish=finish))
+        stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=part is not None, finish=finish))
         count = stack.enter_context(execution.workers(jobs))
         keep = verification.finished(plan, mine, stage, jobs=count)
         todo = [item for item in mine if item not in keep]
@@ -191,9 +194,9 @@ def merge(
                 "not every file is finished",
                 where=path,
                 found=f"{len(todo)} of {len(mine)} missing or damaged, the first {todo[0].name}",
-                hint="run the missing --shard I/N again, then --finish",
+                hint="run the missing --part I/N again, then --finish",
             )
-        whole = shard is None
+        whole = part is None
         _check_room(plan, todo, stage.folder)
         expected = sum(item.size for item in todo) + (sum(item.size for item in mine) if verify and whole else 0)
         meter = execution.Meter(progress, expected)
@@ -226,7 +229,7 @@ def merge(
 
 
 def _check_arguments(
-    references: Sequence[object], weights: Sequence[float], *, shard: tuple[int, int] | None, finish: bool
+    references: Sequence[object], weights: Sequence[float], *, part: tuple[int, int] | None, finish: bool
 ) -> None:
     if not references:
         raise UsageError("there is nothing to merge", expected="at least one checkpoint")
@@ -236,10 +239,10 @@ def _check_arguments(
             expected=f"{len(references)}, one for each",
             found=str(len(weights)),
         )
-    if shard is not None and not 1 <= shard[0] <= shard[1]:
-        raise UsageError("no such part", expected="I/N with 1 <= I <= N", found=f"{shard[0]}/{shard[1]}")
-    if shard is not None and finish:
-        raise UsageError("--finish comes by itself, after every --shard I/N has ended")
+    if part is not None and not 1 <= part[0] <= part[1]:
+        raise UsageError("no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}")
+    if part is not None and finish:
+        raise UsageError("--finish comes by itself, after every --part I/N has ended")
 
 
 def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:

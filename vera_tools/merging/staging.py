@@ -3,9 +3,9 @@
 ::
 
     .OUT.merge/
-      lock             held while a process works here: shared by `--shard` processes, alone otherwise
+      lock             held while a process works here: shared by `--part` processes, alone otherwise
       plan             digest of the plan; a process with another plan is refused
-      shared           present where `--shard` processes fill it
+      shared           present where `--part` processes fill it
       parts/NAME       a file that is being written
       journal/NAME     JSON: what a finished file's tensors are known by
       output/NAME      finished files; becomes OUT as a whole
@@ -127,7 +127,7 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
     with atomic.errors(output):
         if finish and not folder.is_dir():
             raise UsageError(
-                "there is nothing to finish", where=output, hint="run the merge with --shard 1/N to N/N first"
+                "there is nothing to finish", where=output, hint="run the merge with --part 1/N to N/N first"
             )
         output.parent.mkdir(parents=True, exist_ok=True)
         with _locked(folder, output, shared=shared) as lock:
@@ -163,7 +163,7 @@ def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bo
     if not (resume or shared):
         if marker.exists():
             raise UsageError(
-                "processes with --shard have begun to fill this output",
+                "processes with --part have begun to fill this output",
                 where=output,
                 hint=f"end them with --finish, or delete {folder}",
             )

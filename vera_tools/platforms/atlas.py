@@ -1,7 +1,7 @@
 """What real torch builds draw: one drift report a build, made by `vera-tools drift` and shipped with the package.
 
 The entries tell whether the torch at hand is a known one, and let `verify` name real builds where it says that a loader
-is exact. fixtures/atlas/make.py makes them.
+is exact. fixtures/make_atlas.py makes them.
 """
 
 from __future__ import annotations

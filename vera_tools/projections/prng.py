@@ -4,7 +4,7 @@ The engine is MT19937 with ``init_genrand(key mod 2**32)``. numpy has the same o
 streams NumPy guarantees never to change (NEP 19), so this reference cannot move with any later numpy or torch.
 
 The arithmetic follows ``uniform_real`` in ATen/core/TransformationHelper.h and the kernels in
-ATen/native/cpu/DistributionTemplates.h, read in the releases from 1.13 to 2.13:
+ATen/native/cpu/DistributionTemplates.h, read in the releases from 1.13.1 to 2.15.0:
 
 - float32 takes the low 24 bits of one 32-bit word, float64 the low 53 bits of two (the first word is the high half);
 - ``from`` and ``to`` are -bound and +bound in the drawn dtype, with ``bound = sqrt(3) * sqrt(2) / sqrt(fan_in)``
