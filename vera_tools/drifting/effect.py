@@ -1,14 +1,11 @@
 """What another pair of projections does to an adapter: per layer from the vectors alone, and to a model's logits.
 
-A layer adds ``diag(lambda_b) B diag(lambda_d) A`` to its weight. With another pair A', B' the update changes by
-``diag(lambda_b) ((B' - B) diag(lambda_d) A + B' diag(lambda_d) (A' - A))``; its norm is taken through r x r Gram
-matrices, so that no weight-sized matrix is made, and from the differences, so that nothing cancels.
+The norms of the updates and of their difference are `comparing.updates`': no weight-sized matrix is made.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 import tempfile
@@ -21,11 +18,10 @@ import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
+from vera_tools.comparing.updates import Pair, UpdateComparison
 from vera_tools.drifting import logits
 from vera_tools.dtypes import Array
 from vera_tools.report import Document, Progress
-
-Pair = tuple[Array, Array]
 
 
 @dataclass(frozen=True)
@@ -96,34 +92,22 @@ def measure(
         base: Gives each layer's in_features; without it every layer is taken to use all of vera_A.
         progress: Called once a layer.
     """
-    wide = [(old.astype(np.float64), new.astype(np.float64)) for old, new in zip(trained, loaded, strict=True)]
-    unequal = sum(int(np.count_nonzero(old != new)) for old, new in wide)
-    (a_old, a_new), (b_old, b_new) = wide
-    widths = {linear.module: linear.in_features for linear in checkpoint.linears(base)} if base else {}
+    unequal = sum(int(np.count_nonzero(old != new)) for old, new in zip(trained, loaded, strict=True))
+    widths = checkpoint.in_features(base) if base else {}
+    comparison = UpdateComparison(trained, loaded)
     layers = [layer for layer in checkpoint.layers.values() if layer.lambda_b and layer.lambda_d]
-    grams: dict[int, tuple[Array, Array]] = {}
     changes = []
     for number, layer in enumerate(layers):
         assert layer.lambda_b is not None
         assert layer.lambda_d is not None
-        columns, rows = widths.get(layer.module) or a_old.shape[1], layer.lambda_b.size
-        lambda_b = checkpoint.weights.read(layer.lambda_b.name).astype(np.float64)[:, None]
-        lambda_d = checkpoint.weights.read(layer.lambda_d.name).astype(np.float64)
-        if columns not in grams:
-            old, moved = a_old[:, :columns], (a_new - a_old)[:, :columns]
-            grams[columns] = old @ old.T, np.concatenate([old, moved]) @ np.concatenate([old, moved]).T
-        norm = _norm(lambda_b * b_old[:rows] * lambda_d, grams[columns][0])
-        moved_b = np.concatenate([b_new[:rows] - b_old[:rows], b_new[:rows]], axis=1)
-        change = _norm(lambda_b * moved_b * np.concatenate([lambda_d, lambda_d]), grams[columns][1])
-        changes.append(LayerChange(layer.module, columns, rows, change / norm if norm else None))
+        columns = widths.get(layer.module) or trained[0].shape[1]
+        vectors = checkpoint.weights.read(layer.lambda_b.name), checkpoint.weights.read(layer.lambda_d.name)
+        norms = comparison.layer(columns, vectors, vectors)
+        change = norms.difference / norms.a if norms.a else None
+        changes.append(LayerChange(layer.module, columns, layer.lambda_b.size, change))
         if progress:
             progress(number + 1, len(layers), layer.module)
-    return Effect(unequal / sum(old.size for old, _ in wide), tuple(changes))
-
-
-def _norm(left: Array, gram: Array) -> float:
-    """Frobenius norm of ``left @ right`` from ``gram = right @ right.T``."""
-    return math.sqrt(max(0.0, float(np.sum((left.T @ left) * gram))))
+    return Effect(unequal / sum(old.size for old in trained), tuple(changes))
 
 
 def logits_change(
