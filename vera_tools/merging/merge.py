@@ -19,7 +19,7 @@ from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
-from vera_tools.merging import execution, heads, record, staging, verification
+from vera_tools.merging import execution, record, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
@@ -181,7 +181,7 @@ def merge(
             resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
-        notes = heads.notes(plan)
+        notes = task_heads.notes(plan)
         mine = portion(plan.shards, part)
         for adapter in adapters:
             adapter.load()

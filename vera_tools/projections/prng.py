@@ -19,14 +19,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from vera_tools.dtypes import HALVES, Array, np_dtype
-from vera_tools.projections.floats import fma
+from vera_tools.projections.affine import AFFINE, Scratch
 from vera_tools.projections.key import seed
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.recipe import Recipe
@@ -141,7 +141,7 @@ class _Drawer:
 
     def __init__(self, recipe: Recipe, fan_in: int, stored_dtype: str) -> None:
         limit = bound(fan_in)
-        self._affine = _AFFINE[recipe.drawn_dtype == "float64", recipe.rounding]
+        self._affine = AFFINE[recipe.drawn_dtype == "float64", recipe.rounding]
         bits = 53 if recipe.drawn_dtype == "float64" else 24
         limits: np.dtype[Any] = np.dtype(np.float32)
         self._wrap: tuple[Array, Array] | None = None
@@ -159,7 +159,7 @@ class _Drawer:
         self._scale = 2 * float(np.array(limit).astype(limits)) * 2.0**-bits
         self._mask = np.uint64(2**bits - 1)
         self._casts = _casts(recipe, stored_dtype)
-        self._scratch = _Scratch()
+        self._scratch = Scratch()
 
     def __call__(self, words: Array) -> Array:
         values = self._affine(words, self._mask, self._scale, self._low, self._scratch)
@@ -180,64 +180,3 @@ def _casts(recipe: Recipe, stored_dtype: str) -> list[np.dtype[Any]]:
                 path.append("float32")  # c10::BFloat16 and c10::Half are made from a float, never from a double
             path.append(dtype)
     return [np_dtype(dtype) for dtype in path[1:]]
-
-
-class _Scratch:
-    """Arrays of one block's size, made once."""
-
-    def __init__(self) -> None:
-        self._arrays: dict[str, Array] = {}
-
-    def __call__(self, dtype: str, size: int) -> Array:
-        array = self._arrays.get(dtype)
-        if array is None or array.size < size:
-            array = self._arrays[dtype] = np.empty(size, dtype)
-        return array[:size]
-
-
-def _low_bits(words: Array, mask: np.uint64, scratch: _Scratch) -> Array:
-    bits = scratch("uint32", words.size)
-    np.copyto(bits, words, casting="unsafe")
-    np.bitwise_and(bits, np.uint32(mask), out=bits)
-    return bits.view(np.int32)  # numpy converts signed integers to floats much faster than unsigned ones
-
-
-def _single_fused(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
-    # 24 bits times 24 bits plus a number of the same scale fits in float64's 53, so only the last cast rounds.
-    wide, out = scratch("float64", words.size), scratch("float32", words.size)
-    np.multiply(_low_bits(words, mask, scratch), scale, out=wide)
-    np.add(wide, low, out=wide)
-    np.copyto(out, wide, casting="same_kind")
-    return out
-
-
-def _single_separate(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
-    out = scratch("float32", words.size)
-    np.copyto(out, _low_bits(words, mask, scratch), casting="same_kind")
-    # The kernel multiplies by 2**-24 first; scaling by a power of two commutes with rounding.
-    np.multiply(out, np.float32(scale), out=out)
-    np.add(out, np.float32(low), out=out)
-    return out
-
-
-def _unit_bits(words: Array, mask: np.uint64) -> Array:
-    high, low = words[0::2], words[1::2]
-    bits: Array = ((high << np.uint64(32)) | low) & mask
-    return bits.astype(np.float64)
-
-
-def _double_separate(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
-    return _unit_bits(words, mask) * scale + low
-
-
-def _double_fused(words: Array, mask: np.uint64, scale: float, low: float, scratch: _Scratch) -> Array:
-    return fma(_unit_bits(words, mask), scale, low)
-
-
-_Affine = Callable[[Array, np.uint64, float, float, _Scratch], Array]
-_AFFINE: dict[tuple[bool, str], _Affine] = {
-    (False, "fused"): _single_fused,
-    (False, "separate"): _single_separate,
-    (True, "fused"): _double_fused,
-    (True, "separate"): _double_separate,
-}

@@ -1,0 +1,36 @@
+"""Every check that `verify` may report, by its id: what it looks at. Ids are stable from release to release."""
+
+from __future__ import annotations
+
+CHECK_IDS = {
+    "config.schema": "adapter_config.json against its schema: every key that PEFT knows has a value that PEFT takes",
+    "config.kind": "the kind of adapter",
+    "config.key": "a key wider than 32 bits, of which only the low 32 matter",
+    "config.save_projection": "what the config says is stored against what is",
+    "tensors.file": "the safetensors file: header, extents, dtypes",
+    "tensors.layers": "every adapted layer has both vectors; every target module has a layer",
+    "tensors.shapes": "r, in_max, out_max and the vectors fit each other",
+    "tensors.out_max": "vera_B has as many rows as the longest vera_lambda_b has elements",
+    "tensors.dtypes": "projections and vectors have a floating-point dtype that VeRA computes in",
+    "tensors.saved": "every module that modules_to_save names is in the file",
+    "tensors.unexpected": "a tensor that the config does not explain: PEFT would drop it in silence",
+    "tensors.finite": "NaN and infinity, with their places",
+    "tensors.lambda_b": "all zeros: the adapter does nothing yet, so equal outputs would prove nothing",
+    "tensors.lambda_d": "all zeros: the adapter does nothing",
+    "metadata.schema": "the file's own record can be read",
+    "metadata.projections": "the stored projections have the digests of the file's own record",
+    "metadata.manifest": "the file's own record says what the manifest says",
+    "manifest.schema": "the manifest can be read",
+    "manifest.assumed": "the recorded recipe was assumed, not proven from stored projections",
+    "manifest.projections": "the stored projections have the recorded digests",
+    "manifest.tensors": "every tensor has the recorded shape, dtype and digest",
+    "manifest.stale": "the vectors changed and the projections did not: saved again after training on",
+    "manifest.config": "adapter_config.json says what was recorded",
+    "manifest.metadata": "the file's metadata is the recorded one",
+    "manifest.recipe": "the stored pair is what the recorded recipe gives",
+    "base.modules": "every adapted module exists in the base and fits, and none is left out",
+    "base.pair": "in_max and out_max follow from the base",
+    "base.parameters": "biases and saved modules fit the base's parameters",
+    "base.recorded": "the base's adapted weights have the recorded shapes and dtypes",
+    "projections.match": "the verdict in words",
+}
