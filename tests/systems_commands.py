@@ -16,10 +16,8 @@ from unittest import mock
 
 import huggingface_hub
 
-from tests.outputs import ROOT, Transcript
-
-STORED, SEED_ONLY = "peft-0.21.2-llama-f32-kept", "peft-0.21.2-llama-f32-seedonly"
-FIXTURES = ROOT / "fixtures" / "checkpoints"
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY
+from tests.outputs import Transcript
 
 
 def verify(note: Transcript) -> None:
@@ -141,13 +139,13 @@ SERIES: dict[str, Callable[[Transcript], None]] = {
 
 def prepare() -> None:
     """Fill the working folder."""
-    shutil.copytree(FIXTURES / STORED, "stored")
-    shutil.copytree(FIXTURES / STORED, "own")
-    shutil.copytree(FIXTURES / SEED_ONLY, "seed")
-    shutil.copytree(FIXTURES / f"{STORED}-base", "base")
-    shutil.copytree(FIXTURES / "peft-0.21.2-llama-f32-kept-noavx", "few")
-    shutil.copytree(FIXTURES / STORED, Path("many", "a", "one"))
-    shutil.copytree(FIXTURES / "peft-0.20.0-llama-bf16-kept", Path("many", "two"))
+    shutil.copytree(CHECKPOINTS / KEPT, "stored")
+    shutil.copytree(CHECKPOINTS / KEPT, "own")
+    shutil.copytree(CHECKPOINTS / SEED_ONLY, "seed")
+    shutil.copytree(CHECKPOINTS / f"{KEPT}-base", "base")
+    shutil.copytree(CHECKPOINTS / "peft-0.21.2-llama-f32-kept-noavx", "few")
+    shutil.copytree(CHECKPOINTS / KEPT, Path("many", "a", "one"))
+    shutil.copytree(CHECKPOINTS / "peft-0.20.0-llama-bf16-kept", Path("many", "two"))
 
 
 @contextlib.contextmanager

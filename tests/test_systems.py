@@ -22,8 +22,8 @@ from pathlib import Path, PureWindowsPath
 
 import pytest
 
-from tests import systems
-from tests.conftest import CHECKPOINTS, ROOT
+from tests import ROOT, systems
+from tests.adapters import CHECKPOINTS, KEPT
 from tests.hub.server import HubServer
 from vera_tools import verify
 from vera_tools.cli import main
@@ -35,7 +35,7 @@ from vera_tools.verifying import registry
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="takes away from Linux what other systems lack")
 
-STORED = CHECKPOINTS / "peft-0.21.2-llama-f32-kept"
+STORED = CHECKPOINTS / KEPT
 #: What Linux is asked for in an ordinary run, so that to take it away makes a difference.
 ASKED_FOR = ("preadv", "pwrite", "copy_file_range", "fallocate", "renameat2", "link", "chown")
 #: Lacks under which the commands for the Hub are run too.
