@@ -1,6 +1,6 @@
 """A plugin for pytest where torch and what stands on it are not installed: what imports any of it is skipped.
 
-    PYTHONPATH=.ci python -m pytest -p without_torch
+PYTHONPATH=.ci python -m pytest -p without_torch
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import kernels
+from tests import X86, kernels
 from tests.adapters import CHECKPOINTS
-from tests.machine import X86
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import platform
-
 import pytest
 
+from tests import X86
 from tests.projections import torch_draws
 
-X86 = platform.machine() in ("x86_64", "AMD64")
 FUSED_X86 = X86 and torch_draws.rounding() == "fused"
 
 x86 = pytest.mark.skipif(not FUSED_X86, reason="needs an x86-64 CPU with AVX2, which has both roundings")

@@ -11,9 +11,9 @@ import sys
 import numpy as np
 import pytest
 
-from tests import FIXTURES, ROOT
+from tests import FIXTURES, ROOT, X86
 from tests.adapters import CHECKPOINTS, NAMES
-from tests.machine import X86, x86
+from tests.machine import x86
 from tests.peers import make_checkpoints
 from tests.projections import torch_draws
 from vera_tools.files.safetensors import TensorFile

@@ -6,7 +6,7 @@ import difflib
 
 import pytest
 
-from tests.machine import X86
+from tests import X86
 from tests.outputs import COMMANDS, EXPECTED, transcript
 
 

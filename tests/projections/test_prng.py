@@ -11,8 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tests import FIXTURES
-from tests.machine import X86
+from tests import FIXTURES, X86
 from tests.memory import traced_peak
 from tests.projections import plain, torch_draws
 from vera_tools.dtypes import FLOATS, np_dtype
