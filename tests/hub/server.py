@@ -243,20 +243,20 @@ def _handler(hub: HubServer, routes: list[Route]) -> type[BaseHTTPRequestHandler
                 body = b"" if answer.body is None else json.dumps(answer.body).encode()
                 headers.setdefault("Content-Type", "application/json")
                 length = len(body)
+            if self.command == "HEAD":
+                body = b""
+            elif fault.truncate is not None:
+                body, self.close_connection = body[: fault.truncate], True
+            name = call.user.name if call.user else None
+            asked_with = {key.title(): value for key, value in self.headers.items()}  # clients differ in the case
+            # Noted before it is answered: whoever has the answer may look.
+            hub.requests.append(Request(self.command, self.path, asked_with, name, status, len(body)))
             self.send_response(status)
             for key, value in {**headers, "Content-Length": str(length)}.items():
                 self.send_header(key, value)
             self.end_headers()
-            sent = 0
-            if self.command != "HEAD":
-                if fault.truncate is not None:
-                    body, self.close_connection = body[: fault.truncate], True
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    self.wfile.write(body)
-                sent = len(body)
-            name = call.user.name if call.user else None
-            asked_with = {key.title(): value for key, value in self.headers.items()}  # clients differ in the case
-            hub.requests.append(Request(self.command, self.path, asked_with, name, status, sent))
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                self.wfile.write(body)
 
         def log_message(self, *_: object) -> None:
             pass
