@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from tests.adapters import (
     CHECKPOINTS,
@@ -31,8 +31,6 @@ from tests.adapters import (
 )
 from tests.command import run_cli, run_json
 from tests.memory import traced_peak
-from tests.peers import save_drawn_pair
-from tests.projections import torch_draws
 from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -117,29 +115,6 @@ def test_seed_only_without_a_record_assumes_peft_with_the_base(name, tmp_path):
     via = "bfloat16" if "bf16" in name else None
     assert report.projections.recipe is not None
     assert report.projections.recipe.rounded_through == via
-
-
-@pytest.mark.parametrize(
-    ("name", "rounding", "recipe"),
-    [
-        (SEED_ONLY, "fused", None),
-        ("peft-0.21.2-llama-bf16-seedonly", "fused", None),
-        ("peft-0.21.2-llama-f32-seedonly-noavx", "separate", "mt19937-f32-separate"),
-    ],
-)
-@pytest.mark.filterwarnings("ignore::vera_tools.errors.AssumedRecipeWarning")
-def test_the_embedded_pair_is_what_peft_draws(name, rounding, recipe, tmp_path, request):
-    drawn = tmp_path / "drawn.safetensors"
-    if rounding == torch_draws.rounding():
-        save_drawn_pair(name, drawn)
-    elif rounding == "separate":
-        request.getfixturevalue("separate_kernels")(save_drawn_pair, name, drawn)
-    else:
-        pytest.skip("this process has no fused kernels")
-    embed_projections(CHECKPOINTS / name, tmp_path / "out", base=base_of(name), recipe=recipe)
-    embedded, expected = tensors_of(tmp_path / "out"), load_file(drawn)
-    for key in ("vera_A", "vera_B"):
-        assert np.array_equal(embedded[f"base_model.{key}"], expected[key])
 
 
 def test_in_features_does_for_a_base(tmp_path):

@@ -12,6 +12,7 @@ import safetensors.numpy
 from tests.adapters import CHECKPOINTS, CONFIG, GPT2, KEPT, base_of, config_of, edit, edit_json, set_config, tensors_of
 from tests.command import run_cli, run_json
 from tests.peers import base_model, distance
+from tests.projections import torch_draws
 from vera_tools import diff, from_foreign, strip_projections, verify
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
 
@@ -115,7 +116,7 @@ def anima(tmp_path):
 def test_an_anima_training_state(anima, tmp_path):
     report = from_foreign(anima(), tmp_path / "out", base=base_of(KEPT), prng_key=7)
     assert report.projections.recipe is not None
-    assert report.projections.recipe.name == "mt19937-f32-fused-split"
+    assert report.projections.recipe.name == f"mt19937-f32-{torch_draws.rounding()}-split"
     assert report.projections.recipe.prng_key_B == 8
     before, after = tensors_of(CHECKPOINTS / KEPT), tensors_of(tmp_path / "out")
     assert before.keys() == after.keys()
@@ -227,6 +228,7 @@ def test_command(draft, anima, tmp_path):
     assert (code, document["from"], document["renamed"]) == (0, "peft-draft", 4)
     options = ("--from", "anima", "--base", base_of(KEPT), "--prng-key", 7)
     code, document = run_json("convert", anima(), *options, "-o", tmp_path / "b")
-    assert (code, document["from"], document["recipe"]["name"]) == (0, "anima", "mt19937-f32-fused-split")
+    recipe = f"mt19937-f32-{torch_draws.rounding()}-split"
+    assert (code, document["from"], document["recipe"]["name"]) == (0, "anima", recipe)
     for wrong in ([], ["--to", "lora", "--from", "auto"], ["--from", "auto", "--dtype", "float16"]):
         assert run_cli("convert", CHECKPOINTS / KEPT, *wrong, "-o", tmp_path / "c").returncode == 2

@@ -12,29 +12,8 @@ import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
 from tests.command import run_cli, run_json
 from tests.memory import traced_peak
-from tests.peers import drawn_digests
-from tests.projections import torch_draws
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError, UsageError, VeraToolsError
 from vera_tools.files import safetensors
-
-
-@pytest.mark.parametrize("kernels", ["here", "separate"])
-@pytest.mark.parametrize(("key", "shape"), [(42, (16, 100, 60)), (-3, (7, 33, 129))])
-def test_digests_are_what_peft_draws(request, kernels, key, shape):
-    if kernels == "here":
-        rounding, drawn = torch_draws.rounding(), drawn_digests(key, *shape)
-    else:
-        rounding, drawn = "separate", request.getfixturevalue("separate_kernels")(drawn_digests, key, *shape)
-    r, in_features, out_features = shape
-    code, document = run_json(
-        *("regenerate", "--key", key, "--rank", r, "--in-features", in_features, "--out-features", out_features),
-        *("--rounding", rounding),
-    )
-    assert code == 0
-    assert [document["vera_A"]["sha256"], document["vera_B"]["sha256"]] == drawn
-    assert document["vera_A"]["shape"] == [r, in_features]
-    assert document["recipe"]["rounding"] == rounding
-    assert document["assumed"] is False
 
 
 def test_stored_checkpoint_gives_back_its_own_bits(tmp_path):
