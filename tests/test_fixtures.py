@@ -18,6 +18,8 @@ from tests.peers import make_checkpoints
 from tests.projections import torch_draws
 from vera_tools.files.safetensors import TensorFile
 
+pytestmark = pytest.mark.capability
+
 GENERATOR = FIXTURES / "generate.py"
 WEIGHTS = {True: "model.safetensors", False: "adapter_model.safetensors"}
 

@@ -13,6 +13,8 @@ from tests.peers import base_model
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.files import safetensors
 
+pytestmark = pytest.mark.capability
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_counts_are_those_of_the_file(name):

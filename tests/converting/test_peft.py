@@ -12,6 +12,8 @@ from tests.peers import drawn_digests, save_drawn_pair
 from tests.projections import torch_draws
 from vera_tools import embed_projections
 
+pytestmark = pytest.mark.capability
+
 
 @pytest.mark.parametrize("kernels", ["here", "separate"])
 @pytest.mark.parametrize(("key", "shape"), [(42, (16, 100, 60)), (-3, (7, 33, 129))])

@@ -29,6 +29,8 @@ from vera_tools.projections import philox
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
 
+pytestmark = pytest.mark.capability
+
 #: What `drift` exits with where nothing but the kernels of this process decides.
 NATIVE_CODE = 0 if torch_draws.rounding() == "fused" else 1
 #: The kernels on x86-64. Only the first round separately.

@@ -14,6 +14,8 @@ import pytest
 from tests.machine import x86
 from vera_tools.drifting import page as drift_page
 
+pytestmark = pytest.mark.capability
+
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib (the extra html)")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

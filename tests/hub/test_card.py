@@ -15,6 +15,8 @@ from vera_tools.checkpoints.resolution import resolve
 from vera_tools.errors import FormatError
 from vera_tools.hub import card
 
+pytestmark = pytest.mark.capability
+
 
 def rendered(existing=None, *, name=KEPT, reference="hf://ann/x", base_model="meta/llama", **config):
     with Checkpoint.open(CHECKPOINTS / name) as checkpoint, warnings.catch_warnings():

@@ -44,7 +44,7 @@ from tests.peers import QUIET_PEERS, base_model, distance, load_peft
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 
-pytestmark = QUIET_PEERS
+pytestmark = [pytest.mark.capability, *QUIET_PEERS]
 
 
 def tolerance(name):

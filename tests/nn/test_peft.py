@@ -14,7 +14,7 @@ from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 from vera_tools.nn.peft import load, restore_projections
 from vera_tools.nn.projection import same_bits
 
-pytestmark = QUIET_PEERS
+pytestmark = [pytest.mark.capability, *QUIET_PEERS]
 
 
 def pair(model, name="default"):

@@ -15,6 +15,8 @@ from vera_tools.platforms import atlas
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
 
+pytestmark = pytest.mark.capability
+
 FILES = sorted((FIXTURES / "atlas").glob("*.json"))
 MINORS = ["1.13", *(f"2.{minor}" for minor in range(16))]
 

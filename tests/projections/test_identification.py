@@ -25,6 +25,8 @@ from vera_tools.projections.pair import Pair, PairShape
 from vera_tools.projections.prng import digests, generate
 from vera_tools.projections.recipe import Recipe, candidates
 
+pytestmark = pytest.mark.capability
+
 KEY = 11
 SMALL = PairShape(16, 256, 192)
 REAL = PairShape(256, 2048, 2048)

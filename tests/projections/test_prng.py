@@ -21,6 +21,8 @@ from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import blocks, digests, generate
 from vera_tools.projections.recipe import Recipe, candidates
 
+pytestmark = pytest.mark.capability
+
 CASES = json.loads((FIXTURES / "golden" / "streams.json").read_text())["cases"]
 STREAMS = [
     pytest.param(case, stream, id=f"{case['drawn_dtype']}-{case['prng_key']}-r{case['r']}x{case['in_max']}-{number}")

@@ -12,6 +12,8 @@ import vera_tools
 from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, base_of, drop_pair, edit, set_config
 from tests.verifying.reports import failed, message_of, one, statuses
 
+pytestmark = pytest.mark.capability
+
 
 class TestStructure:
     def test_missing_vector(self, checkpoint):

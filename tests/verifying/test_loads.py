@@ -34,6 +34,8 @@ from vera_tools.verifying.loads import (
 )
 from vera_tools.verifying.record import record
 
+pytestmark = pytest.mark.capability
+
 # The seed-only ones are recorded first, with what they were trained with; that is all that sets them apart from "kept".
 RECIPES = {
     SEED_ONLY: "mt19937-f32-fused",
