@@ -1,0 +1,144 @@
+"""The program that reads machine code, on libraries whose answer is known, and on code written out here."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import FIXTURES
+
+pytest.importorskip("capstone")
+
+FOLDER = FIXTURES / "platforms"
+SAMPLES = sorted(path for path in (FOLDER / "samples").iterdir() if path.suffix in (".so", ".dll", ".dylib"))
+SLOT = "_ZN2at6native12DispatchStubIPFvRNS_18TensorIteratorBaseEddENS0_12uniform_stubEE7DEFAULTE"
+
+# A64: what the builds of macOS hold.
+MASK = 0x12005C08  # and w8, w0, #0xffffff
+CONVERT = 0x1E230102  # ucvtf s2, w8
+SCALE = 0x1E230842  # fmul s2, s2, s3
+MULTIPLY = 0x1E210841  # fmul s1, s2, s1
+ADD = 0x1E212800  # fadd s0, s0, s1
+FUSED = 0x1F010040  # fmadd s0, s2, s1, s0
+STORE = 0xBD000020  # str s0, [x1]
+OVERWRITE = 0x1E2040A2  # fmov s2, s5
+RETURN = 0xD65F03C0
+
+
+@pytest.fixture(scope="module")
+def programs():
+    """The modules scan and images, which stand beside their data."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import images
+        import scan
+    finally:
+        sys.path.remove(str(FOLDER))
+    return scan, images
+
+
+@pytest.fixture
+def scan(programs):
+    return programs[0]
+
+
+def image(images, *words: int):
+    """A library on arm64 whose kernel is these instructions."""
+    code = struct.pack(f"<{len(words)}I", *words)
+    return images.Image(
+        "arm64",
+        parts=[(0x1000, code)],
+        code=[(0x1000, 0x1000 + len(code))],
+        starts=[0x1000, 0x1000 + len(code)],
+        symbols={SLOT: 0x8000},
+        pointers={0x8000: 0x1000},
+    )
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
+def test_every_format_both_ways(scan, path):
+    (kernel,) = scan.scan(path.read_bytes())
+    assert kernel.capability == "default"
+    assert kernel.rounding == path.stem.rsplit("-", 1)[1]
+    assert "uniform_stub" in kernel.symbol
+
+
+def test_there_are_samples_of_every_platform():
+    kinds = {"linux-x86_64", "linux-aarch64", "macos-x86_64", "macos-arm64", "windows-x86_64"}
+    assert {path.stem for path in SAMPLES} == {f"{kind}-{way}" for kind in kinds for way in ("fused", "separate")}
+
+
+def test_instructions_written_out(programs):
+    scan, images = programs
+    (kernel,) = scan.kernels(image(images, MASK, CONVERT, SCALE, MULTIPLY, ADD, STORE, RETURN))
+    assert kernel.rounding == "separate"
+    assert [text.split()[0] for text in kernel.instructions] == ["and", "ucvtf", "fmul", "fmul", "fadd"]
+    (kernel,) = scan.kernels(image(images, MASK, CONVERT, SCALE, FUSED, STORE, RETURN))
+    assert kernel.rounding == "fused"
+    assert kernel.instructions[-1] == "fmadd s0, s2, s1, s0"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((MASK, CONVERT, SCALE, OVERWRITE, FUSED, STORE, RETURN), "nothing that draws"),
+        ((MASK, CONVERT, FUSED, STORE, RETURN), "nothing that draws"),
+        ((MASK, CONVERT, SCALE, RETURN, FUSED), "nothing that draws"),
+        ((CONVERT, SCALE, FUSED, STORE, RETURN), "nothing that draws"),
+        (
+            (MASK, CONVERT, SCALE, FUSED, STORE, MASK, CONVERT, SCALE, MULTIPLY, ADD, STORE, RETURN),
+            "'fused': 1, 'separate': 1",
+        ),
+    ],
+    ids=["overwritten", "not scaled", "after the end", "no mask", "both"],
+)
+def test_code_that_it_does_not_judge(programs, words, message):
+    scan, images = programs
+    with pytest.raises(scan.ScanError, match=message):
+        scan.kernels(image(images, *words))
+
+
+def test_a_library_without_the_kernel(programs):
+    scan, images = programs
+    empty = image(images, RETURN)
+    empty.pointers = {}
+    with pytest.raises(scan.ScanError, match="no kernel"):
+        scan.kernels(empty)
+    with pytest.raises(ValueError, match="neither ELF nor PE nor Mach-O"):
+        scan.scan(b"not a library")
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="compiles for x86-64 Linux")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc")
+@pytest.mark.parametrize(
+    ("flags", "rounding"),
+    [
+        (["-mavx2", "-mfma"], "fused"),
+        (["-mavx2", "-mfma", "-ffp-contract=off"], "separate"),
+        (["-mno-fma"], "separate"),
+        (["-mavx2", "-mfma", "-DOTHER_USE"], None),
+    ],
+)
+def test_compiled_here(scan, tmp_path, flags, rounding):
+    library = tmp_path / "sample.so"
+    source = FOLDER / "samples" / "sample.c"
+    subprocess.run(["gcc", "-O2", "-fPIC", "-shared", *flags, "-o", library, source], check=True)
+    if rounding is None:
+        with pytest.raises(scan.ScanError, match="nothing that draws"):
+            scan.scan(library.read_bytes())
+    else:
+        (kernel,) = scan.scan(library.read_bytes())
+        assert kernel.rounding == rounding
+
+
+def test_compilers(scan):
+    assert scan.compiler(b"..\0/Applications/Xcode_14.3.1.app/Contents/\0") == "Xcode_14.3.1"
+    assert scan.compiler(b"GCC: (GNU) 9.3.1\0GCC: (Debian 12.2.0-14) 12.2.0\0") == (
+        "GCC: (Debian 12.2.0-14) 12.2.0; GCC: (GNU) 9.3.1"
+    )
+    assert scan.compiler(b"MZ") is None
