@@ -137,6 +137,7 @@ def test_compiled_here(scan, tmp_path, flags, rounding):
 
 
 def test_compilers(scan):
+    assert scan.compiler((FOLDER / "samples" / "macos-arm64-fused.dylib").read_bytes()) == "macOS SDK 11.0, ld 14.0"
     assert scan.compiler(b"..\0/Applications/Xcode_14.3.1.app/Contents/\0") == "Xcode_14.3.1"
     assert scan.compiler(b"GCC: (GNU) 9.3.1\0GCC: (Debian 12.2.0-14) 12.2.0\0") == (
         "GCC: (Debian 12.2.0-14) 12.2.0; GCC: (GNU) 9.3.1"
