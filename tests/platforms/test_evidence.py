@@ -26,7 +26,7 @@ KNOWN = Draw(42, 64, 1024, 768)
 #: The beginnings of its float32 digests, as drawn on Windows and on Linux with AVX2.
 SEPARATE = {"vera_A": "72be60701a67f55e", "vera_B": "2622464eca2b5400"}
 FUSED = {"vera_A": "bc97dc3b9d3e7b29", "vera_B": "f7424db4ef38793a"}
-FMA = ("vfm", "vfnm", "fmadd", "fmsub", "fnmadd", "fnmsub", "fmla", "fmls")
+FMA = ("vfm", "vfnm", "fmadd", "fmsub", "fnmadd", "fnmsub")
 
 
 @functools.cache
@@ -92,8 +92,7 @@ def test_the_instructions_say_what_the_entry_says(name):
         else:
             assert not any(one.startswith(FMA) for one in names)
             assert [one.lstrip("v")[-5:] for one in names[-2:]] in (["mulss", "addss"], ["fmul", "fadd"])
-        slot = {"default": "DEFAULT", "avx2": "AVX2", "avx512": "AVX512", "sve256": "SVE256"}[entry["capability"]]
-        assert slot in entry["symbol"]
+        assert entry["capability"].upper() in entry["symbol"]
         assert "uniform_stub" in entry["symbol"]
 
 
@@ -137,6 +136,10 @@ def test_the_scan_says_of_linux_builds_what_they_are_known_to_draw():
     for torch, entry, _ in ROWS:
         if entry["platform"].startswith("linux"):
             machine = entry["platform"].removeprefix("linux-").removesuffix("-without-avx2")
-            assert drawn[torch, machine, entry["capability"]] == entry["rounding"]
+            build = torch, machine, entry["capability"]
+            if entry["capability"].startswith("sve"):  # nothing that was drawn with had such a CPU
+                assert entry["rounding"] == "fused"
+                continue
+            assert drawn[build] == entry["rounding"]
             compared.add((machine, entry["capability"], entry["rounding"]))
     assert {("x86_64", "default", "separate"), ("x86_64", "avx2", "fused"), ("aarch64", "default", "fused")} <= compared

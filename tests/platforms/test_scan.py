@@ -27,6 +27,8 @@ ADD = 0x1E212800  # fadd s0, s0, s1
 FUSED = 0x1F010040  # fmadd s0, s2, s1, s0
 STORE = 0xBD000020  # str s0, [x1]
 OVERWRITE = 0x1E2040A2  # fmov s2, s5
+ADD_TO_SCALED = 0x1E222800  # fadd s0, s0, s2
+SKIP = 0x14000002  # b #8
 RETURN = 0xD65F03C0
 
 
@@ -88,6 +90,7 @@ def test_instructions_written_out(programs):
     [
         ((MASK, CONVERT, SCALE, OVERWRITE, FUSED, STORE, RETURN), "nothing that draws"),
         ((MASK, CONVERT, FUSED, STORE, RETURN), "nothing that draws"),
+        ((MASK, CONVERT, SCALE, ADD_TO_SCALED, STORE, RETURN), "nothing that draws"),
         ((MASK, CONVERT, SCALE, RETURN, FUSED), "nothing that draws"),
         ((CONVERT, SCALE, FUSED, STORE, RETURN), "nothing that draws"),
         (
@@ -95,12 +98,68 @@ def test_instructions_written_out(programs):
             "'fused': 1, 'separate': 1",
         ),
     ],
-    ids=["overwritten", "not scaled", "after the end", "no mask", "both"],
+    ids=["overwritten", "not scaled", "a sum of no product", "after the end", "no mask", "both"],
 )
 def test_code_that_it_does_not_judge(programs, words, message):
     scan, images = programs
     with pytest.raises(scan.ScanError, match=message):
         scan.kernels(image(images, *words))
+
+
+def test_a_jump_is_followed(programs):
+    scan, images = programs
+    (kernel,) = scan.kernels(image(images, MASK, CONVERT, SCALE, SKIP, OVERWRITE, FUSED, STORE, RETURN))
+    assert kernel.rounding == "fused"
+
+
+def test_a_register_that_is_cleared_holds_the_value_no_more(programs):
+    scan, images = programs
+    draws = bytes.fromhex("25ffffff00 f30f2ac0 f30f59c1")  # and eax, 0xffffff; cvtsi2ss xmm0, eax; mulss xmm0, xmm1
+    clears = bytes.fromhex("0f57c0")  # xorps xmm0, xmm0
+    uses = bytes.fromhex("f30f59c1 f30f58c2 c3")  # mulss xmm0, xmm1; addss xmm0, xmm2; ret
+    plain, cleared = image(images), image(images)
+    for one, code in ((plain, draws + uses), (cleared, draws + clears + uses)):
+        one.machine, one.parts, one.code = "x86-64", [(0x1000, code)], [(0x1000, 0x1000 + len(code))]
+        one.starts = [0x1000, 0x1000 + len(code)]
+    assert scan.kernels(plain)[0].rounding == "separate"
+    with pytest.raises(scan.ScanError, match="nothing that draws"):
+        scan.kernels(cleared)
+
+
+REACHED_AT = 0x1010
+WAYS = {
+    "call": (0x94000004,),  # bl #0x10
+    "address": (0x10000080,),  # adr x0, #0x10
+    "page and offset": (0x90000000, 0x91004000),  # adrp x0, #0; add x0, x0, #0x10
+    "pointer": (0x90000000, 0xF9408000),  # adrp x0, #0; ldr x0, [x0, #0x100]
+    "stub": (0x94000008,),  # bl #0x20
+}
+
+
+@pytest.mark.parametrize("label", [None, "a_uniform_loop", "other"])
+@pytest.mark.parametrize("way", WAYS)
+def test_functions_that_the_kernel_reaches(programs, way, label):
+    scan, images = programs
+    root = (*WAYS[way], *[RETURN] * (4 - len(WAYS[way])))
+    one = image(images, *root, MASK, CONVERT, SCALE, FUSED, STORE, RETURN)
+    one.starts.insert(1, REACHED_AT)
+    one.pointers[0x1100] = REACHED_AT
+    one.stubs[0x1020] = REACHED_AT
+    one.labels = {} if label is None else {REACHED_AT: label}
+    if label == "other":
+        with pytest.raises(scan.ScanError, match="nothing that draws"):
+            scan.kernels(one)
+    else:
+        assert scan.kernels(one)[0].functions == (label or hex(REACHED_AT),)
+
+
+def test_tables_of_the_loader(programs):
+    _, images = programs
+    for machine in ("arm64", "x86_64"):
+        one = images.load((FOLDER / "samples" / f"macos-{machine}-fused.dylib").read_bytes())
+        assert {one.symbols["serial_for_each"], one.symbols["uniform_real"]} <= set(one.pointers.values())
+    # A place, then bits for the words after it.
+    assert list(images._relr(struct.pack("<2Q", 0x1000, 0b1011))) == [0x1000, 0x1008, 0x1018]
 
 
 def test_a_library_without_the_kernel(programs):
