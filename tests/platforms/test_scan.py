@@ -28,6 +28,8 @@ FUSED = 0x1F010040  # fmadd s0, s2, s1, s0
 STORE = 0xBD000020  # str s0, [x1]
 OVERWRITE = 0x1E2040A2  # fmov s2, s5
 ADD_TO_SCALED = 0x1E222800  # fadd s0, s0, s2
+STORE_SCALED = 0xBD000022  # str s2, [x1]
+COMPARE = 0x1E202048  # fcmp s2, #0.0
 SKIP = 0x14000002  # b #8
 RETURN = 0xD65F03C0
 
@@ -91,6 +93,8 @@ def test_instructions_written_out(programs):
         ((MASK, CONVERT, SCALE, OVERWRITE, FUSED, STORE, RETURN), "nothing that draws"),
         ((MASK, CONVERT, FUSED, STORE, RETURN), "nothing that draws"),
         ((MASK, CONVERT, SCALE, ADD_TO_SCALED, STORE, RETURN), "nothing that draws"),
+        ((MASK, CONVERT, SCALE, STORE_SCALED, FUSED, RETURN), "nothing that draws"),
+        ((MASK, CONVERT, SCALE, COMPARE, FUSED, RETURN), "nothing that draws"),
         ((MASK, CONVERT, SCALE, RETURN, FUSED), "nothing that draws"),
         ((CONVERT, SCALE, FUSED, STORE, RETURN), "nothing that draws"),
         (
@@ -98,7 +102,7 @@ def test_instructions_written_out(programs):
             "'fused': 1, 'separate': 1",
         ),
     ],
-    ids=["overwritten", "not scaled", "a sum of no product", "after the end", "no mask", "both"],
+    ids=["overwritten", "not scaled", "a sum of no product", "stored", "compared", "after the end", "no mask", "both"],
 )
 def test_code_that_it_does_not_judge(programs, words, message):
     scan, images = programs
@@ -153,13 +157,25 @@ def test_functions_that_the_kernel_reaches(programs, way, label):
         assert scan.kernels(one)[0].functions == (label or hex(REACHED_AT),)
 
 
+def test_a_stub_of_the_linker_ends_where_it_jumps(programs):
+    scan, images = programs
+    stub = (0x90000010, 0xF9408211, 0xD61F0220)  # adrp x16, #0; ldr x17, [x16, #0x100]; br x17
+    one = image(images, 0x94000002, RETURN, *stub, MASK, CONVERT, SCALE, FUSED, STORE, RETURN)  # bl #8; ret
+    one.starts.insert(1, 0x1008)
+    with pytest.raises(scan.ScanError, match="nothing that draws"):
+        scan.kernels(one)
+
+
 def test_tables_of_the_loader(programs):
     _, images = programs
     for machine in ("arm64", "x86_64"):
         one = images.load((FOLDER / "samples" / f"macos-{machine}-fused.dylib").read_bytes())
         assert {one.symbols["serial_for_each"], one.symbols["uniform_real"]} <= set(one.pointers.values())
+        assert {one.symbols["serial_for_each"], one.symbols["uniform_real"]} <= set(one.stubs.values())
+        assert one.executable(one.symbols["uniform_real"])
+        assert not one.executable(0)
     # A place, then bits for the words after it.
-    assert list(images._relr(struct.pack("<2Q", 0x1000, 0b1011))) == [0x1000, 0x1008, 0x1018]
+    assert list(images._relr(struct.pack("<2Q", 0x1000, 0b1101))) == [0x1000, 0x1010, 0x1018]
 
 
 def test_a_library_without_the_kernel(programs):
