@@ -7,12 +7,13 @@ import json
 
 import pytest
 
-from tests.conftest import FIXTURES
-from vera_tools import atlas, schema
-from vera_tools.drifting.streams import Draw
+from tests import FIXTURES
+from vera_tools import schema
+from vera_tools.platforms.streams import Draw
 from vera_tools.dtypes import FLOATS
-from vera_tools.prng import digests
-from vera_tools.recipe import Recipe
+from vera_tools.platforms import atlas
+from vera_tools.projections.prng import digests
+from vera_tools.projections.recipe import Recipe
 
 FILES = sorted((FIXTURES / "atlas" / "platforms").glob("*.json"))
 DOCUMENTS = {file.stem: json.loads(file.read_text("utf-8")) for file in FILES}

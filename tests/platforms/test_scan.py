@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.conftest import FIXTURES
+from tests import FIXTURES
 
 pytest.importorskip("capstone")
 
