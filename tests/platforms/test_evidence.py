@@ -9,9 +9,9 @@ import pytest
 
 from tests import FIXTURES
 from vera_tools import schema
-from vera_tools.platforms.streams import Draw
 from vera_tools.dtypes import FLOATS
 from vera_tools.platforms import atlas
+from vera_tools.platforms.streams import Draw
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
 
