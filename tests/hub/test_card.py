@@ -64,7 +64,10 @@ def test_what_the_section_tells():
         'VeraModel.from_pretrained(base, "hf://ann/x")',
         "load_adapter` refuses VeRA",
         "| peft>=0.21 | exact | exact | exact | exact |",
-        "| peft>=0.11,<0.21 | exact where fused | **not exact** | **not exact** | exact where fused |",
+        "| peft>=0.11,<0.21, on Linux, Apple silicon (torch >=2.2) | exact | **not exact** | **not exact** | exact |",
+        "| peft>=0.11,<0.21, on Windows, Apple silicon (torch <2.2), Intel Mac, Linux without AVX2 "
+        "| **not exact** | **not exact** | **not exact** | **not exact** |",
+        "Apple silicon and Intel Mac: read from the builds' machine code, not run.",
     ):
         assert expected in text
     assert 'subfolder="en"' in rendered(reference="hf://ann/x/en")

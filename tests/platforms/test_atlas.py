@@ -44,18 +44,18 @@ def test_entry(file):
     assert [row.interpreter for row in entry.environments] == ["python"] * len(entry.environments)
     assert entry.environments[0].native
     for row in entry.environments:
-        assert file.stem == f"torch-{atlas.release(row)}-{row.machine}"
+        assert file.stem == f"torch-{atlas.release(row.torch)}-{row.machine}"
         assert set(row.streams) == set(FLOATS)
         for dtype, stream in row.streams.items():
             assert stream.recipe is not None
             names = {stream.recipe.name, *stream.also_matches}
-            assert names & expected(atlas.release(row), row.cpu_capability, row.machine, dtype)
+            assert names & expected(atlas.release(row.torch), row.cpu_capability, row.machine, dtype)
             for draw, drawn in zip(entry.draws, stream.digests, strict=True):
                 assert all(reference(name, draw, dtype) == drawn for name in names)
 
 
 def test_it_holds_a_build_of_every_minor_release():
-    releases = {(row.machine, atlas.release(row)) for entry in atlas.entries() for row in entry.environments}
+    releases = {(row.machine, atlas.release(row.torch)) for entry in atlas.entries() for row in entry.environments}
     for machine in ("x86_64", "aarch64"):
         assert {release.rsplit(".", 1)[0] for kind, release in releases if kind == machine} == set(MINORS)
     assert len(atlas.entries()) == len(FILES)
@@ -82,11 +82,19 @@ def test_look_up():
         assert atlas.look_up(dataclasses.replace(row, **change), draws) is None
 
 
-def test_citations_name_releases_and_kernels():
-    assert "torch 1.13 to 2.15" in atlas.citation("fused")
-    assert "x86-64 with AVX2" in atlas.citation("fused")
-    assert "aarch64" in atlas.citation("fused")
-    assert atlas.citation("separate").endswith("on x86-64 without AVX2")
+def test_look_up_tells_windows_from_linux():
+    linux = next(entry for entry in atlas.entries() if entry.name == "torch-2.12.1-x86_64")
+    row = linux.environments[0]
+    here = dataclasses.replace(row, system="Windows", machine="AMD64")
+    assert atlas.look_up(here, linux.draws) == {"entry": "torch-2.12.1-windows-x86_64-drawn", "agrees": False}
+    (windows,) = [one for one in atlas.platform_entries() if one.name == "torch-2.12.1-windows-x86_64-drawn"]
+    for row in windows.environments:
+        assert row.platform == "windows-x86_64"
+        assert atlas.look_up(row, windows.draws) == {"entry": windows.name, "agrees": True}
+        as_linux = dataclasses.replace(row, system="Linux")
+        agrees = row.cpu_capability == "default"
+        assert atlas.look_up(as_linux, windows.draws) == {"entry": linux.name, "agrees": agrees}
+    assert atlas.look_up(dataclasses.replace(here, system="Darwin"), linux.draws) is None
 
 
 def test_it_ships_with_the_package():

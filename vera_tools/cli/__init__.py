@@ -30,6 +30,7 @@ COMMANDS = {
     "embed-projections": ("embed", "Put vera_A and vera_B into a seed-only checkpoint."),
     "convert": ("convert", "Write a checkpoint as exact LoRA, or bring in another program's VeRA."),
     "diff": ("diff", "Two checkpoints, tensor by tensor, and how far apart their weight updates are."),
+    "env": ("env", "Versions, CPU capability, which platform this machine is, and what its torch draws."),
     "drift": ("drift", "What each torch, CPU and device here really draws, and what that does to an adapter."),
     "merge": ("merge", "Bake adapters into a base on disk, one tensor at a time."),
     "push": ("push", "Verify a checkpoint and upload it to the Hub, with a manifest and a card."),

@@ -165,6 +165,8 @@ def _row(row: Environment, console: Console, *, verbose: bool) -> None:
     style = {True: "green", False: "red" if row.native else "yellow", None: "red"}[row.exact]
     where = row.kernels if row.torch else "as it runs by itself" if row.native else f"{row.cpu_capability} (forced)"
     labelled(console, state, f"{where}: {row.gets}", style=style)
+    if row.platform:
+        labelled(console, "", f"{'platform':9} {row.platform}")
     for dtype, stream in row.streams.items():
         detail = f" ({stream.error})" if stream.error else ""
         also = f", also {', '.join(stream.also_matches)}" if stream.also_matches and verbose else ""

@@ -9,6 +9,7 @@ import click
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, human_bytes, labelled, output_options
 from vera_tools.converting.strip import StripReport, exact_in_peft, strip_projections
+from vera_tools.platforms import rows
 from vera_tools.verifying.loads import BASE_KINDS
 
 if TYPE_CHECKING:
@@ -51,11 +52,11 @@ def _show(report: StripReport, console: Console) -> None:
     show_common(report, console)
     exact = exact_in_peft(report.loads)
     console.print("  loads exactly")
-    console.print(f"    vera-tools  {'nowhere' if report.forced else 'on any machine and base'}")
-    for rounding in ("fused", "separate"):
+    labelled(console, "", f"vera-tools {'nowhere' if report.forced else 'on any machine and base'}")
+    for rounding in rows.ROUNDINGS:
         bases = [BASE_KINDS[dtype] for (where, dtype), is_exact in exact.items() if where == rounding and is_exact]
-        machine = {"fused": "almost every machine", "separate": "x86-64 without AVX2"}[rounding]
         text = f"on {' and '.join(bases)} bases" if bases else "on no base"
-        console.print(f"    PEFT        {text} ({rounding} rounding: {machine})")
+        labelled(console, "", f"PEFT {text}: {', '.join(rows.places(rounding))}")
+    labelled(console, "", f"({rows.caveat()})")
     if not all(exact.values()) and not report.forced:
         labelled(console, "elsewhere", report.remedy)

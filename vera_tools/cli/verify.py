@@ -13,6 +13,7 @@ import click
 from vera_tools.cli.shared import Output, base_option, labelled, output_options
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
+from vera_tools.platforms import rows
 from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
@@ -165,9 +166,15 @@ def _difference(match: Match) -> str:
     return ", ".join(parts)
 
 
+_HEADING = "loads exactly, by dtype of the base"
+#: As wide as the names of platforms may be, so that a terminal of 80 columns holds the table.
+_NARROW = 38
+
+
 def _show_loads(loads: Sequence[Load], console: Console, *, verbose: bool) -> None:
     """The loader table, with rows that say the same put together."""
-    rows: list[tuple[str, tuple[bool | None, ...]]] = []
+    lines: list[tuple[str, tuple[bool | None, ...]]] = []
+    by_platform = False
     for loader in dict.fromkeys(load.loader for load in loads):
         variants: dict[tuple[str, str], tuple[bool | None, ...]] = {}
         for load in loads:
@@ -182,39 +189,57 @@ def _show_loads(loads: Sequence[Load], console: Console, *, verbose: bool) -> No
                 continue
             name = f"  {options}" if options else loader
             if len(set(cells.values())) == 1:
-                rows.append((name, next(iter(cells.values()))))
+                lines.append((name, next(iter(cells.values()))))
             else:
-                rows += [(f"{name}, {rounding} rounding", row) for rounding, row in cells.items()]
-    _print_loads(rows, console)
-    if any(name.endswith(" rounding") for name, _ in rows):
-        for rounding, builds in {load.rounding: load.cites for load in loads if load.cites}.items():
-            labelled(console, rounding, builds)
+                by_platform = True
+                lines.append((name, ()))
+                lines += [("  " + ", ".join(rows.places(rounding)), row) for rounding, row in cells.items()]
+    _print_loads(lines, console)
+    if by_platform and not verbose:
+        console.print(f"  ({rows.caveat()})", style="dim")
+    for rounding in rows.ROUNDINGS if verbose else ():
+        labelled(console, rounding, rows.citation(rounding))
     for why in _reasons(loads) if verbose else ():
         labelled(console, "why", why)
     if not verbose and any(load.exact is False for load in loads):
         console.print("  (-v says why a loader is not exact)", style="dim")
 
 
-def _print_loads(rows: list[tuple[str, tuple[bool | None, ...]]], console: Console) -> None:
+def _print_loads(lines: list[tuple[str, tuple[bool | None, ...]]], console: Console) -> None:
+    """Each name and its answers; a name too long for its column goes on below them."""
     from rich.text import Text
 
-    heading = "loads exactly, by dtype of the base"
-    width = max(len(heading), *(len(name) for name, _ in rows)) + 2
+    width = (_NARROW if any(not cells for _, cells in lines) else len(_HEADING)) + 2
     if not console.soft_wrap and console.width < 2 + width + len("  ".join(BASE_KINDS.values())):
-        console.print(Text(f"  {heading}", style="bold"))
-        for name, cells in rows:
-            pairs = zip(BASE_KINDS.values(), cells, strict=True)
+        console.print(Text(f"  {_HEADING}", style="bold"))
+        for name, cells in lines:
+            pairs = zip(BASE_KINDS.values(), cells, strict=True) if cells else ()
             answers = ", ".join(f"{dtype} {_ANSWERS[exact][0]}" for dtype, exact in pairs)
-            console.print(Text(f"  {name}: {answers}"))
+            console.print(Text(f"  {name}: {answers}".rstrip()))
         return
-    console.print(Text(f"  {heading:{width}}" + "  ".join(BASE_KINDS.values()), style="bold"))
-    for name, cells in rows:
-        line = Text(f"  {name:{width}}")
-        for kind, exact in zip(BASE_KINDS.values(), cells, strict=True):
+    console.print(Text(f"  {_HEADING:{width}}" + "  ".join(BASE_KINDS.values()), style="bold"))
+    for name, cells in lines:
+        indent = " " * (len(name) - len(name.lstrip()))
+        first, *more = _wrapped(name.lstrip(), width - 2 - len(indent))
+        line = Text(f"  {indent + first:{width}}")
+        for kind, exact in zip(BASE_KINDS.values(), cells, strict=True) if cells else ():
             word, style = _ANSWERS[exact]
             line.append(f"{word:{len(kind) + 2}}", style=style)
         line.rstrip()
         console.print(line)
+        for rest in more:
+            console.print(Text(f"  {indent}{rest}"))
+
+
+def _wrapped(names: str, width: int) -> list[str]:
+    """A list of names on lines of their own, none of them broken."""
+    lines = [""]
+    for name in names.split(", "):
+        if lines[-1] and len(lines[-1]) + 2 + len(name) > width:
+            lines.append("")
+        lines[-1] += f"{' ' if lines[-1] else ''}{name},"
+    lines[-1] = lines[-1].removesuffix(",")
+    return lines
 
 
 def _reasons(loads: Sequence[Load]) -> list[str]:

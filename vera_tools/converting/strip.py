@@ -21,6 +21,7 @@ from vera_tools.converting.output import (
     refuse_half_a_pair,
 )
 from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
+from vera_tools.platforms import rows
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
@@ -198,6 +199,10 @@ def exact_in_peft(loads: tuple[Load, ...]) -> dict[tuple[str, str], bool]:
     return {p: all(load.exact is True for load in rows if (load.rounding, load.base_dtype) == p) for p in places}
 
 
+def _listed(names: tuple[str, ...]) -> str:
+    return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
+
+
 def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...], remedy: str) -> None:
     exact = exact_in_peft(loads)
     if not found.exact or found.recipe is None:
@@ -207,7 +212,8 @@ def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...]
         message = f"plain PEFT loads the stripped adapter exactly nowhere: it {why}; {remedy}"
     elif not exact["fused", "float32"]:
         made = " and ".join(
-            [f"on a machine with {found.recipe.rounding} rounding"] * (found.recipe.rounding != "fused")
+            [f"where torch draws as on {_listed(rows.places(found.recipe.rounding))}"]
+            * (found.recipe.rounding == "separate")
             + [f"on a {found.recipe.rounded_through} base"] * (found.recipe.rounded_through is not None)
         )
         message = f"trained {made}, the stripped adapter will drift in plain PEFT on any other; {remedy}"

@@ -15,8 +15,9 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
 from vera_tools.files.hub_client import Reference
+from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.verifying.loads import BASE_DTYPES, BASE_KINDS, ROUNDINGS, Load
+from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import CheckpointReport
 
 BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
@@ -186,51 +187,49 @@ def _origin(record: ProjectionRecord | None, *, stored: bool) -> str:
 def _facts(
     config: VeraConfig, base_model: str | None, record: ProjectionRecord | None, verification: CheckpointReport
 ) -> str:
-    rows = [("Base model", f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not named")]
-    rows += [("Rank", f"{config.r}"), ("Key", f"`{config.projection_prng_key}` (`projection_prng_key`)")]
+    facts = [("Base model", f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not named")]
+    facts += [("Rank", f"{config.r}"), ("Key", f"`{config.projection_prng_key}` (`projection_prng_key`)")]
     if record:
         recipe = f"`{record.recipe.name}`" if record.recipe else "none known"
-        rows.append(("Recipe", recipe + (" (assumed)" if record.assumed else "")))
+        facts.append(("Recipe", recipe + (" (assumed)" if record.assumed else "")))
         for name in PROJECTIONS:
-            rows.append((f"`{name}`", f"{list(record.shape.of(name))}, {record.dtype}, sha256 `{record.sha256[name]}`"))
-    rows.append(("Verified", f"{verification.verdict}; {verification.scope}"))
-    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in rows)])
+            shape = list(record.shape.of(name))
+            facts.append((f"`{name}`", f"{shape}, {record.dtype}, sha256 `{record.sha256[name]}`"))
+    facts.append(("Verified", f"{verification.verdict}; {verification.scope}"))
+    return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in facts)])
 
 
 def _loaders(loads: Iterable[Load]) -> str:
-    """The loader table: a row for each loader and its options, a column for each kind of base."""
-    cells: dict[tuple[str, str], dict[tuple[str, str], bool | None]] = {}
+    """The loader table: a row for each loader and its options, a column for each kind of base.
+
+    Where platforms differ, each group of them has a row of its own.
+    """
+    cells: dict[tuple[str, str], dict[str, list[bool | None]]] = {}
     for load in loads:
         options = ", ".join(f"{key}={value}" for key, value in load.options.items())
-        cells.setdefault((load.loader, options), {})[load.base_dtype, load.rounding] = load.exact
+        cells.setdefault((load.loader, options), {}).setdefault(load.rounding, []).append(load.exact)
     if not cells:
         return ""
     head = ["Loader", *(f"{kind} base" for kind in BASE_KINDS.values())]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    by_platform = False
     for (loader, options), exact in cells.items():
         label = f"{loader}, {options}" if options else loader
-        words = [_word([exact.get((dtype, rounding)) for rounding in ROUNDINGS]) for dtype in BASE_DTYPES]
-        lines.append(f"| {label} | {' | '.join(words)} |")
-    if any(word in line for line in lines for word in _ONLY):
-        lines += ["", _ROUNDINGS]
+        answers = {tuple(row) for row in exact.values()}
+        if len(answers) == 1:
+            lines.append(f"| {label} | {' | '.join(map(_word, answers.pop()))} |")
+            continue
+        by_platform = True
+        for rounding, row in exact.items():
+            where = ", ".join(rows.places(rounding))
+            lines.append(f"| {label}, on {where} | {' | '.join(map(_word, row))} |")
+    if by_platform:
+        lines += ["", f"{rows.caveat()}."]
     return "\n".join(lines)
 
 
-_ONLY = ("exact where fused", "exact where separate")
-_ROUNDINGS = (
-    "*Fused* and *separate* are the two ways in which torch's kernels round: fused on x86-64 CPUs with AVX2 and on "
-    "aarch64, separate on x86-64 CPUs without AVX2."
-)
-
-
-def _word(exact: list[bool | None]) -> str:
-    if exact == [True, True]:
-        return "exact"
-    if None in exact:
-        return "unknown"
-    if exact == [False, False]:
-        return "**not exact**"
-    return _ONLY[0] if exact[0] else _ONLY[1]
+def _word(exact: bool | None) -> str:
+    return {True: "exact", False: "**not exact**", None: "unknown"}[exact]
 
 
 def _loading(reference: str, config: VeraConfig, base_model: str | None) -> str:
@@ -251,7 +250,7 @@ def _loading(reference: str, config: VeraConfig, base_model: str | None) -> str:
             "",
             f'model = PeftModel.from_pretrained(base, "{parsed.repo}"{within})',
             "",
-            "# or with vera-tools, which is exact on every machine",
+            "# or with vera-tools, which is exact on every platform",
             "from vera_tools import VeraModel",
             "",
             f'model = VeraModel.from_pretrained(base, "{reference}")',

@@ -66,8 +66,9 @@ class Adapters(nn.Module):
     def add_adapter(self, adapter_name: str, config: VeraConfig, *, low_cpu_mem_usage: bool = False) -> None:
         """Add a new adapter; it is not made active.
 
-        Its projections are drawn from its key exactly as PEFT draws them in float32, on every machine, and are not
-        rounded through the base's dtype. An adapter whose pair equals that of an earlier one shares it; one of another
+        Its projections are drawn from its key exactly as PEFT draws them in float32 on Linux with AVX2, the same on
+        every machine, and are not rounded through the base's dtype. An adapter whose pair equals that of an earlier
+        one shares it; one of another
         rank or for other shapes gets a pair of its own.
 
         Raises:

@@ -1,8 +1,8 @@
 """For people who stay with PEFT: put the projections that an adapter was trained with into a loaded PEFT model.
 
 PEFT before 0.21 draws the projections again when it loads a checkpoint, even where they are stored, and every PEFT
-draws those that are not stored by whatever this machine's torch does, rounded through this base's dtype. So load as
-ever, then restore::
+draws those that are not stored as this machine's torch does, rounded through this base's dtype: Windows and Linux draw
+others from one key (docs/projections.md). So load as ever, then restore::
 
     model = PeftModel.from_pretrained(base, checkpoint)
     print(restore_projections(model, checkpoint))
@@ -31,6 +31,9 @@ from vera_tools.files.opening import is_remote
 from vera_tools.nn import peft_arguments
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
+from vera_tools.platforms import rows
+from vera_tools.platforms.machine import this_platform
+from vera_tools.platforms.names import PLATFORMS
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 
@@ -104,6 +107,8 @@ class RestoreReport:
                     else "was right already"
                 )
             )
+        if self.changed and self.recipe is not None and (why := _drawn_elsewhere(self.recipe)):
+            lines.append(f"  {why}")
         if self.widened:
             lines.append("  the vectors became float32, so that PEFT does not compute with rounded projections")
         return "\n".join(lines)
@@ -228,6 +233,16 @@ def _as_peft_takes_it(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
         "revision": reference.revision,
         "subfolder": reference.subfolder or None,
     }
+
+
+def _drawn_elsewhere(recipe: Recipe) -> str | None:
+    """Why PEFT cannot draw this recipe here, where the platform is the reason."""
+    here = this_platform()
+    known = rows.drawn_by(here, torch.__version__)
+    if here is None or known is None or recipe.rounding in (None, known.rounding):
+        return None
+    this = f"{PLATFORMS[here]} with torch {torch.__version__}"
+    return f"PEFT draws such projections on {', '.join(rows.places(recipe.rounding))}, and others here: {this}"
 
 
 def _is_vera_layer(module: nn.Module, adapter_name: str) -> bool:

@@ -1,7 +1,7 @@
-"""What real torch builds draw: one drift report a build, made by `vera-tools drift` and shipped with the package.
+"""What real torch builds draw: one drift report a build, shipped with the package.
 
-The entries tell whether the torch at hand is a known one, and let `verify` name real builds where it says that a loader
-is exact. fixtures/make_atlas.py makes them.
+The entries tell whether the torch at hand is a known one, and let `verify` name platforms where it says that a loader
+is exact (`rows`). fixtures/make_atlas.py makes those of Linux builds, fixtures/platforms/make.py the others.
 """
 
 from __future__ import annotations
@@ -14,10 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_tools import schema
+from vera_tools.platforms.names import machine_name
 from vera_tools.platforms.streams import Draw, Environment, agreeing, shortened
-
-_MACHINES = {"x86_64": "x86-64", "amd64": "x86-64", "arm64": "aarch64"}
-_CAPABILITIES = {"default": "without AVX2", "avx2": "with AVX2", "avx512": "with AVX-512"}
 
 
 @dataclass(frozen=True)
@@ -47,17 +45,34 @@ class Entry:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """Every build in the atlas, oldest release first."""
-    found = []
-    for file in schema.packaged("fixtures/atlas").iterdir():
-        if file.name.endswith(".json"):
-            name = file.name.removesuffix(".json")
-            found.append(Entry.from_document(json.loads(file.read_text("utf-8")), name=name))
-    return tuple(sorted(found, key=lambda entry: (_number(release(entry.environments[0])), entry.name)))
+    """Every Linux build in the atlas, oldest release first."""
+    return _sorted(Entry.from_document(document, name=name) for name, document in _documents("fixtures/atlas").items())
+
+
+@functools.cache
+def platform_documents() -> dict[str, dict[str, Any]]:
+    """The platform/v1 documents of the atlas, by name: what Windows and macOS builds do, and how that is known."""
+    return _documents("fixtures/atlas/platforms")
+
+
+@functools.cache
+def platform_entries() -> tuple[Entry, ...]:
+    """Every build of another system than Linux that has drawn, oldest release first."""
+    documents = platform_documents().items()
+    return _sorted(Entry.from_document(one["report"], name=name) for name, one in documents if "report" in one)
+
+
+def _documents(folder: str) -> dict[str, dict[str, Any]]:
+    files = [file for file in schema.packaged(folder).iterdir() if file.name.endswith(".json")]
+    return {file.name.removesuffix(".json"): json.loads(file.read_text("utf-8")) for file in files}
+
+
+def _sorted(found: Iterable[Entry]) -> tuple[Entry, ...]:
+    return tuple(sorted(found, key=lambda entry: (_number(release(entry.environments[0].torch)), entry.name)))
 
 
 def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] | None:
-    """Whether this release is known with these kernels on this kind of machine, and whether it draws the same here.
+    """Whether this release is known with these kernels on this platform, and whether it draws the same here.
 
     Args:
         environment: A row of a report.
@@ -68,7 +83,7 @@ def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] |
     """
     if environment.torch is None or environment.device != "cpu":
         return None
-    for entry in entries():
+    for entry in entries() if environment.system == "Linux" else platform_entries():
         common = [draw for draw in entry.draws if draw in draws]
         for row in entry.environments:
             if common and _build(row) == _build(environment):
@@ -78,46 +93,15 @@ def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] |
     return None
 
 
-@functools.cache
-def citation(rounding: str) -> str:
-    """The builds in the atlas whose float32 draws round in this way ("fused" or "separate"), in words.
-
-    For example "torch 1.13 to 2.15 (18 releases) on x86-64 with AVX2 and on aarch64".
-    """
-    groups: dict[str, list[str]] = {}
-    for entry in entries():
-        for row in entry.environments:
-            stream = row.streams.get("float32")
-            if stream and stream.recipe and stream.recipe.rounding == rounding:
-                groups.setdefault(_kernels(row), []).append(release(row))
-    spans: dict[str, list[str]] = {}
-    for kernels, releases in sorted(groups.items(), reverse=True):
-        spans.setdefault(_span(releases), []).append(kernels)
-    return ", ".join(f"{span} on {' and on '.join(kernels)}" for span, kernels in spans.items())
+def _build(environment: Environment) -> tuple[str | None, str, str, str | None]:
+    """What tells builds and their kernels apart: Windows' and Linux' are others on one and the same machine."""
+    name = machine_name(environment.machine)
+    return environment.system, release(environment.torch), name, environment.cpu_capability
 
 
-def _span(releases: Iterable[str]) -> str:
-    ordered = sorted(set(releases), key=_number)
-    minors = [release.rsplit(".", 1)[0] for release in ordered]
-    if len(ordered) == 1:
-        return f"torch {ordered[0]}"
-    return f"torch {minors[0]} to {minors[-1]} ({len(ordered)} releases)"
-
-
-def _kernels(environment: Environment) -> str:
-    machine = (environment.machine or "").lower()
-    name = _MACHINES.get(machine, machine)
-    return f"{name} {_CAPABILITIES[environment.cpu_capability or '']}" if name == "x86-64" else name
-
-
-def _build(environment: Environment) -> tuple[str, str, str | None]:
-    machine = (environment.machine or "").lower()
-    return release(environment), _MACHINES.get(machine, machine), environment.cpu_capability
-
-
-def release(environment: Environment) -> str:
+def release(torch: str | None) -> str:
     """The release that a build is of: "2.12.1" for "2.12.1+cu130", "1.13.0" for Debian's "1.13.0a0"."""
-    match = re.match(r"\d+(\.\d+)*", environment.torch or "")
+    match = re.match(r"\d+(\.\d+)*", torch or "")
     return match[0] if match else ""
 
 

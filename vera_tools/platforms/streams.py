@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vera_tools.platforms.names import platform_of
 from vera_tools.projections import philox
 from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PairShape
@@ -121,6 +122,11 @@ class Environment:
         return f"{name}: torch {self.torch}, {self.machine}, {self.kernels}"
 
     @property
+    def platform(self) -> str | None:
+        """Which platform of the loader table it is; None on an accelerator, and where none is known."""
+        return platform_of(self.system, self.machine, self.cpu_capability) if self.device == "cpu" else None
+
+    @property
     def kernels(self) -> str:
         """The device, and on the CPU its kernels."""
         if self.device != "cpu":
@@ -134,6 +140,7 @@ class Environment:
         return {
             **{name: getattr(self, name) for name in plain},
             "cpu_capability": self.cpu_capability,
+            "platform": self.platform,
             "native": self.native,
             "status": self.status,
             "error": self.error,
@@ -166,7 +173,7 @@ class Environment:
             )
             for dtype, recipe in data["streams"].items()
         }
-        left = ("streams", "also_matches", "generators", "digests", "errors", "projections", "effect")
+        left = ("platform", "streams", "also_matches", "generators", "digests", "errors", "projections", "effect")
         return cls(**{key: value for key, value in data.items() if key not in left}, streams=streams)
 
 

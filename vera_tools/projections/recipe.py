@@ -7,8 +7,8 @@ and which dtype the values went through afterwards.
 
 A recipe's name records every choice that changes a bit, the keys apart::
 
-    mt19937-f32-fused                drawn in float32 by a build with fused multiply-add: PEFT on almost every machine
-    mt19937-f32-separate             the same on an x86-64 CPU without AVX2, or under ATEN_CPU_CAPABILITY=default
+    mt19937-f32-fused                drawn in float32 with a fused multiply-add: PEFT on Linux with AVX2 or on aarch64
+    mt19937-f32-separate             with a multiply and an add: PEFT on Windows, on Intel Macs, on Linux without AVX2
     mt19937-f32-fused-via-bf16       then cast to the bfloat16 base's dtype, as PEFT does
     mt19937-bf16-scalar-fused        drawn in bfloat16 by torch <= 2.11
     mt19937-bf16-opmath-fused        drawn in bfloat16 by torch >= 2.12

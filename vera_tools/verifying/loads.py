@@ -15,13 +15,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from vera_tools.dtypes import HALVES
-from vera_tools.platforms import atlas
+from vera_tools.platforms import rows
 from vera_tools.projections.key import same_key
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document
 
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
-ROUNDINGS = ("fused", "separate")
+ROUNDINGS = rows.ROUNDINGS
 BASE_DTYPES = ("float32", "bfloat16", "float16", "integer")
 #: The same in the words of tables for people.
 BASE_KINDS = dict(zip(BASE_DTYPES, ("float32", "bfloat16", "float16", "quantised"), strict=True))
@@ -35,11 +35,11 @@ class Load(Document):
     Attributes:
         loader: OLD_PEFT, PEFT or VERA_TOOLS.
         options: The loader's options that differ from its defaults.
-        rounding: The loading machine's kind of affine rounding.
+        rounding: How the loading machine rounds: `platforms.rows` says which platforms do.
         base_dtype: Dtype of the adapted base weights; "integer" for quantised ones.
         exact: Whether the projections are exactly the trained ones; None where nobody can know.
         why: The reason, one clause.
-        cites: The real torch builds that were seen to draw with this rounding, where the loader draws the pair again.
+        cites: The platforms and torch releases that draw with this rounding, where the loader draws the pair again.
     """
 
     loader: str
@@ -83,15 +83,15 @@ def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
 
 def loader_table(trained: Trained) -> tuple[Load, ...]:
     """All rows, in the order of BASE_DTYPES within ROUNDINGS within options within loaders."""
-    rows = []
+    table = []
     for loader, options in [(OLD_PEFT, {}), *((PEFT, options) for options in OPTIONS), (VERA_TOOLS, {})]:
         redraws = loader == OLD_PEFT or (loader == PEFT and not (trained.stored and trained.save_projection))
         for rounding in ROUNDINGS:
             for base_dtype in BASE_DTYPES:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
-                cites = atlas.citation(rounding) if redraws else None
-                rows.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
-    return tuple(rows)
+                cites = rows.citation(rounding) if redraws else None
+                table.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
+    return tuple(table)
 
 
 def _row(

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 from xml.etree import ElementTree
 
 from vera_tools.errors import HubError, VeraToolsError
+from vera_tools.platforms import rows
 from vera_tools.projections.identification import Match
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
@@ -159,6 +160,7 @@ class VerifyReport(Report):
         """The verify/v1 document's own part."""
         return {
             "checkpoints": [report.to_dict() for report in self.checkpoints],
+            "platforms": rows.to_document(),
             "summary": self.summary,
             "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
             "failed": [{"path": path, "error": error.to_dict()} for path, error in self.failed],
