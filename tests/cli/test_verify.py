@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def test_nobody_reading_on_is_not_drift():
 @pytest.mark.skipif(os.name != "posix", reason="no shell of this kind")
 def test_a_closed_output_is_no_traceback():
     for streams in (">&-", ">&- 2>&-", ">&- --json"):
-        command = f"{sys.executable} -m vera_tools verify {SOURCE} {streams}"
+        command = f"{shlex.quote(sys.executable)} -m vera_tools verify {shlex.quote(str(SOURCE))} {streams}"
         result = subprocess.run(["sh", "-c", command], capture_output=True, check=False)
         assert (result.returncode, result.stderr) == (0, b"")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -28,6 +29,9 @@ from vera_tools.platforms.streams import Draw, identify_stream
 from vera_tools.projections import philox
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
+
+#: This interpreter, as a shell takes it: its path may hold spaces.
+PYTHON = shlex.quote(sys.executable)
 
 pytestmark = pytest.mark.capability
 
@@ -178,7 +182,7 @@ class TestProbes:
         assert "cpu" in devices["devices"]
 
     def test_a_probe_that_crashes_is_a_row(self, tmp_path):
-        crash = script(tmp_path / "crash", f"exec {sys.executable} -c 'import ctypes; ctypes.string_at(0)'")
+        crash = script(tmp_path / "crash", f"exec {PYTHON} -c 'import ctypes; ctypes.string_at(0)'")
         code, document = run_json("drift", "--device", "cpu", "--dtype", "float32", "--python", crash)
         row = document["environments"][-1]
         assert (row["status"], row["error"], row["exact"]) == ("failed", "ended by SIGSEGV", None)
@@ -199,7 +203,7 @@ class TestProbes:
         assert not runs(state)
 
     def test_an_interpreter_without_torch_is_a_row(self, tmp_path):
-        bare = script(tmp_path / "bare", f'exec {sys.executable} -I -S "$@"')
+        bare = script(tmp_path / "bare", f'exec {PYTHON} -I -S "$@"')
         answer = environments.ask(environments.python(bare), [], dtypes=[], timeout=60)
         assert (answer.status, answer.error) == ("failed", "ModuleNotFoundError: No module named 'torch'")
 
@@ -230,7 +234,7 @@ class TestProbes:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(UsageError, match="uv"):
             drift(torch=["2.6.0"])
-        uv = script(tmp_path / "uv", f'echo "$@" > {tmp_path}/said; shift 8; exec {sys.executable} "$@"')
+        uv = script(tmp_path / "uv", f'echo "$@" > {tmp_path}/said; shift 8; exec {PYTHON} "$@"')
         interpreter = environments.torch_release("2.6.0")
         assert interpreter.command[0] == str(uv)
         answer = environments.ask(interpreter, [(1, 2, 3, 4)], dtypes=["float32"], timeout=60)
