@@ -22,7 +22,7 @@ import numpy as np
 
 from tests.architectures import tiny
 from vera_tools.checkpoints import architectures, pieces
-from vera_tools.checkpoints.architectures import Architecture
+from vera_tools.checkpoints.architecture import Architecture
 from vera_tools.checkpoints.layout import Layout
 from vera_tools.errors import VeraToolsError
 
@@ -43,7 +43,11 @@ def problems(name: str) -> list[str]:
     if known is None:
         return ["no data"]
     state = dict(model.state_dict())
-    return [*_values(known, state, stored), *_renamings(known, model, stored), *_ties(known, model), *_modules(known, model)]
+    values = list(_values(known, state, stored))
+    if values and not _loads(model, stored):
+        values = []  # transformers itself does not get back what it has saved
+    layout = Layout(known, {key: value.shape for key, value in stored.items()})
+    return [*values, *_renamings(known, model, stored), *_ties(known, model), *_modules(layout, model)]
 
 
 def _stored(folder: Path) -> dict[str, np.ndarray]:
@@ -72,19 +76,39 @@ def _values(known: Architecture, state: dict[str, Any], stored: dict[str, np.nda
             continue
         if found.shape != value.shape or not np.array_equal(found, value):
             yield f"values: {parameter} has other values"
-    used = {key for parameter in layout.names for key in _keys(layout, parameter)}
-    for key in shapes.keys() - used - set(layout.unexpected) - set(layout.superseded):
-        yield f"values: {key} is not in any parameter"
+    for key, value in stored.items():
+        try:
+            parts = layout.pieces_of(key)
+        except VeraToolsError:
+            continue  # said above
+        if not parts:
+            if key not in (*layout.unexpected, *layout.superseded):
+                yield f"values: {key} is not in any parameter"
+            continue
+        try:
+            found = pieces.take_apart(parts, lambda name: state[name].numpy(), value.shape)
+        except (KeyError, ValueError) as error:
+            yield f"values: {key} taken apart: {error}"
+            continue
+        if not np.array_equal(found, value):
+            yield f"values: {key} taken apart has other values"
     for parameter in state:
         if layout.holder(parameter) is None and not (known.may_lack(parameter) or known.may_be_tied(parameter)):
             yield f"values: {parameter} is not in the files"
 
 
-def _keys(layout: Layout, parameter: str) -> set[str]:
+def _loads(model: Any, stored: dict[str, np.ndarray]) -> bool:
+    """Whether transformers makes the same model again of what it has saved."""
+    import torch
+
     try:
-        return {piece.key for piece in layout.pieces(parameter)}
-    except VeraToolsError:
-        return set()
+        again = type(model).from_pretrained(
+            None, config=model.config, state_dict={key: torch.tensor(value) for key, value in stored.items()}
+        )
+    except Exception:
+        return False
+    mine, theirs = model.state_dict(), again.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
 def _renamings(known: Architecture, model: Any, stored: dict[str, np.ndarray]) -> Iterable[str]:
@@ -112,9 +136,9 @@ def _renamings(known: Architecture, model: Any, stored: dict[str, np.ndarray]) -
         of_key = {key: entry for entry, found in ours.gathered.items() for keys in found.keys.values() for key in keys}
         assert sorted(names, key=natural_order) == sorted(names, key=dot_natural_key)
         for key in sorted(names, key=dot_natural_key):
-            theirs, source = rename_source_key(key, renamings, converters, prefix, state)
+            theirs, _ = rename_source_key(key, renamings, converters, prefix, state)
             if theirs not in state and key in state:
-                theirs, source = rename_source_key(key, [], [], prefix, state)
+                theirs, _ = rename_source_key(key, [], [], prefix, state)
             expected = theirs if theirs in state else None
             if of_key.get(key) != expected and key not in ours.superseded:
                 yield f"renaming, {kind}: {key} is {of_key.get(key)}, not {expected}"
@@ -137,8 +161,9 @@ def _ties(known: Architecture, model: Any) -> Iterable[str]:
             yield f"ties: {target} is tied to {known.tied_to(target)}, not {source}"
 
 
-def _modules(known: Architecture, model: Any) -> Iterable[str]:
+def _modules(layout: Layout, model: Any) -> Iterable[str]:
     """Kinds, embeddings, and the modules that PEFT's "all-linear" adapts."""
+    known = layout.architecture
     import peft
     import torch
     from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
@@ -155,23 +180,25 @@ def _modules(known: Architecture, model: Any) -> Iterable[str]:
     for name, module in model.named_modules(remove_duplicate=False):
         kind = next((kind for kind, one in classes.items() if isinstance(module, one)), None)
         stores = any(True for _ in module.parameters())
-        if kind is not None and stores and known.kind(name) != kind:
-            yield f"kinds: {name} is {known.kind(name)}, not {kind}"
-        if kind is None and known.kind(name) in ("Linear", "Conv1D"):
-            yield f"kinds: {name} is {known.kind(name)}, not {type(module).__name__}"
+        if kind in ("Linear", "Conv1D", "Embedding") and stores and layout.kind(name) != kind:
+            yield f"kinds: {name} is {layout.kind(name)}, not {kind}"
+        if kind is None and stores and layout.kind(name) in ("Linear", "Conv1D"):
+            yield f"kinds: {name} is {layout.kind(name)}, not {type(module).__name__}"
     for getter, name in (("input", known.input_embeddings), ("output", known.output_embeddings)):
         try:
             module = getattr(model, f"get_{getter}_embeddings")()
         except NotImplementedError:
             module = None
-        found = {other for other, one in model.named_modules(remove_duplicate=False) if one is module and module is not None}
+        found = {
+            other for other, one in model.named_modules(remove_duplicate=False) if one is module and module is not None
+        }
         if (name is None) != (not found) or (name is not None and name not in found):
             yield f"embeddings: {getter} is {name}, not {sorted(found)[:2]}"
     for task in (None, "SEQ_CLS"):
         adapter = peft.VeraConfig(target_modules="all-linear", task_type=task)
         theirs = set(_maybe_include_all_linear_layers(adapter, model).target_modules)
-        names = {name for name, _ in model.named_modules()}
-        ours = {name for name in names if known.is_linear_target(name, task_type=task)}
+        names = {name for name, module in model.named_modules() if any(True for _ in module.parameters())}
+        ours = {name for name in names if layout.is_linear_target(name, task_type=task)}
         if ours != theirs:
             yield f"targets, {task}: {sorted(ours - theirs)[:2]} too many, {sorted(theirs - ours)[:2]} too few"
 

@@ -16,8 +16,12 @@ from fixtures.architectures import configs
 #: Parameters of a model that counts as tiny, and of one that is taken where there is no smaller one.
 SMALL, LIMIT = 4_000_000, 30_000_000
 
-_SKIPPED = re.compile(r"^(_|id2label|label2id|transformers_version|architectures|dtype|rope_param|rope_scal|in_channels$)")
-_LAYERS = re.compile(r"(^|_)(num_)?(n_)?(hidden_|encoder_|decoder_|block_|text_|mtp_)*(layers?|blocks)$|^depth$|num_stacks")
+_SKIPPED = re.compile(
+    r"^(_|id2label|label2id|transformers_version|architectures|dtype|rope_param|rope_scal|in_channels$)"
+)
+_LAYERS = re.compile(
+    r"(^|_)(num_)?(n_)?(hidden_|encoder_|decoder_|block_|text_|mtp_)*(layers?|blocks)$|^depth$|num_stacks"
+)
 _LIKE_LAYERS = re.compile(r"feature_layers?$|feat_extract_layers$|^conv_|index_|resnet_layers|residual_layers")
 _HEADS = re.compile(r"(^|_)(n_?head|num_head|heads|n_heads|num_heads|attention_heads|q_heads)s?$")
 _KV = re.compile(r"(kv_heads|key_value_heads|n_head_kv|kv_n_heads|query_groups|num_groups)$")
@@ -32,10 +36,14 @@ _HIDDEN = re.compile(
 )
 _EXPERTS = re.compile(r"(n_routed_experts|num_(local_|routed_)?experts|moe_num_experts|num_experts)$")
 _TOP = re.compile(r"(experts_per_tok|top_k|topk|moe_k|num_selected_experts|experts_per_token|top_k_experts)$")
-_POSITIONS = re.compile(r"(max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|max_seq_len(gth)?|seq_length)$")
+_POSITIONS = re.compile(
+    r"(max_position_embeddings|max_(source|target)_positions|n_positions|n_ctx|max_seq_len(gth)?|seq_length)$"
+)
 _TOKEN = re.compile(r"(token_id|token_index|_id|_index|_token)s?$")
-_KEPT = re.compile(r"(image_size|patch_size|kernel|stride|num_channels|num_labels|factor|window|chunk|group|level|bucket|scale|mel|rate"
-                   r"|tubelet|frames|sample|_token|num_queries|conv|vocab|type_vocab|downsampl|merge|pool|hop|fft|bins|codebook|block_size)")
+_KEPT = re.compile(
+    r"(image_size|patch_size|kernel|stride|num_channels|num_labels|factor|window|chunk|group|level|bucket|scale|mel|rate"
+    r"|tubelet|frames|sample|_token|num_queries|conv|vocab|type_vocab|downsampl|merge|pool|hop|fft|bins|codebook|block_size)"
+)
 
 Recipe = Callable[[str, int], int]
 
@@ -143,7 +151,9 @@ def _layered(small: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
         of = {str(key): value for key, value in small["per_layer_config"].items()}
         small["per_layer_config"] = {new: of[str(old)] for new, old in enumerate(wanted) if str(old) in of}
     if "stage_names" in small:  # they follow from the number of layers
-        small = {key: value for key, value in small.items() if key not in ("stage_names", "out_features", "_out_features")}
+        small = {
+            key: value for key, value in small.items() if key not in ("stage_names", "out_features", "_out_features")
+        }
         small["out_indices"] = list(range(len(wanted) - len(stages) + 1, len(wanted) + 1)) or [len(wanted)]
         small.pop("_out_indices", None)
     for key in ("first_k_dense_replace", "moe_layer_start_index"):
@@ -164,7 +174,7 @@ def _mamba(small: dict[str, Any]) -> dict[str, Any]:
 
 
 def candidates(name: str) -> Iterator[tuple[str, Any]]:
-    """Configurations of a class, from the smallest on, each with the recipe that made it; the reason where there is none."""
+    """Configurations of a class, from the smallest on, each with its recipe; the reason where there is none."""
     default = configs.default(name)
     document = default.to_dict()
     for recipe, rule in RECIPES.items():

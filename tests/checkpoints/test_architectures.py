@@ -1,23 +1,24 @@
-"""The data on transformers' classes: its form, that it is what transformers says, and that the replay of it is right."""
+"""The data on transformers' classes: its form, that it is what transformers says, that its replay is right."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import os
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
 from tests.conftest import FIXTURES, ROOT
 from vera_tools import schema
-from vera_tools.checkpoints import architecture_probe, architectures, pieces
-from vera_tools.checkpoints.architectures import Tie
+from vera_tools.checkpoints import architectures, pieces, witness
+from vera_tools.checkpoints.architecture import Tie
 from vera_tools.checkpoints.layout import Layout
-from vera_tools.checkpoints.renaming import Step, natural_order, replay
-from vera_tools.errors import CheckFailedError
+from vera_tools.checkpoints.renaming import Gathered, Operation, Step
+from vera_tools.checkpoints.trees import Tree
+from vera_tools.errors import CheckFailedError, UnprovenError
 
 #: One class of each kind that decides otherwise: what it stands for, and its name.
 KINDS = {
@@ -118,7 +119,7 @@ def test_classes_generated_again_are_the_same():
             key: value for key, value in committed.items() if key != "modules"
         }
         there = set(known(name).tree.walk())
-        assert set(architectures.Tree(entry.get("modules", f"@{name}"), made["structures"]).walk()) <= there, name
+        assert set(Tree(entry.get("modules", f"@{name}"), made["structures"]).walk()) <= there, name
 
 
 @pytest.mark.slow
@@ -134,3 +135,317 @@ def test_the_replay_is_what_transformers_does(kind):
     from tests.architectures import proof
 
     assert proof.problems(KINDS[kind]) == []
+
+
+def test_the_proof_sees_what_is_wrong(monkeypatch):
+    """Each thing that the proof compares, broken on purpose."""
+    from tests.architectures import proof
+
+    whole = document()
+
+    def broken(name, **changes):
+        classes = {**whole["classes"], name: {**whole["classes"][name], **changes}}
+        monkeypatch.setattr(architectures, "data", lambda: {**whole, "classes": classes})
+        return {problem.split(":")[0] for problem in proof.problems(name)}
+
+    assert "embeddings" in broken("GPT2LMHeadModel", output_embeddings="transformer.wte")
+    assert {"targets, None", "embeddings"} <= broken("GPT2LMHeadModel", output_embeddings="transformer.h.0.attn.c_attn")
+    assert {"ties", "values"} <= broken("GPT2LMHeadModel", ties=[])
+    assert {"renaming, bare", "renaming, longer"} <= broken("LlamaForCausalLM", base_model_prefix="other")
+    assert {"values", "renaming, saved"} <= broken("GPTNeoXForCausalLM", submodels=[])
+    assert {"values", "kinds"} <= broken("LlamaForCausalLM", modules="@GPT2LMHeadModel")
+
+
+# ---- names, as they lie on the Hub
+
+NAMES = [
+    ("LlamaForCausalLM", "model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+    ("LlamaForCausalLM", "layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.weight"),
+    ("LlamaModel", "model.layers.3.mlp.up_proj.weight", "layers.3.mlp.up_proj.weight"),
+    ("GPT2LMHeadModel", "h.11.attn.c_attn.weight", "transformer.h.11.attn.c_attn.weight"),
+    ("GPTNeoXForCausalLM", "embed_out.weight", "lm_head.weight"),
+    ("BertForMaskedLM", "bert.embeddings.LayerNorm.gamma", "bert.embeddings.LayerNorm.weight"),
+    ("BertForMaskedLM", "embeddings.word_embeddings.weight", "bert.embeddings.word_embeddings.weight"),
+    (
+        "ViTForImageClassification",
+        "vit.encoder.layer.0.attention.attention.query.weight",
+        "vit.layers.0.attention.q_proj.weight",
+    ),
+    (
+        "LlavaForConditionalGeneration",
+        "language_model.model.layers.0.self_attn.q_proj.weight",
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+    ),
+    ("LlavaForConditionalGeneration", "language_model.lm_head.weight", "lm_head.weight"),
+    (
+        "LlavaForConditionalGeneration",
+        "vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight",
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight",
+    ),
+    (
+        "LlavaForConditionalGeneration",
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+        "model.language_model.layers.0.self_attn.q_proj.weight",
+    ),
+    (
+        "Qwen2_5_VLForConditionalGeneration",
+        "model.layers.0.mlp.gate_proj.weight",
+        "model.language_model.layers.0.mlp.gate_proj.weight",
+    ),
+    ("Qwen2_5_VLForConditionalGeneration", "visual.blocks.0.attn.qkv.weight", "model.visual.blocks.0.attn.qkv.weight"),
+]
+
+
+@pytest.mark.parametrize(("name", "key", "parameter"), NAMES)
+def test_a_key_leads_to_its_parameter(name, key, parameter):
+    layout = Layout(known(name), {key: (8, 4)})
+    assert known(name).parameter_of(key) == parameter
+    assert layout.names == (parameter,)
+    (piece,) = layout.pieces(parameter)
+    assert piece.is_whole
+    assert (piece.key, piece.parameter) == (key, parameter)
+    assert layout.pieces_of(key) == (piece,)
+    assert layout.unexpected == ()
+
+
+def test_keys_that_lead_nowhere():
+    layout = Layout(known("LlamaForCausalLM"), {"model.layers.0.other.weight": (1,), "rotary_emb.inv_freq": (1,)})
+    assert layout.unexpected == ("model.layers.0.other.weight",)
+    assert layout.architecture.parameter_of("model.layers.0.other.weight") is None
+    assert layout.pieces_of("rotary_emb.inv_freq") == ()
+    with pytest.raises(CheckFailedError, match="the files hold no tensor for this parameter"):
+        layout.pieces("lm_head.weight")
+
+
+def test_of_two_keys_for_one_parameter_the_first_in_order_counts():
+    layout = Layout(known("LlamaForCausalLM"), {"model.norm.weight": (4,), "norm.weight": (4,)})
+    assert layout.names == ("model.norm.weight",)
+    assert layout.superseded == ("norm.weight",)
+
+
+@pytest.mark.parametrize(
+    ("name", "shapes", "parameter", "key"),
+    [
+        ("GPT2LMHeadModel", {"h.0.attn.c_attn.weight": (4, 12)}, "lm_head.weight", "lm_head.weight"),
+        ("LlavaForConditionalGeneration", {}, "lm_head.weight", "lm_head.weight"),
+        ("BertForMaskedLM", {}, "cls.predictions.decoder.weight", "cls.predictions.decoder.weight"),
+        ("LlamaForCausalLM", {}, "model.nothing.weight", None),
+    ],
+)
+def test_the_name_under_which_a_parameter_is_added(name, shapes, parameter, key):
+    assert Layout(known(name), shapes).key_for(parameter) == key
+
+
+def test_where_its_own_name_would_lead_elsewhere_another_is_found():
+    """HunYuan-VL takes every "model." for the language model's: its head is out of the way, a new embedding is not."""
+    step = Step(("^lm_head",), ("model.norm",))
+    found = dataclasses.replace(known("LlamaForCausalLM"), steps=(step,))
+    layout = Layout(found, {})
+    assert layout.key_for("model.norm.weight") == "model.norm.weight"
+    assert layout.key_for("lm_head.weight") == "model.lm_head.weight"
+
+
+# ---- parts of tensors
+
+
+def test_experts_are_slices_of_one_parameter():
+    shapes = {
+        f"model.layers.0.mlp.experts.{expert}.{part}.weight": (3, 5)
+        for expert in range(12)
+        for part in ("gate_proj", "up_proj")
+    }
+    layout = Layout(known("Qwen2MoeForCausalLM"), shapes)
+    assert layout.names == ("model.layers.0.mlp.experts.gate_up_proj",)
+    (piece,) = layout.pieces_of("model.layers.0.mlp.experts.10.up_proj.weight")
+    assert (piece.rows, piece.of) == (slice(None), slice(10 * 6 + 3, 11 * 6))
+
+
+def test_a_converter_that_lacks_a_source_is_refused():
+    layout = Layout(known("Qwen2MoeForCausalLM"), {"model.layers.0.mlp.experts.0.up_proj.weight": (3, 5)})
+    with pytest.raises(CheckFailedError, match="a part of the parameter is not in the file"):
+        layout.pieces("model.layers.0.mlp.experts.gate_up_proj")
+
+
+def test_fused_queries_are_rows_of_one_tensor():
+    key = "encoder.layers.0.attn.Wqkv.weight"
+    layout = Layout(known("NomicBertModel"), {key: (12, 4)})
+    assert [piece.rows for piece in layout.pieces_of(key)] == [slice(0, 4), slice(4, 8), slice(8, 12)]
+    assert layout.pieces("layers.0.self_attn.k_proj.weight")[0].rows == slice(4, 8)
+    assert layout.kind("layers.0.self_attn.k_proj") == "Linear"
+
+
+def test_permuted_rows_are_numbers():
+    gathered = Gathered("q.weight", Step(("wq",), ("q",), (Operation("PermuteForRope"),)), {0: ["wq.weight"]})
+    (piece,) = pieces.pieces(gathered, {"wq.weight": (8, 3)}, heads=lambda part: 2)["q.weight"]
+    assert piece.rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+def test_how_rows_are_divided_may_have_to_be_told():
+    step = Step(("qkv",), ("q", "k"), (Operation("Split"),))
+    gathered = Gathered("a.q.weight", step, {0: ["a.qkv.weight"]})
+    with pytest.raises(CheckFailedError, match="follows from the model's shapes alone"):
+        pieces.pieces(gathered, {"a.qkv.weight": (6, 2)}, heads=lambda part: 1)
+    found = pieces.pieces(gathered, {"a.qkv.weight": (6, 2)}, heads=lambda part: 1, parameters={"a.q.weight": (4, 2)})
+    assert [found[name][0].rows for name in ("a.q.weight", "a.k.weight")] == [slice(0, 4), slice(4, 6)]
+
+
+# ---- ties
+
+TIES = [
+    ("LlamaForCausalLM", {}, False),
+    ("LlamaForCausalLM", {"tie_word_embeddings": True}, True),
+    ("GPT2LMHeadModel", {}, True),
+    ("GPT2LMHeadModel", {"tie_word_embeddings": False}, False),
+    ("T5ForConditionalGeneration", {"tie_word_embeddings": False}, True),
+    ("LlavaForConditionalGeneration", {"text_config": {"tie_word_embeddings": True}}, True),
+    ("LlavaForConditionalGeneration", {"tie_word_embeddings": True}, True),
+    ("LlavaForConditionalGeneration", {"text_config": {"tie_word_embeddings": False}}, False),
+]
+
+
+@pytest.mark.parametrize(("name", "entries", "tied"), TIES)
+def test_what_config_json_ties(name, entries, tied):
+    found = known(name, **entries)
+    assert bool(found.tied()) == tied
+    assert any("lm_head.weight" in group for group in found.tied()) == tied
+
+
+def test_the_source_of_a_tie_comes_first():
+    found = known("T5ForConditionalGeneration")
+    assert found.tied() == (
+        ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight"),
+    )
+    assert found.tied_to("lm_head.weight") == "shared.weight"
+    assert found.tied_to("shared.weight") is None
+
+
+def test_a_switch_decides_which_tables_marian_ties():
+    tables = {"model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "model.shared.weight"}
+    (group,) = known("MarianMTModel").tied()
+    assert tables < set(group)
+    (group,) = known("MarianMTModel", share_encoder_decoder_embeddings=False).tied()
+    assert set(group) == {"lm_head.weight", "model.decoder.embed_tokens.weight"}
+
+
+def test_what_only_the_model_can_tell_is_said_so():
+    found = known("ZambaForCausalLM")
+    assert found.may_be_tied("model.layers.7.shared_transf.self_attn.q_proj.weight")
+    assert not found.may_be_tied("model.layers.7.mamba.in_proj.weight")
+
+
+def test_the_holder_of_a_tied_parameter_is_found_either_way():
+    found = known("GPT2LMHeadModel")
+    usual = Layout(found, {"wte.weight": (8, 4)})
+    assert usual.holder("lm_head.weight") == "transformer.wte.weight"
+    swapped = Layout(found, {"lm_head.weight": (8, 4)})
+    assert swapped.holder("transformer.wte.weight") == "lm_head.weight"
+    assert swapped.holder("transformer.wpe.weight") is None
+
+
+def test_both_sides_of_a_tie_may_be_one_expression():
+    tie = Tie("", r"encoder.layers\.(?:[^.]+\.)*weight", r"decoder.layers\.(?:[^.]+\.)*weight")
+    assert tie.source_of("encoder.layers.0.mlp.weight") == "decoder.layers.0.mlp.weight"
+    assert tie.source_of("encoder.norm.weight") is None
+    assert tie.names is None
+
+
+# ---- parts that the configuration chooses
+
+
+def test_another_language_model_is_put_in_the_place_of_the_default():
+    found = known("LlavaForConditionalGeneration", text_config={"model_type": "gpt2"})
+    assert found.kind("model.language_model.h.0.attn.c_attn") == "Conv1D"
+    assert found.kind("model.language_model.layers.0.self_attn.q_proj") is None
+    experts = known("LlavaForConditionalGeneration", text_config={"model_type": "qwen2_moe"})
+    key = "language_model.model.layers.0.mlp.experts.0.down_proj.weight"
+    layout = Layout(experts, {key: (4, 3)})
+    assert layout.names == ("model.language_model.layers.0.mlp.experts.down_proj",)
+    assert found.unknown == experts.unknown == ()
+
+
+def test_a_part_of_an_unknown_class_is_unknown_and_nothing_else():
+    found = known("LlavaForConditionalGeneration", vision_config={"model_type": "of tomorrow"})
+    assert found.is_unknown("model.vision_tower.encoder.layers.0.mlp.fc1")
+    layout = Layout(found, {"vision_tower.anything": (1,), "language_model.lm_head.weight": (8, 4), "more": (1,)})
+    assert layout.unexpected == ("more",)
+    assert layout.names == ("lm_head.weight",)
+
+
+# ---- classes
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+CLASSES = [
+    (LLAMA, None, "LlamaForCausalLM"),
+    (LLAMA, "SequenceClassification", "LlamaForSequenceClassification"),
+    ({"model_type": "gpt2"}, "CausalLM", "GPT2LMHeadModel"),
+    ({"model_type": "gpt2"}, None, None),
+    ({"model_type": "of tomorrow"}, "CausalLM", None),
+]
+
+
+@pytest.mark.parametrize(("config", "auto", "name"), CLASSES)
+def test_the_class_of_a_configuration(config, auto, name):
+    assert architectures.class_for(config, auto) == name
+
+
+def test_a_class_that_the_data_lacks_is_none():
+    assert architectures.architecture({"architectures": ["OfTomorrow"]}) is None
+    assert architectures.architecture({}) is None
+
+
+def test_kinds_and_targets():
+    found = known("GPT2LMHeadModel")
+    assert found.kind("transformer.h.0.mlp.c_fc") == "Conv1D"
+    assert found.kind("lm_head") == "Linear"
+    assert found.kind("transformer.wte") == "Embedding"
+    assert found.kind("transformer.h.0") == "Module"
+    assert found.kind("transformer.nothing") is None
+    assert (found.input_embeddings, found.output_embeddings) == ("transformer.wte", "lm_head")
+    assert found.is_linear_target("transformer.h.0.mlp.c_fc")
+    assert not found.is_linear_target("lm_head")
+    assert "transformer.h.*.attn.c_attn" in found.linear_modules
+    classifier = known("BertForSequenceClassification")
+    assert classifier.is_linear_target("classifier")
+    assert not classifier.is_linear_target("classifier", task_type="SEQ_CLS")
+
+
+def test_layers_that_compute_otherwise_are_named():
+    assert known("DeepseekV4ForCausalLM").computes_otherwise("model.layers.0.self_attn.o_a_proj") is not None
+    assert known("LlamaForCausalLM").computes_otherwise("model.layers.0.self_attn.o_proj") is None
+
+
+# ---- the installed transformers
+
+
+def test_transformers_asked_about_one_configuration():
+    import transformers
+
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "qwen2", "num_hidden_layers": 2, "tie_word_embeddings": True},
+        vision_config={"model_type": "siglip_vision_model", "num_hidden_layers": 1},
+    )
+    document = json.loads(config.to_json_string())
+    asked = witness.ask_transformers(document, "LlavaForConditionalGeneration")
+    ours = architectures.architecture(document, "LlavaForConditionalGeneration")
+    assert asked.origin == f"transformers {transformers.__version__}"
+    assert asked.parameters
+    assert all(ours.stores(name) for name in asked.parameters)
+    assert not asked.stores("model.language_model.layers.2.self_attn.q_proj.weight")
+    assert asked.steps == ours.steps
+    assert asked.tied() == ours.tied() != ()
+    assert asked.kind("model.language_model.layers.1.self_attn.q_proj") == "Linear"
+    assert (asked.input_embeddings, asked.output_embeddings) == (ours.input_embeddings, ours.output_embeddings)
+    files = {name: (1, 1) for name in asked.parameters if name != "lm_head.weight"}
+    assert Layout(asked, files).missing == ()
+    del files["model.language_model.norm.weight"]
+    assert Layout(asked, files).missing == ("model.language_model.norm.weight",)
+    assert Layout(ours, files).missing is None
+
+
+@pytest.mark.parametrize(("name", "config", "found"), [
+    ("OfTomorrow", {}, "has no class OfTomorrow"),
+    ("LlamaForCausalLM", {"hidden_size": 30, "num_attention_heads": 7}, "."),
+])  # fmt: skip
+def test_what_transformers_cannot_build_is_said(name, config, found):
+    with pytest.raises(UnprovenError, match=found):
+        witness.ask_transformers(config, name)

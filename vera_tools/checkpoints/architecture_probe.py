@@ -1,4 +1,4 @@
-"""What the transformers of this interpreter knows of one class of models, as JSON: a script, and the generator's source.
+"""What the transformers of this interpreter knows of one class of models, as JSON: a script; the generator uses it too.
 
 Run by path, under any Python that has transformers 5; vera-tools need not be installed there::
 
@@ -63,7 +63,8 @@ def main() -> None:
     model = build(model_class, config)
     document = dict(describe(model), transformers=transformers.__version__)
     document.update(conversions=conversions(model), modules=tree(model), shared=shared(model))
-    document["ties"] = [{"module": "", "keys": dict(model.all_tied_weights_keys), "when": True}]
+    document.update(legacy=legacy(), heads=heads(model), parameters=sorted(model.state_dict()))
+    document["ties"] = [{"keys": [list(pair) for pair in model.all_tied_weights_keys.items()]}]
     print(json.dumps(document, sort_keys=True), file=answer, flush=True)
 
 
@@ -126,6 +127,30 @@ def conversions(model: Any) -> list[dict[str, Any]]:
     return groups
 
 
+def legacy() -> list[dict[str, Any]]:
+    """The renamings that every model gets, after its own."""
+    from transformers import conversion_mapping
+
+    found: Any = conversion_mapping.get_checkpoint_conversion_mapping
+    return [step(transform) for transform in found("legacy")]
+
+
+def heads(model: Any) -> dict[str, int]:
+    """The number of attention heads of each part of the configuration that some converter goes by."""
+    operations = [
+        operation
+        for group in conversions(model)
+        for one in group["steps"]
+        for operation in one.get("operations", ())
+        if operation["name"] == "PermuteForRope"
+    ]
+    parts = sorted({operation.get("subconfig_key") or "" for operation in operations})
+    return {
+        part: getattr(getattr(model.config, part, model.config) if part else model.config, "num_attention_heads", 1)
+        for part in parts
+    }
+
+
 def step(transform: Any) -> dict[str, Any]:
     """One renaming or converter as data."""
     found: dict[str, Any] = {"from": list(transform.source_patterns), "to": list(transform.target_patterns)}
@@ -142,24 +167,29 @@ def step(transform: Any) -> dict[str, Any]:
 
 
 def _operation(operation: Any) -> dict[str, Any]:
-    return {"name": type(operation).__name__, **{key: value for key, value in sorted(vars(operation).items())
-                                                 if isinstance(value, int | str | list | tuple)}}
+    return {
+        "name": type(operation).__name__,
+        **{key: value for key, value in sorted(vars(operation).items()) if isinstance(value, int | str | list | tuple)},
+    }
 
 
 def tree(module: Any) -> Any:
     """The modules and what they store: a plain module as its kind, another as its class and what is inside.
+
+    Parameters of more than one dimension say how many: "Parameter:3".
 
     Modules that store nothing are left out; where nothing at all is stored, the result is None.
     """
     kind = _kind(module)
     children = {name: tree(child) for name, child in module.named_children()}
     children = {name: child for name, child in children.items() if child is not None}
-    stored = {name for name, value in module._parameters.items() if value is not None}
+    stored = {name: value.dim() for name, value in module._parameters.items() if value is not None}
     buffers = {
-        name for name, value in module._buffers.items()
+        name
+        for name, value in module._buffers.items()
         if value is not None and name not in module._non_persistent_buffers_set
     }
-    if kind is not None and not children and stored | buffers <= PLAIN[kind]:
+    if kind is not None and not children and stored.keys() | buffers <= PLAIN[kind]:
         # What stands in the place of W x matters for layers that an adapter may sit on, and for nothing else.
         plain = kind not in ("Linear", "Conv1D") or type(module).forward is _classes()[kind].forward
         return kind if plain else f"{kind}:{type(module).__name__}"
@@ -168,7 +198,8 @@ def tree(module: Any) -> Any:
     node = {CLASS: _class_of(module), **children}
     if node[CLASS].startswith("torch.") and "out_proj" in children:
         node["out_proj"] += ":MultiheadAttention"  # reads the weight of its output layer, and never calls that
-    node.update({name: "Parameter" for name in stored} | {name: "Buffer" for name in buffers})
+    node.update({name: "Parameter" if count < 2 else f"Parameter:{count}" for name, count in stored.items()})
+    node.update(dict.fromkeys(buffers, "Buffer"))
     if kind is not None:
         node[KIND] = kind
     return node
@@ -204,7 +235,6 @@ def _name_of(model: Any, getter: str) -> str | None:
     except (NotImplementedError, AttributeError, TypeError, StopIteration, IndexError):
         return None
     return next((name for name, module in model.named_modules(remove_duplicate=False) if module is wanted), None)
-
 
 
 if __name__ == "__main__":

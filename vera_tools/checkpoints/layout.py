@@ -1,4 +1,4 @@
-"""One model's files seen through its class: which tensor is which parameter, what is too many, what is one with another.
+"""One model's files seen through its class: which tensor is which parameter, and what is one with another.
 
 `Layout` joins the class's `Architecture` with the names and shapes that safetensors headers give. Nothing is read.
 """
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from vera_tools.checkpoints import pieces as placing
-from vera_tools.checkpoints.architectures import Architecture
+from vera_tools.checkpoints.architecture import LINEAR, Architecture
 from vera_tools.checkpoints.pieces import Piece, Shape
 from vera_tools.checkpoints.renaming import Replay, replay
 from vera_tools.errors import CheckFailedError
@@ -58,7 +58,22 @@ class Layout:
     @functools.cached_property
     def unexpected(self) -> tuple[str, ...]:
         """Keys that lead to no parameter, but for those that transformers passes over in silence."""
-        return tuple(key for key, name in self._replay.unexpected.items() if not self.architecture.ignores(name))
+        known = self.architecture
+        found = self._replay.unexpected.items()
+        return tuple(key for key, name in found if not known.ignores(name) and not known.is_unknown(name))
+
+    @functools.cached_property
+    def missing(self) -> tuple[str, ...] | None:
+        """Parameters that no file gives, nor one that they are tied with; None where all parameters are not known.
+
+        They are where transformers was asked.
+        """
+        known = self.architecture
+        if known.parameters is None:
+            return None
+        return tuple(
+            name for name in sorted(known.parameters) if self.holder(name) is None and not known.may_lack(name)
+        )
 
     @property
     def superseded(self) -> tuple[str, ...]:
@@ -76,8 +91,41 @@ class Layout:
         """
         if self.gives(parameter):
             return parameter
-        group = next((group for group in self.tied if parameter in group), ())
+        source = self.architecture.tied_to(parameter) or parameter
+        if self.gives(source):
+            return source
+        if source in self._first_tied:
+            return self._first_tied[source]
+        group = next((group for group in self.architecture.tied((parameter,)) if parameter in group), ())
         return next((name for name in group if self.gives(name)), None)
+
+    @functools.cached_property
+    def _first_tied(self) -> dict[str, str]:
+        """By what they are tied to, the first of the files' parameters that are."""
+        found: dict[str, str] = {}
+        for name in self.names:
+            if source := self.architecture.tied_to(name):
+                found.setdefault(source, name)
+        return found
+
+    def kind(self, module: str) -> str | None:
+        """What a module is, as `Architecture.kind` says it, where needed with the help of its weight in the files."""
+        known = self.architecture
+        weight = f"{module}.weight"
+        found = known.kind(module)
+        if found is not None or not self.gives(weight):
+            return found
+        whole = [piece for piece in self.pieces(weight) if piece.is_whole]
+        if len(whole) != 1:
+            return None
+        dimensions = len(self.shapes[whole[0].key])
+        fitting = {kind.partition(":")[0] for kind, count in known.tree.owners(weight) if count == dimensions}
+        return fitting.pop() if len(fitting) == 1 else None
+
+    def is_linear_target(self, module: str, *, task_type: str | None = None) -> bool:
+        """Whether PEFT's "all-linear" adapts a module, as `Architecture.is_linear_target` says it."""
+        left_out = self.architecture.is_output_layer(module, task_type=task_type)
+        return self.kind(module) in LINEAR and not left_out
 
     @functools.cached_property
     def tied(self) -> tuple[tuple[str, ...], ...]:

@@ -25,8 +25,24 @@ STORED: dict[str, tuple[str, ...]] = {
     "BatchNorm2d": _BATCH,
 }
 
-# What a node calls its own kind, where it is a plain module with more inside.
-_KIND = "="
+#: Dimensions of the weight of a plain module.
+DIMENSIONS = {
+    "Linear": 2,
+    "Conv1D": 2,
+    "Embedding": 2,
+    "LayerNorm": 1,
+    "GroupNorm": 1,
+    "BatchNorm1d": 1,
+    "BatchNorm2d": 1,
+    "Conv1d": 3,
+    "Conv2d": 4,
+    "Conv3d": 5,
+    "ConvTranspose1d": 3,
+    "ConvTranspose2d": 4,
+}
+
+# What a node calls its own kind, where it is a plain module with more inside; and its class, in a tree of one model.
+_KIND, _CLASS = "=", "@"
 _TENSORS = ("Parameter", "Buffer")
 _NUMBER = re.compile(r"(^|(?<=_))\d+$")
 
@@ -47,11 +63,17 @@ class Tree:
         self.kinds = functools.cache(self._kinds)
 
     def _stores(self, name: str) -> bool:
-        return any(kind in _TENSORS for kind in self._reached(name, self._start(name)))
+        return any(_is_tensor(kind) for kind, _ in self._reached(name))
+
+    def owners(self, parameter: str) -> set[tuple[str, int]]:
+        """The kinds of the modules that may hold a parameter of this name, each with its number of dimensions then."""
+        return {
+            (owner, int(kind.partition(":")[2] or 1)) for kind, owner in self._reached(parameter) if _is_tensor(kind)
+        }
 
     def _kinds(self, name: str) -> tuple[str, ...]:
         """The kinds that a module of this name may have, with its class where it computes otherwise than its kind."""
-        return tuple(sorted(set(self._reached(name, self._start(name))) - set(_TENSORS)))
+        return tuple(sorted({kind for kind, _ in self._reached(name) if not _is_tensor(kind)}))
 
     def walk(self) -> Iterator[tuple[str, str]]:
         """Every module with its kind."""
@@ -69,40 +91,46 @@ class Tree:
         deepest = max(places, key=len)
         return name[len(deepest) + 1 :], self._places[deepest]
 
-    def _reached(self, name: str, start: tuple[str, Any]) -> Iterator[str]:
-        rest, root = start
-        yield from self._descend(root, rest.split(".") if rest else [])
+    def _reached(self, name: str) -> Iterator[tuple[str, str]]:
+        """What a name may lead to: kinds of modules and "Parameter", each with the kind of the module around it."""
+        rest, root = self._start(name)
+        yield from self._descend(root, rest.split(".") if rest else [], "")
 
-    def _descend(self, node: Any, parts: list[str]) -> Iterator[str]:
+    def _descend(self, node: Any, parts: list[str], owner: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, list):
             for option in node:
-                yield from self._descend(option, parts)
+                yield from self._descend(option, parts, owner)
         elif isinstance(node, str) and not node.startswith("@"):
             if not parts:
-                yield node
-            elif len(parts) == 1 and parts[0] in STORED.get(node.partition(":")[0], ()):
-                yield "Parameter"
+                yield node, owner
+            elif len(parts) == 1 and parts[0] in STORED.get(plain := node.partition(":")[0], ()):
+                yield f"Parameter:{DIMENSIONS[plain] if parts[0] == 'weight' else 1}", node
         else:
             inside = self._structures[node[1:]] if isinstance(node, str) else node
+            kind = inside.get(_KIND, "Module")
             if not parts:
-                yield inside.get(_KIND, "Module")
+                yield kind, owner
                 return
-            if parts[0] in inside and parts[0] != _KIND:
-                yield from self._descend(inside[parts[0]], parts[1:])
+            if parts[0] in inside and parts[0] not in (_KIND, _CLASS):
+                yield from self._descend(inside[parts[0]], parts[1:], kind)
             numbered = _NUMBER.sub("*", parts[0])
             if numbered in inside and numbered != parts[0]:
-                yield from self._descend(inside[numbered], parts[1:])
+                yield from self._descend(inside[numbered], parts[1:], kind)
 
     def _walked(self, node: Any, name: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, list):
             for option in node:
                 yield from self._walked(option, name)
         elif isinstance(node, str) and not node.startswith("@"):
-            if node not in _TENSORS:
+            if not _is_tensor(node):
                 yield name, node
         else:
             inside = self._structures[node[1:]] if isinstance(node, str) else node
             yield name, inside.get(_KIND, "Module")
             for key, child in inside.items():
-                if key != _KIND:
+                if key not in (_KIND, _CLASS):
                     yield from self._walked(child, f"{name}.{key}".lstrip("."))
+
+
+def _is_tensor(kind: str) -> bool:
+    return kind.partition(":")[0] in _TENSORS
