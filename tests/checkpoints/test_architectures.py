@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from tests.conftest import FIXTURES, ROOT
@@ -16,7 +17,7 @@ from vera_tools import schema
 from vera_tools.checkpoints import architectures, pieces, witness
 from vera_tools.checkpoints.architecture import Tie
 from vera_tools.checkpoints.layout import Layout
-from vera_tools.checkpoints.renaming import Gathered, Operation, Step
+from vera_tools.checkpoints.renaming import Gathered, Operation, Step, replay
 from vera_tools.checkpoints.trees import Tree
 from vera_tools.errors import CheckFailedError, UnprovenError
 
@@ -245,6 +246,24 @@ def test_where_its_own_name_would_lead_elsewhere_another_is_found():
     assert layout.key_for("lm_head.weight") == "model.lm_head.weight"
 
 
+def test_of_several_sources_the_longest_that_matches_counts():
+    step = Step(("a", "a.b"), ("x",))
+    assert step.apply("a.b.c", set()) == ("x.c", 1)
+    assert step.apply("a.c", set()) == ("x.c", 0)
+    assert step.apply("a_c", set()) == ("a_c", None)
+
+
+def test_a_guarded_step_waits_for_its_guard():
+    step = Step((r"(\d+)\.norm0", r"(\d+)\.norm1"), (r"\1.norm1", r"\1.norm2"), guarded=True)
+
+    def leads(*keys):
+        found = replay(keys, [step], prefix="", stores={"0.norm1", "0.norm2"}.__contains__)
+        return {key: name for name, entry in found.gathered.items() for key in entry.keys[0]}
+
+    assert leads("0.norm1", "0.norm2") == {"0.norm1": "0.norm1", "0.norm2": "0.norm2"}
+    assert leads("0.norm1", "0.norm0") == {"0.norm0": "0.norm1", "0.norm1": "0.norm2"}
+
+
 # ---- parts of tensors
 
 
@@ -287,6 +306,29 @@ def test_how_rows_are_divided_may_have_to_be_told():
         pieces.pieces(gathered, {"a.qkv.weight": (6, 2)}, heads=lambda part: 1)
     found = pieces.pieces(gathered, {"a.qkv.weight": (6, 2)}, heads=lambda part: 1, parameters={"a.q.weight": (4, 2)})
     assert [found[name][0].rows for name in ("a.q.weight", "a.k.weight")] == [slice(0, 4), slice(4, 6)]
+
+
+@pytest.mark.parametrize(("check", "parameter", "transposed"), [
+    (False, None, True), (True, (2, 3), True), (True, (3, 2), False),
+])  # fmt: skip
+def test_a_tensor_may_lie_the_other_way_round(check, parameter, transposed):
+    arguments = (("check_dims", check), ("dim0", 0), ("dim1", 1))
+    gathered = Gathered("gate.weight", Step(("g",), ("gate",), (Operation("Transpose", arguments),)), {0: ["g.weight"]})
+    tensor = np.arange(6).reshape(3, 2)
+    shapes = {} if parameter is None else {"gate.weight": parameter}
+    parts = pieces.pieces(gathered, {"g.weight": (3, 2)}, heads=lambda part: 1, parameters=shapes)["gate.weight"]
+    assert parts[0].transposed == transposed
+    expected = tensor.T if transposed else tensor
+    made = pieces.assemble(parts, lambda key: tensor, expected.shape)
+    assert np.array_equal(made, expected)
+    assert np.array_equal(pieces.take_apart(parts, lambda name: made, tensor.shape), tensor)
+
+
+def test_whether_it_does_may_have_to_be_told():
+    arguments = (("check_dims", True), ("dim0", 0), ("dim1", 1))
+    gathered = Gathered("gate.weight", Step(("g",), ("gate",), (Operation("Transpose", arguments),)), {0: ["g.weight"]})
+    with pytest.raises(CheckFailedError, match="follows from the model's shape alone"):
+        pieces.pieces(gathered, {"g.weight": (3, 2)}, heads=lambda part: 1)
 
 
 # ---- ties
@@ -340,6 +382,19 @@ def test_the_holder_of_a_tied_parameter_is_found_either_way():
     swapped = Layout(found, {"lm_head.weight": (8, 4)})
     assert swapped.holder("transformer.wte.weight") == "lm_head.weight"
     assert swapped.holder("transformer.wpe.weight") is None
+
+
+def test_of_two_ties_for_one_parameter_the_last_counts():
+    ties = (Tie("", r"box.(?![0])\d+", "box.0"), Tie("", "box", "model.box"))
+    found = dataclasses.replace(known("LlamaForCausalLM"), ties=ties)
+    assert found.tied_to("box.1.weight") == "model.box.1.weight"
+
+
+def test_a_head_that_some_other_converter_would_take_gets_no_name():
+    step = Step(("lm_head",), ("model.embed_tokens",), (Operation("Conv3dToLinear"),))
+    layout = Layout(dataclasses.replace(known("LlamaForCausalLM"), steps=(step,)), {})
+    assert layout.key_for("model.embed_tokens.weight") == "model.embed_tokens.weight"
+    assert layout.key_for("lm_head.weight") is None
 
 
 def test_both_sides_of_a_tie_may_be_one_expression():

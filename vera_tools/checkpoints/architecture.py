@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vera_tools.checkpoints.renaming import Step, replay
@@ -72,7 +72,6 @@ class Architecture:
         steps: Renamings and converters between a file's names and the modules', in order.
         ties: Parameters that are one tensor under this configuration.
         varying: Regular expressions of parameters of which the data cannot tell: see `may_be_tied`.
-        shared: Parameters that always are: groups of names, in which ``*`` is the same number in each.
         ignored_missing: Regular expressions of parameters that a file may lack.
         ignored_unexpected: Regular expressions of keys that a file may hold to no effect.
         tree: Its modules.
@@ -89,7 +88,6 @@ class Architecture:
     steps: tuple[Step, ...]
     ties: tuple[Tie, ...]
     varying: tuple[str, ...]
-    shared: tuple[tuple[str, ...], ...]
     ignored_missing: tuple[str, ...]
     ignored_unexpected: tuple[str, ...]
     tree: Tree
@@ -186,10 +184,6 @@ class Architecture:
             source = self.tied_to(name)
             if source is not None and self.stores(name):
                 groups.setdefault(source, [source]).append(name)
-        for pattern in self.shared:
-            for name in names:
-                for group in _expanded(pattern, name):
-                    groups.setdefault(group[0], list(group))
         return tuple(tuple(dict.fromkeys(group)) for group in groups.values())
 
     def heads(self, part: str) -> int:
@@ -203,18 +197,3 @@ class Architecture:
     def ignores(self, key: str) -> bool:
         """Whether transformers passes over a key that leads to no parameter, and says nothing."""
         return any(re.search(pattern, key) for pattern in self.ignored_unexpected)
-
-
-def _expanded(pattern: Sequence[str], name: str) -> Iterator[tuple[str, ...]]:
-    """The group that `name` is in, where it matches one of a group's names."""
-    for member in pattern:
-        match = re.fullmatch(re.escape(member).replace(r"\*", r"(\d+)"), name)
-        if match:
-            numbers = match.groups()
-            yield tuple(_filled(other, numbers) for other in pattern)
-
-
-def _filled(pattern: str, numbers: Sequence[str]) -> str:
-    for number in numbers:
-        pattern = pattern.replace("*", number, 1)
-    return pattern

@@ -103,7 +103,6 @@ def architecture(config: Config, name: str | None = None) -> Architecture | None
         steps=tuple(_steps(composed.submodels, prefix)),
         ties=tuple(composed.ties),
         varying=tuple(composed.varying),
-        shared=tuple(composed.shared),
         ignored_missing=tuple(composed.missing),
         ignored_unexpected=tuple(composed.unexpected),
         tree=Tree(composed.modules, data()["structures"], composed.places),
@@ -121,7 +120,6 @@ class _Composed:
     submodels: list[tuple[str, str, str]]
     ties: list[Tie]
     varying: list[str]
-    shared: list[tuple[str, ...]]
     missing: list[str]
     unexpected: list[str]
     places: dict[str, Any] = field(default_factory=dict)
@@ -148,7 +146,6 @@ def _compose(name: str, config: Config) -> _Composed:
             for pair in rule["keys"]
             for name in pair
         ],
-        [tuple(group) for group in entry.get("shared", ())],
         list(entry.get("missing", ())),
         list(entry.get("unexpected", ())),
     )
@@ -159,7 +156,6 @@ def _compose(name: str, config: Config) -> _Composed:
             continue
         other = _chosen().get((part["auto"], model_type))
         composed.ties = [tie for tie in composed.ties if not _is_inside(tie.module, place)]
-        composed.shared = [group for group in composed.shared if not any(_is_inside(n, place) for n in group)]
         if other is None:
             composed.unknown.append(place)
             composed.places[place] = {}
@@ -176,7 +172,6 @@ def _put(composed: _Composed, place: str, inner: _Composed) -> None:
     composed.submodels = _spliced(composed.submodels, place, inner.submodels)
     composed.ties += [Tie(_joined(place, tie.module), tie.target, tie.source) for tie in inner.ties]
     composed.varying += [re.escape(f"{place}.") + pattern for pattern in inner.varying]
-    composed.shared += [tuple(_joined(place, name) for name in group) for group in inner.shared]
     composed.missing += inner.missing
     composed.unexpected += inner.unexpected
     composed.unknown += [_joined(place, deeper) for deeper in inner.unknown]

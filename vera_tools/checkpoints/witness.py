@@ -67,6 +67,8 @@ def from_document(document: dict[str, Any]) -> Architecture:
         for step in group["steps"]
     ]
     steps += [Step.from_document(step, scope=None, prefix="") for step in document["legacy"]]
+    ties = [Tie("", target, source) for tie in document["ties"] for target, source in tie["keys"]]
+    ties += [Tie("", other, group[0]) for group in document["shared"] for other in group[1:]]
     return Architecture(
         name=document["class"],
         origin=f"transformers {document['transformers']}",
@@ -75,9 +77,8 @@ def from_document(document: dict[str, Any]) -> Architecture:
         input_embeddings=document["input_embeddings"],
         output_embeddings=document["output_embeddings"],
         steps=tuple(steps),
-        ties=tuple(Tie("", target, source) for tie in document["ties"] for target, source in tie["keys"]),
+        ties=tuple(ties),
         varying=(),
-        shared=tuple(tuple(group) for group in document["shared"]),
         ignored_missing=tuple(document["ignored"]["missing"]),
         ignored_unexpected=tuple(document["ignored"]["unexpected"]),
         tree=Tree(document["modules"], {}),
