@@ -253,6 +253,13 @@ def test_of_several_sources_the_longest_that_matches_counts():
     assert step.apply("a_c", set()) == ("a_c", None)
 
 
+def test_a_model_inside_one_of_its_own_class_is_renamed_with_it():
+    class_inside = [("", "LlavaModel", "llava"), ("inner", "LlavaModel", "llava"), ("other", "ViTModel", "vit")]
+    scopes = [step.scope for step in architectures._steps(class_inside, "")]
+    assert "inner" not in scopes
+    assert "other" in scopes
+
+
 def test_a_guarded_step_waits_for_its_guard():
     step = Step((r"(\d+)\.norm0", r"(\d+)\.norm1"), (r"\1.norm1", r"\1.norm2"), guarded=True)
 
@@ -390,6 +397,21 @@ def test_of_two_ties_for_one_parameter_the_last_counts():
     assert found.tied_to("box.1.weight") == "model.box.1.weight"
 
 
+def test_the_holder_is_found_where_a_pattern_ties():
+    ties = (Tie("", r"model.layers.(?!0\.)\d+.mlp", "model.layers.0.mlp"),)
+    found = dataclasses.replace(known("LlamaForCausalLM"), ties=ties)
+    layout = Layout(found, {"model.layers.3.mlp.up_proj.weight": (4, 4)})
+    assert layout.holder("model.layers.0.mlp.up_proj.weight") == "model.layers.3.mlp.up_proj.weight"
+    assert layout.holder("model.layers.5.mlp.up_proj.weight") == "model.layers.3.mlp.up_proj.weight"
+    assert layout.holder("model.layers.5.mlp.down_proj.weight") is None
+
+
+def test_a_name_that_is_converted_is_no_name_to_add_under():
+    step = Step(("lm_head",), ("lm_head",), (Operation("Transpose"),))
+    layout = Layout(dataclasses.replace(known("LlamaForCausalLM"), steps=(step,)), {})
+    assert layout.key_for("lm_head.weight") is None
+
+
 def test_a_head_that_some_other_converter_would_take_gets_no_name():
     step = Step(("lm_head",), ("model.embed_tokens",), (Operation("Conv3dToLinear"),))
     layout = Layout(dataclasses.replace(known("LlamaForCausalLM"), steps=(step,)), {})
@@ -446,6 +468,12 @@ def test_the_class_of_a_configuration(config, auto, name):
 def test_a_class_that_the_data_lacks_is_none():
     assert architectures.architecture({"architectures": ["OfTomorrow"]}) is None
     assert architectures.architecture({}) is None
+
+
+def test_numbers_at_the_end_of_a_name_are_any_numbers():
+    found = known("NllbMoeForConditionalGeneration")
+    assert found.kind("model.encoder.layers.3.ffn.experts.expert_200.fc1") == "Linear"
+    assert found.kind("model.encoder.layers.3.ffn.experts.expert_x.fc1") is None
 
 
 def test_kinds_and_targets():
