@@ -162,6 +162,14 @@ def test_permuted_rows_are_numbers():
     assert piece.rows.tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
+def test_heads_come_from_the_part_that_a_converter_names():
+    name = "Kimi_K25ForConditionalGeneration"
+    assert known(name, vision_config={"num_attention_heads": 6}).heads("vision_config") == 6
+    assert known(name).heads("vision_config") == 16
+    with pytest.raises(CheckFailedError, match="is not known"):
+        known("LlamaForCausalLM").heads("vision_config")
+
+
 def test_how_rows_are_divided_may_have_to_be_told():
     step = Step(("qkv",), ("q", "k"), (Operation("Split"),))
     gathered = Gathered("a.q.weight", step, {0: ["a.qkv.weight"]})

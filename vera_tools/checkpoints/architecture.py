@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from vera_tools.checkpoints.renaming import Step, replay
 from vera_tools.checkpoints.trees import Tree
+from vera_tools.errors import CheckFailedError
 
 #: Kinds of modules that PEFT's VeRA can adapt.
 LINEAR = ("Linear", "Conv1D")
@@ -187,7 +188,17 @@ class Architecture:
         return tuple(tuple(dict.fromkeys(group)) for group in groups.values())
 
     def heads(self, part: str) -> int:
-        """The number of attention heads in a part of the configuration, which some converters go by."""
+        """The number of attention heads in a part of the configuration, which some converters go by.
+
+        Raises:
+            CheckFailedError: nothing says where the configuration has it.
+        """
+        if part not in self._heads:
+            raise CheckFailedError(
+                "the number of attention heads that a converter goes by is not known",
+                where=self.name,
+                expected=f"that of {part or 'the model'}",
+            )
         return self._heads[part]
 
     def may_lack(self, parameter: str) -> bool:
