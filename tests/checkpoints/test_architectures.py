@@ -11,8 +11,8 @@ import sys
 
 import pytest
 
+from tests import FIXTURES, ROOT
 from tests.checkpoints.known import known
-from tests.conftest import FIXTURES, ROOT
 from vera_tools import schema
 from vera_tools.checkpoints import architectures, pieces, witness
 from vera_tools.checkpoints.architecture import Tie
