@@ -24,6 +24,7 @@ from tests.adapters import (
 )
 from tests.command import run_cli, run_json
 from tests.peers import base_model, distance, load_peft
+from tests.verifying.reports import failed, message_of, one
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 
@@ -153,3 +154,24 @@ def test_unknown_keys_of_a_manifest_are_named_in_plain_words(checkpoint):
     shown = " ".join(run_cli("verify", folder).stdout.split())
     assert "unknown key 'extra', 'more'" in shown
     assert "nevaluated" not in shown
+
+
+def test_saved_again_after_training_on_it_is_renewed(checkpoint):
+    """Real PEFT loads, changes the vectors, and saves into the same folder."""
+    import torch
+
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder)
+    model = load_peft(base_model(KEPT), folder, is_trainable=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ids = torch.arange(8)[None]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(folder)
+    report = one(folder)
+    assert failed(report) == {"manifest.stale"}
+    assert report.verdict == "reproducible"
+    assert "record" in message_of(report, "manifest.stale")
+    assert vera_tools.record(folder).changed
+    assert not failed(one(folder))
+    assert vera_tools.verify(folder).exit_code == 0
