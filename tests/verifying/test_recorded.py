@@ -16,8 +16,6 @@ from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
 
-pytestmark = pytest.mark.capability
-
 
 class TestManifest:
     def test_relabelled_dtypes_and_shapes_are_seen(self, checkpoint):
