@@ -84,6 +84,6 @@ def _cpuinfo() -> Iterator[tuple[str, str]]:
 def _vector_length() -> int:
     """Bytes in an SVE register, as processes get it; 0 where the kernel does not say."""
     try:
-        return int(_VECTOR_LENGTH.read_text())
+        return int(_VECTOR_LENGTH.read_text("utf-8"))
     except (OSError, ValueError):
         return 0
