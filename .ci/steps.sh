@@ -1,11 +1,23 @@
-# What .ci/run and .ci/full share; run in a clone that has README's .venv, or is about to make it.
+# What .ci/run and .ci/full share; read in a clone that has README's .venv, or is about to make it.
 
-step() { # a name, and the command: a line before it and one after it, with the seconds that it took
-    local name=$1 begun=$SECONDS
+# Which kernels torch takes by itself is the first thing to be tested.
+unset ATEN_CPU_CAPABILITY
+
+step() { # a name, and the command: one line with the time that it took, and what it printed where it fails
+    local name=$1 begun=$SECONDS log code
     shift
-    echo "== $name"
-    "$@"
-    echo "== $name: $((SECONDS - begun)) s"
+    log=$(mktemp)
+    printf '%s: ' "$name"
+    if "$@" >"$log" 2>&1; then
+        printf '%d s, %s\n' $((SECONDS - begun)) "$(tail -n 1 "$log")"
+        rm "$log"
+    else
+        code=$?
+        printf 'FAILED after %d s\n' $((SECONDS - begun))
+        cat "$log"
+        rm "$log"
+        exit "$code"
+    fi
 }
 
 weaker_capabilities() { # those below the one that torch takes here by itself
