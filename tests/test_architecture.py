@@ -57,7 +57,7 @@ def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
 def imports(path: Path) -> set[str]:
     """Full names of the modules that this file imports when it is imported."""
     found = set()
-    for node in statements(ast.parse(path.read_text()).body):
+    for node in statements(ast.parse(path.read_text("utf-8")).body):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -68,7 +68,7 @@ def imports(path: Path) -> set[str]:
 
 def every_import(path: Path) -> Iterator[tuple[str, str]]:
     """(module, name in it) of every import in the file, wherever it stands: in functions too, and for type checkers."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -109,7 +109,7 @@ def test_imports_go_round_in_no_circle():
 
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_a_private_name_stays_in_its_package(name):
-    tree = ast.parse(MODULES[name].read_text())
+    tree = ast.parse(MODULES[name].read_text("utf-8"))
     aliases = {}
     for node in ast.walk(tree):
         if not isinstance(node, ast.ImportFrom) or not str(node.module).startswith("vera_tools"):
@@ -141,7 +141,7 @@ SCRIPTS = ("drifting.probe", "drifting.logits")  # run by path in a process of t
 
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if n.split(".")[0] in CAPABILITIES and n not in SCRIPTS))
 def test_a_capability_neither_prints_nor_exits(name):
-    for node in ast.walk(ast.parse(MODULES[name].read_text())):
+    for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in ("print", "sys.exit", "exit", "os._exit", "click.echo")
 
@@ -177,7 +177,7 @@ def test_no_module_bears_a_public_name():
 
 def test_every_public_name_has_a_home():
     for name, home in vera_tools._HOMES.items():
-        tree = ast.parse(MODULES[home].read_text())
+        tree = ast.parse(MODULES[home].read_text("utf-8"))
         names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         assert name in names | {imported.rsplit(".", 1)[-1] for imported in imports(MODULES[home])}, name
     assert set(dir(vera_tools)) == set(vera_tools.__all__)
@@ -197,13 +197,13 @@ def test_looking_up_a_name_imports_no_torch():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_a_file_is_of_one_topic_and_short(path):
-    lines = path.read_text().splitlines()
+    lines = path.read_text("utf-8").splitlines()
     assert len(lines) <= 500
     assert path.name not in ("utils.py", "helpers.py", "misc.py", "common.py")
 
 
 def test_the_tests_files_are_short_too():
-    assert {str(path.relative_to(ROOT)) for path in TESTS if len(path.read_text().splitlines()) > 500} == set()
+    assert {str(path.relative_to(ROOT)) for path in TESTS if len(path.read_text("utf-8").splitlines()) > 500} == set()
 
 
 def test_no_test_module_is_imported():
@@ -218,7 +218,7 @@ def test_every_schema_is_one_and_names_itself():
     import jsonschema
 
     for path in sorted((ROOT / "schemas").glob("*.json")):
-        document = json.loads(path.read_text())
+        document = json.loads(path.read_text("utf-8"))
         jsonschema.Draft202012Validator.check_schema(document)
         name, version = path.name.removesuffix(".schema.json").rsplit(".", 1)
         assert document["$id"] == f"urn:vera-tools:{name}:{version}"

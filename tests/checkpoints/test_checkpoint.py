@@ -231,7 +231,7 @@ def test_the_bases_dtype_says_what_peft_would_round_through(name, expected):
 def test_a_manifest_that_cannot_be_used_is_remembered_not_raised(checkpoint):
     folder = checkpoint(KEPT)
     for text in ("{", "[]", '{"schema": "vera-tools/manifest/v2"}', "\ufeff{}"):
-        (folder / MANIFEST_NAME).write_text(text)
+        (folder / MANIFEST_NAME).write_text(text, "utf-8")
         with Checkpoint.open(folder) as opened:
             assert opened.manifest is None
             assert MANIFEST_NAME in opened.manifest_error.where

@@ -147,10 +147,11 @@ def test_a_full_disk_behind_stdout_is_one_line():
 
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 @pytest.mark.parametrize(
-    "name", ["\u00fcmlaut \u4e00", os.fsdecode(b"b\xff\xfe d"), "esc\x1b[31mred", "bidi\u202eknil\nx: REPRODUCIBLE"]
+    "name",
+    ["\u00fcmlaut \u4e00".encode(), b"b\xff\xfe d", b"esc\x1b[31mred", "bidi\u202eknil\nx: REPRODUCIBLE".encode()],
 )
 def test_any_path_is_shown_on_any_terminal_and_written_as_json(tmp_path, name, encoding):
-    folder = shutil.copytree(SOURCE, tmp_path / name)
+    folder = shutil.copytree(SOURCE, tmp_path / os.fsdecode(name))
     env = {"PYTHONIOENCODING": encoding}
     for arguments in (["verify"], ["verify", "-v"], ["inspect"]):
         shown = run_bytes(*arguments, folder, env=env).decode(encoding)

@@ -216,7 +216,7 @@ class TestSavedModules:
         assert not failed(one(folder))
         assert statuses(one(folder))["tensors.layers"] == "pass"
 
-    @pytest.mark.filterwarnings("ignore:.*trained on a machine with separate rounding:vera_tools.errors.LoadingWarning")
+    @pytest.mark.filterwarnings("ignore:.*trained where torch draws as on:vera_tools.errors.LoadingWarning")
     def test_second_adapter_shares_the_first_ones_wider_pair(self, tmp_path):
         peft = pytest.importorskip("peft")
         from transformers import AutoModelForCausalLM
