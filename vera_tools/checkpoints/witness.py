@@ -44,7 +44,7 @@ def ask_transformers(
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
-        path.write_text(json.dumps(config), "utf-8")
+        path.write_bytes(json.dumps(config).encode())
         command = [python, architecture_probe.__file__, name, str(path)]
         try:
             answer = subprocess.run(
