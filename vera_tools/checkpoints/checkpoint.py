@@ -7,15 +7,15 @@ and per adapted layer ``base_model.model.<module>.vera_lambda_b`` (out_features,
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vera_tools.checkpoints.base import BaseModel, Linear, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
-from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
@@ -197,8 +197,21 @@ class Checkpoint(local.Closing):
 
     @property
     def recorded(self) -> ProjectionRecord | None:
-        """Recipe, shapes and digests of the projections: from the manifest, else from the file's own metadata."""
-        return self.manifest.projections if self.manifest else self._embedded
+        """Recipe, shapes and digests of the projections: from the manifest, else from the file's own metadata.
+
+        Where both tell of the same pair, what is less certain of the two origins holds.
+        """
+        if self.manifest is None:
+            return self._embedded
+        record, own = self.manifest.projections, self._embedded
+        if own and own.sha256 == record.sha256:
+            return replace(record, origin=max(record.origin, own.origin, key=ORIGINS.index))
+        return record
+
+    def origin_of(self, sha256: Mapping[str, str]) -> Origin:
+        """How a stored pair of these digests is known: as the record of it says, else from the file."""
+        record = self.recorded
+        return record.origin if record is not None and record.sha256 == sha256 else "stored"
 
     @property
     def embedded(self) -> ProjectionRecord | None:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from vera_tools import schema
 from vera_tools._version import TOOL
@@ -24,6 +24,15 @@ from vera_tools.report import Document
 MANIFEST_NAME = "vera_manifest.json"
 METADATA_KEY = "vera_tools"
 _SHA256 = re.compile("[0-9a-f]{64}")
+
+#: How it is known that this recipe made the trained pair: taken from the pair in its file, or in the memory of the
+#: process that trained it; stated by whoever recorded it; or assumed, because PEFT usually draws so.
+Origin = Literal["stored", "live", "stated", "assumed"]
+
+#: From the most to the least that is known.
+ORIGINS: tuple[Origin, ...] = ("stored", "live", "stated", "assumed")
+#: Those that rest on somebody's word or on a guess, and not on the pair itself.
+ASSUMED: frozenset[Origin] = frozenset({"stated", "assumed"})
 
 
 @dataclass(frozen=True)
@@ -63,23 +72,29 @@ class ProjectionRecord:
 
     Attributes:
         recipe: What makes them, or None where no known recipe does.
-        assumed: The recipe was assumed (PEFT's), not proven from stored projections.
+        origin: How it is known that these were trained with. It stays with the pair in whatever is made from it.
         shape: r, in_max, out_max.
         dtype: The dtype the digests are over.
         sha256: Digest of vera_A and of vera_B, by name.
     """
 
     recipe: Recipe | None
-    assumed: bool
+    origin: Origin
     shape: PairShape
     dtype: str
     sha256: dict[str, str]
+
+    @property
+    def assumed(self) -> bool:
+        """Whether the recipe rests on somebody's word, or on a guess, and not on the pair itself."""
+        return self.origin in ASSUMED
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in the manifest's top level and in the safetensors metadata."""
         return {
             "recipe": self.recipe.to_dict() if self.recipe else None,
             "assumed": self.assumed,
+            "origin": self.origin,
             "r": self.shape.r,
             "in_max": self.shape.in_max,
             "out_max": self.shape.out_max,
@@ -112,7 +127,17 @@ class ProjectionRecord:
             raise FormatError("vera_A and vera_B have different dtypes", where=f"{where}: projections")
         recipe = None if data["recipe"] is None else Recipe.from_dict(data["recipe"], where=f"{where}: recipe")
         digests = {name: record.sha256 or "" for name, record in pair.items()}
-        return cls(recipe, data["assumed"], shape, pair["vera_A"].dtype, digests)
+        # Version 0.1.0 wrote no origin.
+        origin: Origin = data.get("origin", "assumed" if data["assumed"] else "stored")
+        found = cls(recipe, origin, shape, pair["vera_A"].dtype, digests)
+        if found.assumed != data["assumed"]:
+            raise FormatError(
+                "contradicts assumed",
+                where=f"{where}: origin",
+                expected="stated or assumed" if data["assumed"] else "stored or live",
+                found=origin,
+            )
+        return found
 
     def to_metadata(self) -> dict[str, str]:
         """The safetensors metadata of a file that vera-tools writes."""

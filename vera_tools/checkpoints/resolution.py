@@ -13,7 +13,7 @@ from typing import Literal
 
 from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, assumed_rounding
-from vera_tools.checkpoints.manifest import MANIFEST_NAME, ProjectionRecord
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, Origin, ProjectionRecord
 from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import (
     AssumedRecipeWarning,
@@ -85,7 +85,7 @@ class Assumptions:
         weight_dtypes: The adapted weights' dtypes, where the base is in memory; they do for `base` in what is assumed.
         method: How the pair was drawn. None: PEFT's way is assumed.
         stored_dtype: The dtype that the pair would be stored in.
-        strict: Assume nothing.
+        strict: Assume nothing, and take nothing that was assumed or stated when it was recorded.
     """
 
     base: BaseModel | None = None
@@ -124,7 +124,7 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
     Raises:
         CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's or of a size
             that no adapter has, or the base does not fit.
-        UnprovenError: seed-only with nothing recorded, and `strict`.
+        UnprovenError: nothing is recorded of a seed-only checkpoint, or what is was assumed or stated; and `strict`.
         UsageError: seed-only with nothing recorded, and nothing says in_max; the method contradicts the record;
             `in_features` contradicts what is stored, recorded or the base; or no adapter has a pair of this size.
     """
@@ -141,10 +141,9 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
         found = with_digests(identify_pair(pair, prng_key=checkpoint.config.projection_prng_key), sha256)
         made_by = found.recipe if found.exact else None
         # A pair that was embedded on an assumption proves what it is, and still not that it was trained with.
-        assumed = (
-            checkpoint.recorded is not None and checkpoint.recorded.assumed and checkpoint.recorded.sha256 == sha256
-        )
-        return Resolved(ProjectionRecord(made_by, assumed, pair.shape, pair.dtype, sha256), "stored", found)
+        held = ProjectionRecord(made_by, checkpoint.origin_of(sha256), pair.shape, pair.dtype, sha256)
+        _refuse_assumed(held, given, where=checkpoint.label)
+        return Resolved(held, "stored", found)
     record = checkpoint.recorded
     if record is not None:
         if given.method is not None and (record.recipe is None or record.recipe.method != given.method):
@@ -157,13 +156,10 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
             )
         _refuse_other_width(given.in_features, record.shape, "the record", where=checkpoint.label)
         _refuse_stale(record, checkpoint)
+        _refuse_assumed(record, given, where=checkpoint.label)
         return Resolved(_proven(record, where=checkpoint.label), "recorded")
     if given.strict and given.method is None:
-        raise UnprovenError(
-            "nothing records which recipe made the projections of this seed-only checkpoint",
-            where=checkpoint.label,
-            hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
-        )
+        raise unproven(None, where=checkpoint.label)
     return Resolved(_assume(checkpoint, given), "assumed")
 
 
@@ -213,6 +209,28 @@ def _refuse_other_width(in_features: int | None, shape: PairShape, what: str, *,
         raise UsageError(
             f"in_features contradicts {what}", where=where, expected=str(shape.in_max), found=str(in_features)
         )
+
+
+def _refuse_assumed(record: ProjectionRecord, given: Assumptions, *, where: str) -> None:
+    """With `strict`, refuse what somebody assumed or stated, unless the caller states the same recipe now."""
+    same = record.recipe is not None and record.recipe.method == given.method
+    if given.strict and record.assumed and not same:
+        raise unproven(record.origin, where=where)
+
+
+def unproven(origin: Origin | None, *, where: str) -> UnprovenError:
+    """What `strict` refuses with: nothing is recorded (None), or what is recorded was stated or assumed."""
+    if origin is None:
+        return UnprovenError(
+            "nothing records which recipe made the projections of this seed-only checkpoint",
+            where=where,
+            hint="run `vera-tools record` where it was trained, or do without --strict to assume PEFT's recipe",
+        )
+    return UnprovenError(
+        f"the recipe of its projections was {origin} when it was recorded, and nothing proves it",
+        where=where,
+        hint="record it where the trained pair is, or do without --strict to take it as it is recorded",
+    )
 
 
 def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
@@ -296,4 +314,4 @@ def _assume(checkpoint: Checkpoint, given: Assumptions) -> ProjectionRecord:
         )
     refuse_size(shape, given.stored_dtype, where=checkpoint.label)
     sha256 = digests(recipe, shape, stored_dtype=given.stored_dtype)
-    return ProjectionRecord(recipe, True, shape, given.stored_dtype, sha256)
+    return ProjectionRecord(recipe, "stated" if given.method else "assumed", shape, given.stored_dtype, sha256)

@@ -105,7 +105,7 @@ def show_common(report: ConversionReport, console: Console) -> None:
     """The lines that all conversions end with."""
     record = report.projections
     recipe = record.recipe.name if record.recipe else "none known"
-    console.print(f"  recipe    {recipe}{' (assumed)' if record.assumed else ''}")
+    console.print(f"  recipe    {recipe}{f' ({record.origin})' if record.assumed else ''}")
     console.print(f"  manifest  {human_bytes(report.manifest_bytes)}, with the digests of all tensors")
     if report.carried_over and not report.in_place:
         console.print(f"  copied    {', '.join(report.carried_over)}, unchanged")

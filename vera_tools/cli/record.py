@@ -47,7 +47,7 @@ def _show(report: RecordReport, console: Console) -> None:
     state = "written" if not report.renewed else "renewed" if report.changed else "already up to date"
     console.print(f"{report.manifest_path}: {state}", style="bold")
     recipe = record.recipe.name if record.recipe else "no known recipe makes these projections"
-    labelled(console, "recipe", f"{recipe}{' (assumed)' if record.assumed else ''}")
+    labelled(console, "recipe", f"{recipe}{f' ({record.origin})' if record.assumed else ''}")
     labelled(console, "pair", f"vera_A {list(record.shape.vera_A)}, vera_B {list(record.shape.vera_B)}, {record.dtype}")
     labelled(console, "tensors", f"{len(report.manifest.tensors)} with shape, dtype and sha256")
     if report.manifest.base.weights:

@@ -179,7 +179,9 @@ def base_option(function: Function) -> Function:
 
 def strict_option(function: Function) -> Function:
     """--strict."""
-    option = click.option("--strict", is_flag=True, help="Refuse (exit 3) to assume a recipe where none is recorded.")
+    option = click.option(
+        "--strict", is_flag=True, help="Refuse (exit 3) a recipe that is assumed, or was when it was recorded."
+    )
     return option(function)
 
 

@@ -50,6 +50,10 @@ def _show(report: StripReport, console: Console) -> None:
         f"{human_bytes(report.saved_bytes)} saved, {report.factor:.1f} times smaller"
     )
     show_common(report, console)
+    if report.projections.assumed and not report.forced:
+        console.print(f"  loads exactly, if the recipe is right that was {report.projections.origin}")
+        console.print("    vera-tools  on any machine and base")
+        return
     exact = exact_in_peft(report.loads)
     console.print("  loads exactly")
     labelled(console, "", f"vera-tools {'nowhere' if report.forced else 'on any machine and base'}")

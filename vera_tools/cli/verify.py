@@ -24,7 +24,13 @@ from vera_tools.verifying.verify import verify
 if TYPE_CHECKING:
     from rich.console import Console
 
-_STYLES = {"reproducible": "bold green", "unproven": "bold yellow", "drift": "bold red", "invalid": "bold red"}
+_STYLES = {
+    "reproducible": "bold green",
+    "assumed": "bold yellow",
+    "unproven": "bold yellow",
+    "drift": "bold red",
+    "invalid": "bold red",
+}
 _MARKS = {"fail": "bold red", "warn": "yellow", "skip": "dim", "pass": "green"}
 _ANSWERS = {True: ("yes", "green"), False: ("NO", "bold red"), None: ("?", "yellow")}
 _COUNTED = (("pass", "passed"), ("warn", "warned"), ("skip", "skipped"), ("fail", "FAILED"))
@@ -110,8 +116,11 @@ def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
         if single or verbose or not checkpoint.ok or checkpoint.verdict in ("drift", "invalid"):
             _show_details(checkpoint, console, verbose=verbose, loads=single or verbose)
     if not single:
-        counts = ", ".join(f"{count} {verdict}" for verdict, count in report.summary.items() if count)
-        console.print(f"{len(report.checkpoints)} checkpoints: {counts or 'none'}")
+        summary = report.summary
+        failed = summary.pop("failed_checks")
+        counts = ", ".join(f"{count} {verdict}" for verdict, count in summary.items() if count)
+        lead = f"{failed} FAILED checks; " if failed else ""
+        console.print(f"{len(report.checkpoints)} checkpoints: {lead}{counts or 'none'}")
     for path, error in report.failed:
         console.print(f"{path}: FAILED")
         labelled(console, "error", str(error), style=_MARKS["fail"])
@@ -138,7 +147,8 @@ def _headline(checkpoint: CheckpointReport) -> object:
 def _show_details(checkpoint: CheckpointReport, console: Console, *, verbose: bool, loads: bool) -> None:
     for check in checkpoint.checks:
         if check.id == "projections.match" and check.status in ("pass", "skip"):
-            labelled(console, "proven" if check.status == "pass" else "unproven", check.message)
+            proven = "assumed" if checkpoint.verdict == "assumed" else "proven"
+            labelled(console, proven if check.status == "pass" else "unproven", check.message)
     if checkpoint.recipe:
         also = f" (same bits: {', '.join(r.name for r in checkpoint.also_matches)})" if checkpoint.also_matches else ""
         labelled(console, "recipe", f"{checkpoint.recipe.name}, key {checkpoint.recipe.prng_key}{also}")

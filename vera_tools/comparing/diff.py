@@ -16,11 +16,11 @@ import numpy as np
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Layer
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, ProjectionRecord
-from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve
+from vera_tools.checkpoints.manifest import ASSUMED, MANIFEST_NAME, METADATA_KEY, ProjectionRecord
+from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve, unproven
 from vera_tools.comparing.updates import Norms, Pair, UpdateComparison, Vectors
 from vera_tools.dtypes import Array
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UsageError
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.projections.floats import max_ulp
 from vera_tools.projections.key import seed
@@ -206,6 +206,7 @@ def diff(
     Raises:
         FormatError: one of them is unreadable, malformed, or not VeRA.
         CheckFailedError: the base does not fit.
+        UnprovenError: a recipe would be assumed, or was assumed or stated when it was recorded, and `strict`.
     """
     with contextlib.ExitStack() as stack:
         one, two = (stack.enter_context(Checkpoint.open(x, allow_pickle=allow_pickle)) for x in (a, b))
@@ -221,7 +222,7 @@ def diff(
         why_not = None
         try:
             layers, why_not = _effects(one, two, model, in_features=in_features, strict=strict, progress=progress)
-        except (CheckFailedError, UnprovenError, UsageError, ValueError) as error:
+        except (CheckFailedError, UsageError, ValueError) as error:
             why_not = str(error)
         return DiffReport(
             os.fspath(a),
@@ -374,8 +375,12 @@ class _Side:
         weights, infos = checkpoint.weights, checkpoint.projections
         if len(infos) == 2:
             checkpoint.pair_shape()  # refuses two that do not fit each other
-            bits = tuple((infos[n].dtype, infos[n].shape, weights.sha256(ROOT + n)) for n in PROJECTIONS)
-            return cls(bits, lambda: (weights.read(ROOT + "vera_A"), weights.read(ROOT + "vera_B")))
+            sha256 = {n: weights.sha256(ROOT + n) for n in PROJECTIONS}
+            bits = tuple((infos[n].dtype, infos[n].shape, sha256[n]) for n in PROJECTIONS)
+            origin = checkpoint.origin_of(sha256)
+            if strict and origin in ASSUMED:
+                raise unproven(origin, where=checkpoint.label)
+            return cls(bits, lambda: (weights.read(ROOT + "vera_A"), weights.read(ROOT + "vera_B")), origin in ASSUMED)
         made_like = None
         if checkpoint.recorded is None:
             if in_features is None and base is None and checkpoint.layers.keys() == other.layers.keys():

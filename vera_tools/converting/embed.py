@@ -79,7 +79,7 @@ def embed_projections(
         in_features: Largest in_features of the adapted layers, where nothing is recorded and no base is at hand.
         recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
         stored_dtype: The dtype to store the pair in, where none is recorded.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
         in_place: Replace the checkpoint itself, in one step.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.

@@ -99,7 +99,7 @@ def from_foreign(
         in_features: Largest in_features of the adapted layers, for a seed-only draft without a base.
         recipe: Name of the recipe of a seed-only draft. Default: PEFT's is assumed, with a warning.
         stored_dtype: The dtype that an assumed pair was kept in.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
         in_place: Replace the checkpoint itself, in one step; for "peft-draft" only.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
@@ -322,4 +322,4 @@ def _anima_record(weights: TensorFile, key: int) -> ProjectionRecord:
     )
     found = identify_pair(pair, prng_key=key)
     sha256 = {short: weights.sha256(_SHARED[short]) for short in PROJECTIONS}
-    return ProjectionRecord(found.recipe if found.exact else None, False, pair.shape, pair.dtype, sha256)
+    return ProjectionRecord(found.recipe if found.exact else None, "stored", pair.shape, pair.dtype, sha256)

@@ -135,8 +135,7 @@ class ConversionReport(Report):
             "path": self.path,
             "output": self.output,
             "in_place": self.in_place,
-            "origin": self.origin,
-            **self.projections.to_dict(),
+            **(self.projections.to_dict() | {"origin": self.origin}),  # a report's origin is another question
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
             "manifest_bytes": self.manifest_bytes,

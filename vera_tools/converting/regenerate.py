@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
-from vera_tools.checkpoints.manifest import ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.manifest import Origin, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, refuse_size, resolve
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import AssumedRecipeWarning, UsageError, VeraToolsError
@@ -51,7 +51,7 @@ class RegenerateReport(Report):
         }
         return {
             "recipe": record.recipe.to_dict(),
-            "assumed": record.assumed,
+            "assumed": record.assumed and self.origin != "given",
             "origin": self.origin,
             **pair,
             "output": self.output,
@@ -148,7 +148,7 @@ def _of_key(
     recipe = Recipe.parse(name, prng_key=key) if name else Recipe(prng_key=key)
     shape, dtype = PairShape(r, in_features, out_features), stored_dtype or "float32"
     _refuse_size(shape, dtype, output)
-    return _draw(recipe, shape, dtype), "given"
+    return _draw(recipe, shape, dtype, "stated"), "given"
 
 
 def _of_checkpoint(
@@ -177,7 +177,7 @@ def _of_checkpoint(
         record = resolved.record
         if name and stored:
             recipe = Recipe.parse(name, prng_key=opened.config.projection_prng_key)
-            return _draw(recipe, record.shape, stored_dtype or record.dtype), "given"
+            return _draw(recipe, record.shape, stored_dtype or record.dtype, "stated"), "given"
         if record.recipe is None:
             recipe = Recipe(prng_key=opened.config.projection_prng_key)
             warnings.warn(
@@ -186,13 +186,13 @@ def _of_checkpoint(
                 AssumedRecipeWarning,
                 stacklevel=3,
             )
-            return _draw(recipe, record.shape, stored_dtype or record.dtype, assumed=True), "assumed"
+            return _draw(recipe, record.shape, stored_dtype or record.dtype, "assumed"), "assumed"
         if stored_dtype and stored_dtype != record.dtype:
-            record = _draw(record.recipe, record.shape, stored_dtype, assumed=record.assumed)
+            record = _draw(record.recipe, record.shape, stored_dtype, record.origin)
         origin = "given" if name and resolved.origin == "assumed" else resolved.origin
         return record, origin
 
 
-def _draw(recipe: Recipe, shape: PairShape, stored_dtype: str, *, assumed: bool = False) -> ProjectionRecord:
+def _draw(recipe: Recipe, shape: PairShape, stored_dtype: str, origin: Origin) -> ProjectionRecord:
     sha256 = digests(recipe, shape, stored_dtype=stored_dtype)
-    return ProjectionRecord(recipe, assumed, shape, stored_dtype, sha256)
+    return ProjectionRecord(recipe, origin, shape, stored_dtype, sha256)

@@ -128,7 +128,7 @@ def strip_projections(
         fits = opened.widest == resolved.record.shape.out_max
         loads = _loads(opened, resolved, fits=fits)
         remedy = _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
-        _warn(opened, found, loads, remedy)
+        _warn(opened, resolved, loads, remedy)
         return StripReport(
             **common(opened, target, manifest, size),
             origin=resolved.origin,
@@ -188,6 +188,7 @@ def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool) -> tuple[L
             recipes=resolved.identification.all_recipes,
             dtype=resolved.record.dtype,
             fits=fits,
+            assumed=resolved.identification.exact and resolved.record.assumed,
         )
     )
 
@@ -203,9 +204,12 @@ def _listed(names: tuple[str, ...]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _warn(checkpoint: Checkpoint, found: Identification, loads: tuple[Load, ...], remedy: str) -> None:
-    exact = exact_in_peft(loads)
-    if not found.exact or found.recipe is None:
+def _warn(checkpoint: Checkpoint, resolved: Resolved, loads: tuple[Load, ...], remedy: str) -> None:
+    exact, found = exact_in_peft(loads), resolved.identification
+    assert found is not None
+    if found.exact and resolved.record.assumed:
+        message = f"the recipe was {resolved.record.origin}, so nobody knows where the stripped adapter is exact"
+    elif not found.exact or found.recipe is None:
         message = f"the trained projections are lost: {describe_distance(found)}"
     elif not any(exact.values()):
         why = next(load.why for load in loads if load.loader == PEFT)

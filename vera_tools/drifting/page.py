@@ -95,7 +95,7 @@ def _head(report: DriftReport) -> Iterator[str]:
     target = report.target
     wanted = f"<code>{_text(target.recipe.name)}</code>" if target.recipe else "the stored pair"
     subject = f" of <code>{_text(target.checkpoint)}</code>" if target.checkpoint else ""
-    assumed = " (assumed: nothing records it)" if target.assumed else ""
+    assumed = " (assumed: nothing proves it)" if target.assumed else ""
     yield "<h1>Which projections does torch draw here?</h1>"
     yield f"<p>Each row is one process. Measured against the projections{subject}: {wanted}{assumed}.</p>"
     drifted = [row for row in report.environments if row.native and row.exact is not True]

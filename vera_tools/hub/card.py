@@ -180,7 +180,7 @@ def _origin(record: ProjectionRecord | None, *, stored: bool) -> str:
         return where + "; no known recipe makes them."
     made = f"the key `{record.recipe.prng_key}` under the recipe `{record.recipe.name}`"
     if record.assumed:
-        return f"{where}; {made} is assumed to make them."
+        return f"{where}; {made} is {record.origin} to make them, and nothing proves it."
     return f"{where}, and proven to be, bit for bit, what {made} makes."
 
 
@@ -191,7 +191,7 @@ def _facts(
     facts += [("Rank", f"{config.r}"), ("Key", f"`{config.projection_prng_key}` (`projection_prng_key`)")]
     if record:
         recipe = f"`{record.recipe.name}`" if record.recipe else "none known"
-        facts.append(("Recipe", recipe + (" (assumed)" if record.assumed else "")))
+        facts.append(("Recipe", recipe + (f" ({record.origin})" if record.assumed else "")))
         for name in PROJECTIONS:
             shape = list(record.shape.of(name))
             facts.append((f"`{name}`", f"{shape}, {record.dtype}, sha256 `{record.sha256[name]}`"))

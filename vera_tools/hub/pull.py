@@ -121,7 +121,7 @@ def pull(
         embed: Write vera_A and vera_B in, so that PEFT >= 0.21 loads it exactly with default options.
         base: The base model to check against, and to embed for.
         in_features: Largest in_features of the adapted layers, to embed where nothing records it.
-        strict: Refuse a seed-only checkpoint with nothing recorded.
+        strict: Refuse a seed-only checkpoint with nothing recorded, and a recipe that was assumed or stated.
         force: Keep it although it is drift or invalid, or a check failed.
         overwrite: Replace `output` where it exists.
 

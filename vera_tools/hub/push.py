@@ -145,7 +145,7 @@ def push(
         message: The commit's message.
         include: Patterns of further files to push; files that may run code are left out all the same.
         overwrite_card: Start from the README.md beside the checkpoint, not from the Hub's.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
         force: Push it although it is drift or invalid, or a check failed.
 
     Raises:

@@ -134,15 +134,18 @@ def refuse_unfit(report: CheckpointReport, *, force: bool, strict: bool, verb: s
     Raises:
         CheckFailedError: drift, or a check failed, and no `force`.
         FormatError: invalid, and no `force`.
-        UnprovenError: nothing to compare with, and `strict`.
+        UnprovenError: nothing to compare with, or only what was assumed or stated, and `strict`.
     """
-    if strict and report.verdict == "unproven":
+    if strict and report.verdict in ("assumed", "unproven"):
+        assumed = report.verdict == "assumed"
         raise UnprovenError(
-            "nothing records which recipe made its projections",
+            f"the projections are {report.verdict}: {report.scope}"
+            if assumed
+            else "nothing records which recipe made its projections",
             where=report.path,
             hint="run `vera-tools record` where it was trained, or do without --strict",
         )
-    if force or (report.ok and report.verdict in ("reproducible", "unproven")):
+    if force or (report.ok and report.verdict in ("reproducible", "assumed", "unproven")):
         return
     reasons = [check for check in report.checks if check.status == "fail"]
     reasons = reasons or [check for check in report.checks if check.id == "projections.match"]

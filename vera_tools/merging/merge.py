@@ -144,7 +144,7 @@ def merge(
         max_shard_size: Lay the weights out in new files of at most so many bytes. Default: the base's files.
         recipe: Name of the recipe of seed-only checkpoints with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype that an assumed pair was kept in.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
         allow_nonfinite: Merge NaN and infinity too.
         allow_pickle: Read legacy adapter_model.bin files too, by torch with weights_only.
         verify: Read the result back and prove it, before it appears.

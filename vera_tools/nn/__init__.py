@@ -31,7 +31,7 @@ def load_adapter(
         checkpoint: A folder, an adapter_model.safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
         adapter_name: The adapter's name here.
         is_trainable: Whether it is to be trained on.
-        strict: Refuse what can only be assumed.
+        strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
         **options: As `VeraModel.from_pretrained` takes them.
 
     Returns:

@@ -5,6 +5,7 @@ Everything is checked before a model is changed, so that a refused adapter leave
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import targets
@@ -85,10 +86,11 @@ class Adapters(nn.Module):
         recipe, shape = Recipe(prng_key=config.projection_prng_key), targets.pair_shape(config, modules)
         same = [r for r in self._records.values() if (r.recipe, r.shape, r.dtype) == (recipe, shape, "float32")]
         if same:
-            self.attach(adapter_name, config, modules, same[0], None, low_cpu_mem_usage=low_cpu_mem_usage)
+            known = dataclasses.replace(same[0], origin="live")
+            self.attach(adapter_name, config, modules, known, None, low_cpu_mem_usage=low_cpu_mem_usage)
         else:
             pair = generate(recipe, shape)
-            record = ProjectionRecord(recipe, False, shape, "float32", _digests(pair))
+            record = ProjectionRecord(recipe, "live", shape, "float32", _digests(pair))
             self.attach(adapter_name, config, modules, record, pair, low_cpu_mem_usage=low_cpu_mem_usage)
 
     def check_new(self, adapter_name: str, config: VeraConfig) -> None:
@@ -190,7 +192,9 @@ class Adapters(nn.Module):
             pair = tuple(to_array(held[adapter_name]) for held in (self.vera_A, self.vera_B))
             found = identify(pair[0], pair[1], prng_key=self.peft_config[adapter_name].projection_prng_key)
             recipe, sha256 = found.recipe if found.exact else None, _digests((pair[0], pair[1]))
-            known = ProjectionRecord(recipe, False, known.shape, pair[0].dtype.name, sha256)
+            # A pair that was assumed when it was loaded is so too after a cast to another dtype.
+            origin: Origin = known.origin if known.assumed else "live"
+            known = ProjectionRecord(recipe, origin, known.shape, pair[0].dtype.name, sha256)
             self._records[adapter_name] = known
         return known
 

@@ -48,7 +48,7 @@ def load(
         reference: A folder, a file, or ``hf://...``.
         adapter_name: The adapter's name in the model.
         is_trainable: Whether its parameters will be trained.
-        strict: Refuse what can only be assumed, and stored projections that are not the recorded ones.
+        strict: Refuse what is or was only assumed or stated, and stored projections that are not the recorded ones.
         allow_pickle: Read a legacy adapter_model.bin too.
 
     Raises:

@@ -109,7 +109,7 @@ class VeraModel(Adapters):
             checkpoint: A folder, an adapter_model.safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
             adapter_name: The adapter's name here.
             is_trainable: Whether its vectors are to be trained on; else the model is put into evaluation mode.
-            strict: Refuse what can only be assumed.
+            strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
             allow_pickle: Read a legacy adapter_model.bin too, by torch with weights_only.
             **options: PEFT's further arguments: revision and subfolder, and `peft_arguments.LOADING`, with the values
                 for which nothing is done otherwise.

@@ -130,7 +130,7 @@ def restore_projections(
         peft_model: A ``PeftModel``, or any model with PEFT's VeRA layers (0.11 and later).
         checkpoint: What it was loaded from: a folder, a file, or ``hf://...``.
         adapter_name: The adapter's name in the model.
-        strict: Refuse what can only be assumed.
+        strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
 
     Raises:
         UsageError: the model has no VeRA adapter of that name, or it is merged.
@@ -192,7 +192,7 @@ def load(
         model: The base model.
         checkpoint: The checkpoint's folder, or ``hf://owner/name[@revision][/subfolder]``.
         adapter_name: The adapter's name.
-        strict: Refuse what can only be assumed.
+        strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
         revision: A branch, tag or commit, where `checkpoint` is on the Hub and names none.
         subfolder: A folder below `checkpoint`.
         **kwargs: As ``peft_class.from_pretrained`` takes them.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vera_tools.checkpoints.base import BaseModel, Renaming
+from vera_tools.checkpoints.base import BaseModel, Renaming, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
+from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import some
 from vera_tools.verifying.report import Check
+
+_ANEW = "delete the record and record it anew with --base"
 
 
 def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
@@ -41,8 +44,40 @@ def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
         yield Check("base.pair", "pass", f"{dimensions} follow from the base")
     else:
         yield Check("base.pair", "pass", f"the projections can be regenerated: {dimensions} follow from the base")
+    yield from _dtype(checkpoint, base)
     yield _parameters(checkpoint, base)
     yield from _recorded_base(checkpoint, base)
+
+
+def _dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
+    """The base's dtype against a recipe that was stated or assumed, which nothing else can contradict.
+
+    A recipe that was taken from the pair itself is not asked: what was trained on one dtype may be loaded on another.
+    """
+    record = checkpoint.recorded
+    if record is None or record.recipe is None or not record.assumed:
+        return
+    dtypes = {linear.info.dtype for linear in checkpoint.linears(base)}
+    try:
+        through = rounds_through(dtypes)
+    except CheckFailedError as error:
+        yield Check("base.dtype", "fail", str(error))
+        return
+    if through is None and not dtypes <= set(FLOATS):
+        message = "a quantised base does not say which dtype the adapter was trained on"
+        yield Check("base.dtype", "skip", message)
+        return
+    recipe = record.recipe
+    # What was drawn in a half type already is not changed by a cast to it.
+    if recipe.rounded_through == through or (recipe.rounded_through is None and recipe.drawn_dtype == through):
+        yield Check("base.dtype", "pass", f"{recipe.name} is what was {record.origin}, and the base's dtype fits it")
+        return
+    then = f"rounded through {recipe.rounded_through}" if recipe.rounded_through else "not rounded"
+    message = (
+        f"{recipe.name} was {record.origin}, whose projections are {then}, while this base is "
+        f"{' and '.join(sorted(dtypes))}: if it was trained on this base, {_ANEW}"
+    )
+    yield Check("base.dtype", "fail", message)
 
 
 def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:

@@ -63,6 +63,7 @@ class Trained:
             nothing is known (seed-only, nothing recorded).
         dtype: The dtype they are stored or recorded in.
         fits: The pair has the size that the adapter's own layers give, which is the size PEFT makes room for.
+        assumed: That they were trained with was assumed or stated, so that no loader is known to be right or wrong.
         held_by: The dtypes to which the stored values can be cast without a change to any of them.
     """
 
@@ -73,6 +74,7 @@ class Trained:
     dtype: str
     held_by: frozenset[str] = frozenset()
     fits: bool = True
+    assumed: bool = False
 
 
 def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
@@ -89,6 +91,8 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
         for rounding in ROUNDINGS:
             for base_dtype in BASE_DTYPES:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
+                if trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
+                    exact, why = None, f"{why}: nobody knows if the trained pair was the one that is recorded"
                 cites = rows.citation(rounding) if redraws else None
                 table.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
     return tuple(table)

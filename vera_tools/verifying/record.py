@@ -79,7 +79,7 @@ def record(
         in_features: Largest in_features of the adapted layers, for a seed-only checkpoint without a base.
         recipe: Name of the recipe of a seed-only checkpoint with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype that its digests are over.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
 
     Raises:
         FormatError: unreadable, malformed, not VeRA, or without an adapted layer.

@@ -29,6 +29,8 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
     elif checkpoint.embedded:
         yield _projection_digests("metadata.projections", checkpoint.embedded, checkpoint, scans)
     manifest = checkpoint.manifest
+    if checkpoint.embedded and checkpoint.embedded.assumed and not (manifest and manifest.projections.assumed):
+        yield Check("metadata.assumed", "warn", _assumption(checkpoint.embedded))
     if manifest is None:
         if checkpoint.manifest_error:
             yield Check("manifest.schema", "fail", str(checkpoint.manifest_error))
@@ -37,8 +39,7 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
         return
     yield Check("manifest.schema", "pass", f"written by {manifest.tool['name']} {manifest.tool['version']}")
     if manifest.projections.assumed:
-        message = "the recipe was assumed when the manifest was written, not proven from stored projections"
-        yield Check("manifest.assumed", "warn", message)
+        yield Check("manifest.assumed", "warn", _assumption(manifest.projections))
     yield _projection_digests("manifest.projections", manifest.projections, checkpoint, scans)
     if checkpoint.embedded and checkpoint.embedded != manifest.projections:
         message = "the file's own metadata records another recipe, shape or digest than the manifest"
@@ -61,6 +62,10 @@ def recipe(checkpoint: Checkpoint, identified: Identification) -> Iterator[Check
         found = identified.recipe.name if identified.exact and identified.recipe else "no known recipe"
         message = f"{named} is recorded, the stored pair is what {found} gives; {_RENEW}"
         yield Check("manifest.recipe", "fail" if record.recipe else "warn", message)
+
+
+def _assumption(record: ProjectionRecord) -> str:
+    return f"the recipe was {record.origin} when it was recorded, not taken from the trained pair"
 
 
 def _projection_digests(check: str, record: ProjectionRecord, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:

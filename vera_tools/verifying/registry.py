@@ -175,6 +175,16 @@ def _pinned(
     return Result(path, commit, named)
 
 
+def _may_be_assumed(report: CheckpointReport) -> bool:
+    """Whether a line of version 0.1.0, which knew no such verdict, may call `reproducible` what is only assumed.
+
+    It named no origin where the record is in the file's own metadata alone.
+    """
+    found = {check.id: check.status for check in report.checks}
+    alone = "metadata.projections" in found and found.get("manifest.schema") == "skip"
+    return report.verdict == "reproducible" and ("manifest.assumed" in found or alone)
+
+
 class _Log:
     """The log file or stream. A line that was cut off by a crash is dropped."""
 
@@ -226,4 +236,6 @@ class _Log:
                 if data["status"] == "skipped"
                 else CheckpointReport.from_dict(data["checkpoint"])
             )
+            if isinstance(outcome, CheckpointReport) and _may_be_assumed(outcome):
+                return
             self._known[data["path"], data["commit"]] = Result(data["path"], data["commit"], outcome)

@@ -15,11 +15,11 @@ from vera_tools.report import Document, Report, printable, worst
 from vera_tools.verifying.loads import Load
 
 Status = Literal["pass", "fail", "warn", "skip"]
-Verdict = Literal["reproducible", "unproven", "drift", "invalid"]
+Verdict = Literal["reproducible", "assumed", "unproven", "drift", "invalid"]
 
 #: From best to worst.
-VERDICTS: tuple[Verdict, ...] = ("reproducible", "unproven", "drift", "invalid")
-_EXIT_CODES = {"reproducible": 0, "unproven": 3, "drift": 1, "invalid": 4}
+VERDICTS: tuple[Verdict, ...] = ("reproducible", "assumed", "unproven", "drift", "invalid")
+_EXIT_CODES = {"reproducible": 0, "assumed": 3, "unproven": 3, "drift": 1, "invalid": 4}
 #: A projection that is not in the file, and of which nothing is recorded.
 ABSENT = Match(None, None, None, "absent")
 
@@ -53,7 +53,7 @@ class CheckpointReport(Document):
 
     Attributes:
         path: What the caller called it.
-        verdict: reproducible, unproven, drift or invalid.
+        verdict: reproducible, assumed, unproven, drift or invalid.
         checks: Everything that was looked at.
         save_projection: The config's; None where it could not be read.
         projections_stored: Whether both projections are in the file.
@@ -150,11 +150,12 @@ class VerifyReport(Report):
 
     @property
     def summary(self) -> dict[str, int]:
-        """How many checkpoints have each verdict, and how many were skipped."""
-        counts = dict.fromkeys(("reproducible", "drift", "unproven", "invalid"), 0)
+        """How many checkpoints have each verdict, how many were skipped, and of how many any check failed."""
+        counts: dict[str, int] = dict.fromkeys(VERDICTS, 0)
         for report in self.checkpoints:
             counts[report.verdict] += 1
-        return {**counts, "skipped": len(self.skipped)}
+        failed = sum(not report.ok for report in self.checkpoints)
+        return {**counts, "skipped": len(self.skipped), "failed_checks": failed}
 
     def body(self) -> dict[str, Any]:
         """The verify/v1 document's own part."""

@@ -18,7 +18,7 @@ import numpy as np
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Place, find
 from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.checkpoints.manifest import ProjectionRecord
+from vera_tools.checkpoints.manifest import ASSUMED, Origin, ProjectionRecord
 from vera_tools.checkpoints.resolution import refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError
@@ -171,7 +171,10 @@ class Verifier:
         identified = self._memory(("identify", key, *identity), lambda: identify_pair(pair, prng_key=key))
         identified = with_digests(identified, sha256)
         verdict: Verdict = "reproducible" if identified.made_by(key) else "drift"
-        found += [*recorded.recipe(checkpoint, identified), _projections_check(identified, key)]
+        origin = checkpoint.origin_of(sha256)
+        if verdict == "reproducible" and origin in ASSUMED:
+            verdict = "assumed"
+        found += [*recorded.recipe(checkpoint, identified), _projections_check(identified, key, origin)]
         fits = not _failed(found, _SIZES)
         trained = Trained(
             stored=True,
@@ -180,6 +183,7 @@ class Verifier:
             recipes=identified.all_recipes,
             dtype=pair.dtype,
             fits=fits,
+            assumed=verdict == "assumed",
             held_by=self._memory(("held", *identity), lambda: _held_by(pair)),
         )
         return CheckpointReport(
@@ -192,7 +196,7 @@ class Verifier:
             also_matches=identified.also_matches,
             projections=(identified.matches["vera_A"], identified.matches["vera_B"]),
             loads=loader_table(trained),
-            scope=_scope(checkpoint, found),
+            scope=_scope(checkpoint, found, verdict),
         )
 
     def _seed_only(self, path: str, checkpoint: Checkpoint, found: list[Check]) -> CheckpointReport:
@@ -212,7 +216,7 @@ class Verifier:
             verdict, check, regenerated = self._regenerate(record.recipe, record, key)
             found.append(check)
             if verdict != "unproven":
-                recipes = self._same(record.recipe, record.shape, record.dtype) if verdict == "reproducible" else ()
+                recipes = self._same(record.recipe, record.shape, record.dtype) if verdict != "drift" else ()
             projections = (
                 Match(record.shape.vera_A, record.dtype, regenerated.get("vera_A"), "absent"),
                 Match(record.shape.vera_B, record.dtype, regenerated.get("vera_B"), "absent"),
@@ -226,6 +230,7 @@ class Verifier:
             recipes=recipes,
             dtype=dtype,
             fits=fits,
+            assumed=verdict == "assumed",
         )
         return CheckpointReport(
             path,
@@ -237,7 +242,7 @@ class Verifier:
             also_matches=tuple(recipe for recipe in recipes or () if record and recipe != record.recipe),
             projections=projections,
             loads=loader_table(trained),
-            scope=_scope(checkpoint, found),
+            scope=_scope(checkpoint, found, verdict),
         )
 
     def _regenerate(self, recipe: Recipe, record: ProjectionRecord, key: int) -> tuple[Verdict, Check, dict[str, str]]:
@@ -255,7 +260,9 @@ class Verifier:
             message = f"regenerated under {recipe.name}, {' and '.join(wrong)} have other digests than the recorded"
             return "drift", Check("projections.match", "fail", message), got
         message = f"regenerated under {recipe.name}, both have the recorded digests"
-        return "reproducible", Check("projections.match", "pass", message), got
+        if record.assumed:
+            message += f", of a recipe that was {record.origin}"
+        return "assumed" if record.assumed else "reproducible", Check("projections.match", "pass", message), got
 
     def _same(self, recipe: Recipe, shape: PairShape, dtype: str) -> tuple[Recipe, ...]:
         """`recipe`, and what PEFT may draw that has the same bits."""
@@ -320,10 +327,13 @@ def _failed(found: Iterable[Check], ids: Collection[str]) -> bool:
     return any(check.status == "fail" and check.id in ids for check in found)
 
 
-def _projections_check(identified: Identification, key: int) -> Check:
+def _projections_check(identified: Identification, key: int, origin: Origin) -> Check:
     recipe = identified.recipe
     if identified.made_by(key):
-        return Check("projections.match", "pass", f"vera_A and vera_B are bit-identical to what key {key} gives")
+        message = f"vera_A and vera_B are bit-identical to what key {key} gives"
+        if origin in ASSUMED:
+            message += f", and were written under a recipe that was {origin}"
+        return Check("projections.match", "pass", message)
     if identified.exact and recipe:
         how = f"key {recipe.prng_key}" + (
             "" if recipe.prng_key_B is None else f" and, for vera_B, key {recipe.prng_key_B}"
@@ -335,8 +345,15 @@ def _projections_check(identified: Identification, key: int) -> Check:
     return Check("projections.match", "warn", f"not what key {key} gives: {kinds} ({nearest})")
 
 
-def _scope(checkpoint: Checkpoint, found: list[Check]) -> str:
+def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:
     """The limits of the proof, in words."""
+    covered = _covered(checkpoint, found)
+    if verdict == "assumed" and checkpoint.recorded:
+        return f"{covered}; that these projections were trained with was {checkpoint.recorded.origin}, not proven"
+    return covered
+
+
+def _covered(checkpoint: Checkpoint, found: list[Check]) -> str:
     if checkpoint.manifest and not any(c.status == "fail" and c.id.startswith("manifest.") for c in found):
         return "projections, vectors and config are covered"
     if checkpoint.manifest:
