@@ -37,7 +37,7 @@ def adapter(
         tensors["base_model.vera_A"], tensors["base_model.vera_B"] = generate(recipe, shape)
     config = VeraConfig(r=r, target_modules=["q_proj"], projection_prng_key=key, save_projection=stored)
     folder.mkdir(parents=True)
-    write_checkpoint(folder, config, tensors, ProjectionRecord(recipe, False, shape, "float32", pair))
+    write_checkpoint(folder, config, tensors, ProjectionRecord(recipe, "stored", shape, "float32", pair))
 
 
 def main() -> None:

@@ -120,6 +120,11 @@ def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
     edit_json(folder / MANIFEST, change)
 
 
+def take_as_live(folder: Path) -> None:
+    """Say in an adapter's manifest what the process that trained it would say: the recipe is that of its own pair."""
+    edit_manifest(folder, lambda manifest: manifest.update(assumed=False, origin="live"))
+
+
 def config_of(folder: Path) -> dict[str, Any]:
     """An adapter's config, as the file has it."""
     config: dict[str, Any] = json.loads((folder / CONFIG).read_text())

@@ -16,7 +16,7 @@ from vera_tools.projections.pair import PairShape
 from vera_tools.projections.recipe import Recipe, candidates
 
 DIGESTS = {"vera_A": "a" * 64, "vera_B": "b" * 64}
-RECORD = ProjectionRecord(Recipe(prng_key=7), False, PairShape(4, 6, 5), "float32", DIGESTS)
+RECORD = ProjectionRecord(Recipe(prng_key=7), "stored", PairShape(4, 6, 5), "float32", DIGESTS)
 
 
 def make(**changes) -> Manifest:
@@ -38,10 +38,10 @@ def make(**changes) -> Manifest:
     [
         {},
         {"torch": None, "original": None, "base": BaseRecord()},
-        {"projections": ProjectionRecord(None, False, PairShape(1, 1, 1), "float64", DIGESTS)},
+        {"projections": ProjectionRecord(None, "live", PairShape(1, 1, 1), "float64", DIGESTS)},
         {
             "projections": ProjectionRecord(
-                Recipe(prng_key=-1, prng_key_B=3), True, PairShape(1, 9, 1), "bfloat16", DIGESTS
+                Recipe(prng_key=-1, prng_key_B=3), "stated", PairShape(1, 9, 1), "bfloat16", DIGESTS
             )
         },
         {"tensors": {}, "config": {}, "metadata": {}},
@@ -82,7 +82,7 @@ def test_the_same_manifest_is_the_same_text_in_whatever_order_it_was_made():
     "recipe", [None, *candidates(9), Recipe(prng_key=1, prng_key_B=2), Recipe(prng_key=1, b_first=True)]
 )
 def test_a_record_is_read_back_from_metadata(recipe):
-    record = ProjectionRecord(recipe, recipe is None, PairShape(2, 3, 4), "float16", DIGESTS)
+    record = ProjectionRecord(recipe, "assumed" if recipe is None else "stored", PairShape(2, 3, 4), "float16", DIGESTS)
     metadata = record.to_metadata()
     assert metadata["format"] == "pt"
     assert ProjectionRecord.from_metadata(metadata, where="file") == record
@@ -139,6 +139,9 @@ WRONG = {
     "projections of two dtypes": (edit("projections/vera_A/dtype", "float16"), "different dtypes"),
     "projections of integers": (edit("projections/vera_A/dtype", "int8"), "projections.vera_A.dtype"),
     "assumed null": (edit("assumed", None), "assumed"),
+    "an origin nobody knows": (edit("origin", "guessed"), "origin: has a wrong value (expected stored, live, stated"),
+    "an origin that contradicts assumed": (edit("origin", "assumed"), "origin: contradicts assumed"),
+    "assumed without its origin": (edit("assumed", True), "origin: contradicts assumed"),
     "recipe a name": (edit("recipe", "mt19937-f32-fused"), "recipe"),
     "a recipe that contradicts itself": (edit("recipe/rounding", "separate"), "recipe"),
     "a recipe nobody knows": (
@@ -166,6 +169,21 @@ def test_a_manifest_that_is_none_is_refused_by_path(change, words):
         Manifest.from_json(json.dumps(document), where="ckpt/vera_manifest.json")
     assert caught.value.where.startswith("ckpt/vera_manifest.json")
     assert "\n" not in str(caught.value).rstrip()
+
+
+@pytest.mark.parametrize(("assumed", "origin"), [(True, "assumed"), (False, "stored")])
+def test_what_version_0_1_0_wrote_without_an_origin_is_read(assumed, origin):
+    document = json.loads(make().to_json())
+    del document["origin"]
+    document["assumed"] = assumed
+    assert Manifest.from_json(json.dumps(document)).projections.origin == origin
+    schema.validate(document, "manifest.v1", where="test")
+    record = json.loads(RECORD.to_metadata()[METADATA_KEY])
+    del record["origin"]
+    record["assumed"] = assumed
+    found = ProjectionRecord.from_metadata({METADATA_KEY: json.dumps(record)}, where="file")
+    assert found is not None
+    assert found.origin == origin
 
 
 @pytest.mark.parametrize(

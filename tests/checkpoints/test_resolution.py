@@ -196,11 +196,19 @@ def recorded(checkpoint):
 
 def test_a_recorded_pair_is_regenerated_and_proven(recorded):
     with Checkpoint.open(recorded) as opened:
-        resolved = resolve(opened, Assumptions(strict=True))
-        assert (resolved.origin, resolved.record.recipe.name) == ("recorded", "mt19937-f32-separate")
+        resolved = resolve(opened)
+        assert (resolved.origin, resolved.record.origin, resolved.record.recipe.name) == (
+            "recorded",
+            "stated",
+            "mt19937-f32-separate",
+        )
         assert resolved.record.shape == SHAPE
         assert [a.shape for a in arrays(opened, resolved)] == [(16, 96), (64, 16)]
-        assert resolve(opened, Assumptions.stated(recipe="mt19937-f32-separate")).record == resolved.record
+        for strict in (False, True):
+            stated = Assumptions.stated(recipe="mt19937-f32-separate", strict=strict)
+            assert resolve(opened, stated).record == resolved.record
+        with pytest.raises(UnprovenError, match="was stated when it was recorded, and nothing proves it"):
+            resolve(opened, Assumptions(strict=True))
 
 
 def test_another_recipe_than_the_recorded_one_is_refused(recorded):

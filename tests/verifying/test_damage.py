@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, edit, replace_pair, set_config
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, edit, replace_pair, set_config, take_as_live
 from tests.command import run_cli, run_json
 from tests.verifying.reports import failed, message_of, one, statuses
 from vera_tools.projections.recipe import Recipe
@@ -49,6 +49,8 @@ class TestDamage:
         name = SEED_ONLY if seed_only else KEPT
         shutil.copytree(CHECKPOINTS / name, folder)
         vera_tools.record(folder, base=base_of(name), recipe="mt19937-f32-fused" if seed_only else None)
+        if seed_only:
+            take_as_live(folder)
         assert vera_tools.verify(folder).exit_code == 0
         path = folder / data.draw(st.sampled_from(["adapter_model.safetensors", "adapter_config.json"]))
         content = bytearray(path.read_bytes())

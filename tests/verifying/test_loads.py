@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, PAIR, SEED_ONLY, base_of, edit, set_config
+from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, PAIR, SEED_ONLY, base_of, edit, set_config, take_as_live
 from tests.machine import FUSED_X86
 from tests.projections import torch_draws
 from tests.verifying import peft_loads
@@ -83,6 +83,7 @@ def adapters(tmp_path_factory) -> dict[str, tuple[Path, Path]]:
             CHANGES[name](folder)
         if name in RECIPES:
             record(folder, base=base_of(name), recipe=RECIPES[name])
+            take_as_live(folder)
     return found
 
 
@@ -197,6 +198,17 @@ def test_where_nothing_is_known_nobody_can_know():
     table = loader_table(make(stored=False, save_projection=False, recipes=None))
     assert {row.exact for row in table} == {None}
     assert all(row.why for row in table)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_rests_on_an_assumption_is_not_known(stored):
+    """Not that a loader is right, and not that it is wrong: the trained pair may be what it draws."""
+    table = loader_table(make(stored=stored, save_projection=stored, assumed=True))
+    assert {row.exact for row in table} == {None}
+    assert all("nobody knows if the trained pair was the one that is recorded" in row.why for row in table)
+    sizes = loader_table(make(stored=stored, save_projection=stored, assumed=True, fits=False))
+    assert exact(sizes, PEFT) is False
+    assert exact(sizes, VERA_TOOLS) is None
 
 
 def test_where_no_recipe_makes_the_pair_only_what_is_stored_helps():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import vera_tools
-from tests.adapters import BERT, KEPT, MANIFEST, SEED_ONLY, base_of, edit, edit_manifest, set_config
+from tests.adapters import BERT, KEPT, MANIFEST, SEED_ONLY, base_of, edit, edit_manifest, set_config, take_as_live
 from tests.verifying.reports import failed, message_of, one, statuses
 from vera_tools import schema
 from vera_tools.checkpoints.config import VeraConfig
@@ -80,7 +80,7 @@ class TestManifest:
         monkeypatch.setattr("vera_tools.checkpoints.resolution.MOST_BYTES", 1 << 20)
         folder = checkpoint(SEED_ONLY)
         vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
-        assert one(folder).verdict == "reproducible"
+        assert one(folder).verdict == "assumed"
 
         def widen(manifest):
             manifest["in_max"] = manifest["projections"]["vera_A"]["shape"][1] = 1 << 18
@@ -98,10 +98,11 @@ class TestManifest:
                 command(folder, folder.with_name("out"))
         schema.validate(report.to_dict(), "verify.v1", where="report")
 
-    def test_recorded_under_the_wrong_recipe_loads_exactly_where_it_says(self, checkpoint):
+    def test_a_recorded_pair_loads_exactly_where_its_recipe_says(self, checkpoint):
         name = "peft-0.21.2-llama-f32-seedonly-noavx"
         folder = checkpoint(name)
         vera_tools.record(folder, base=base_of(name), recipe="mt19937-f32-separate")
+        take_as_live(folder)
         report = one(folder)
         exact = {(load.loader, load.rounding, load.base_dtype) for load in report.loads if load.exact}
         assert ("peft>=0.21", "separate", "float32") in exact
@@ -136,10 +137,10 @@ class TestManifest:
         assert failed(report) == {"manifest.config"}
         assert "vera_dropout 0.0 became 0.5" in message_of(report, "manifest.config")
 
-    def test_assumed_recipe_stays_a_warning(self, checkpoint):
+    def test_assumed_recipe_is_a_verdict_and_a_warning(self, checkpoint):
         folder = checkpoint(SEED_ONLY)
         with pytest.warns(vera_tools.errors.AssumedRecipeWarning, match="assuming mt19937-f32-fused"):
             vera_tools.record(folder, base=base_of(SEED_ONLY))
         report = one(folder)
-        assert report.verdict == "reproducible"
+        assert report.verdict == "assumed"
         assert statuses(report)["manifest.assumed"] == "warn"

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, NAMES, SEED_ONLY, base_of, put_pickle, replace_pair
+from tests.adapters import CHECKPOINTS, KEPT, NAMES, SEED_ONLY, base_of, put_pickle, replace_pair, take_as_live
 from tests.command import plain, run_cli, run_json, run_process, run_terminal
 from tests.verifying.reports import failed, one
 from vera_tools.checkpoints.checkpoint import Checkpoint
@@ -55,7 +55,15 @@ class TestRealCheckpoints:
     def test_all_at_once_is_as_severe_as_the_worst(self):
         code, document = run_json("verify", "-R", CHECKPOINTS, "--jobs", 2)
         assert code == 3
-        assert document["summary"] == {"reproducible": 9, "drift": 0, "unproven": 3, "invalid": 0, "skipped": 0}
+        assert document["summary"] == {
+            "reproducible": 9,
+            "assumed": 0,
+            "unproven": 3,
+            "drift": 0,
+            "invalid": 0,
+            "skipped": 0,
+            "failed_checks": 0,
+        }
         assert [Path(entry["path"]).name for entry in document["checkpoints"]] == NAMES
 
     @pytest.mark.parametrize("name", NAMES)
@@ -68,9 +76,16 @@ class TestRealCheckpoints:
             through = "-via-bf16" if "bf16" in name else ""
             vera_tools.record(folder, base=base_of(name), recipe=f"mt19937-f32-{rounding}{through}")
         code, document = run_json("verify", folder)
-        assert code == 0
         (entry,) = document["checkpoints"]
-        assert entry["scope"] == "projections, vectors and config are covered"
+        scope = "projections, vectors and config are covered"
+        if EXPECTED[name][0] == "unproven":
+            assert (code, entry["verdict"]) == (3, "assumed")
+            assert entry["scope"].startswith(scope + "; ")
+            take_as_live(folder)
+            code, document = run_json("verify", folder)
+            (entry,) = document["checkpoints"]
+        assert (code, entry["verdict"]) == (0, "reproducible")
+        assert entry["scope"] == scope
         match = entry["projections"]["vera_A"]
         assert match["sha256"] is not None
         assert match["match"] == ("identical" if entry["projections_stored"] else "absent")
@@ -130,12 +145,14 @@ class TestRegistry:
         code, document = run_json("verify", "-R", registry)
         assert code == 4
         assert document["summary"]["invalid"] == 1
+        assert document["summary"]["failed_checks"] == 1
 
     def test_shared_pairs_are_computed_once(self, tmp_path, monkeypatch):
         for n in range(5):
             shutil.copytree(CHECKPOINTS / KEPT, tmp_path / f"kept-{n}")
             folder = shutil.copytree(CHECKPOINTS / SEED_ONLY, tmp_path / f"seed-{n}")
             vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
+            take_as_live(folder)
         from vera_tools.verifying import verify as verifying
 
         calls = {"identify": 0, "digests": 0}
