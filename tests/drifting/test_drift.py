@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from tests import FIXTURES
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
+from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit, take_as_live
 from tests.command import run_cli, run_json
 from tests.machine import FUSED_X86, x86
 from tests.projections import torch_draws
@@ -436,6 +436,7 @@ def test_it_measures_what_the_loader_table_says(checkpoint, name, recipe, base):
     bases = {"float32": "peft-0.21.2-llama-f32-seedonly", "bfloat16": "peft-0.21.2-llama-bf16-seedonly"}
     folder = checkpoint(name)
     record(folder, base=base_of(name), recipe=recipe)
+    take_as_live(folder)
     table = verify(folder).checkpoints[0].loads
     report = drift(checkpoint=folder, base=base_of(bases[base]) / "model.safetensors", dtype=["float32"])
     assert {rounding(row.cpu_capability) for row in report.environments} == {"fused", "separate"}

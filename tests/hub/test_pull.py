@@ -307,10 +307,10 @@ def test_embed(hub, tmp_path):
     with pytest.warns(vera_tools.errors.AssumedRecipeWarning):
         report = vera_tools.pull("ann/x", tmp_path / "out", embed=True, base="hf://ann/base")
     assert report.embedded
-    assert report.verification.verdict == "reproducible"
+    assert report.verification.verdict == "assumed"
     default = [load for load in report.verification.loads if load.loader == "peft>=0.21" and not load.options]
     assert len(default) == 8
-    assert all(load.exact for load in default)
+    assert {load.exact for load in default} == {None}
     assert provenance(tmp_path / "out")["embedded"] is True
     assert config_of(tmp_path / "out")["save_projection"] is True
     with pytest.raises(UsageError, match="the layer width is unknown"):

@@ -41,6 +41,7 @@ from tests.nn.models import (
     two_adapters,
 )
 from tests.peers import QUIET_PEERS, base_model, distance, load_peft
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, UnprovenError, UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel, load_adapter, save_adapter
 
@@ -74,7 +75,9 @@ def test_saved_again_it_loads_in_peft_to_the_same_logits(name, tmp_path):
     model = load(name)
     save_adapter(model, tmp_path / "out")
     assert distance(load_peft(base_model(name), tmp_path / "out"), name) <= tolerance(name)
-    assert run_cli("verify", tmp_path / "out", "--base", base_of(name)).returncode == 0
+    assert run_cli("verify", tmp_path / "out", "--base", base_of(name), "--require", "assumed").returncode == 0
+    with Checkpoint.open(tmp_path / "out") as saved:
+        assert saved.recorded.origin == ("assumed" if name in SEED_ONLY_NAMES else "stored")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,6 +114,19 @@ def test_a_seed_only_checkpoint_with_nothing_recorded_is_assumed_in_one_warning_
     with pytest.raises(UnprovenError):
         VeraModel.from_pretrained(base, CHECKPOINTS / name, strict=True)
     assert not any("vera" in key for key in base.state_dict()), "a refused adapter left traces"
+
+
+def test_an_assumption_stays_one_in_what_is_saved(tmp_path):
+    model = load(SEED_ONLY)
+    model.to(torch.bfloat16)  # other digests, of a pair that is still the assumed one
+    save_adapter(model, tmp_path / "narrow")
+    with pytest.raises(UnprovenError, match="was assumed when it was recorded"):
+        VeraModel.from_pretrained(base_model(SEED_ONLY), tmp_path / "narrow", strict=True)
+    model = load(SEED_ONLY)
+    config = model.peft_config["default"]
+    own = VeraConfig(r=16, target_modules=config.target_modules, projection_prng_key=config.projection_prng_key)
+    model.add_adapter("own", own)  # of the same bits, drawn in this process
+    assert {name: model.record_of(name).origin for name in ("default", "own")} == {"default": "assumed", "own": "live"}
 
 
 def test_an_adapter_trained_on_bfloat16_keeps_its_rounded_pair_on_a_float32_base(tmp_path):
