@@ -118,7 +118,10 @@ def test_a_seed_only_checkpoint_with_nothing_recorded_is_assumed_in_one_warning_
 
 def test_an_assumption_stays_one_in_what_is_saved(tmp_path):
     model = load(SEED_ONLY)
-    model.to(torch.bfloat16)  # other digests, of a pair that is still the assumed one
+    for held in (model.vera_A, model.vera_B):  # other digests, of a pair that is still the assumed one
+        held["default"].copy_(held["default"].bfloat16())
+    assert model.record_of("default").recipe.name == "mt19937-f32-fused-via-bf16"
+    model.peft_config["default"].save_projection = True
     save_adapter(model, tmp_path / "narrow")
     with pytest.raises(UnprovenError, match="was assumed when it was recorded"):
         VeraModel.from_pretrained(base_model(SEED_ONLY), tmp_path / "narrow", strict=True)

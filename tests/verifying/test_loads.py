@@ -205,7 +205,7 @@ def test_what_rests_on_an_assumption_is_not_known(stored):
     """Not that a loader is right, and not that it is wrong: the trained pair may be what it draws."""
     table = loader_table(make(stored=stored, save_projection=stored, assumed=True))
     assert {row.exact for row in table} == {None}
-    assert all("nobody knows if the trained pair was the one that is recorded" in row.why for row in table)
+    assert all("if the recorded pair is the trained one, which nothing proves" in row.why for row in table)
     sizes = loader_table(make(stored=stored, save_projection=stored, assumed=True, fits=False))
     assert exact(sizes, PEFT) is False
     assert exact(sizes, VERA_TOOLS) is None

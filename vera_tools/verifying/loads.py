@@ -92,7 +92,7 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
             for base_dtype in BASE_DTYPES:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
                 if trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
-                    exact, why = None, f"{why}: nobody knows if the trained pair was the one that is recorded"
+                    exact, why = None, f"{why}, if the recorded pair is the trained one, which nothing proves"
                 cites = rows.citation(rounding) if redraws else None
                 table.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
     return tuple(table)

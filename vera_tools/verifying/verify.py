@@ -261,7 +261,7 @@ class Verifier:
             return "drift", Check("projections.match", "fail", message), got
         message = f"regenerated under {recipe.name}, both have the recorded digests"
         if record.assumed:
-            message += f", of a recipe that was {record.origin}"
+            message += f"; that it is the trained one was {record.origin}"
         return "assumed" if record.assumed else "reproducible", Check("projections.match", "pass", message), got
 
     def _same(self, recipe: Recipe, shape: PairShape, dtype: str) -> tuple[Recipe, ...]:
@@ -332,7 +332,7 @@ def _projections_check(identified: Identification, key: int, origin: Origin) -> 
     if identified.made_by(key):
         message = f"vera_A and vera_B are bit-identical to what key {key} gives"
         if origin in ASSUMED:
-            message += f", and were written under a recipe that was {origin}"
+            message += f"; that it is the trained pair was {origin}"
         return Check("projections.match", "pass", message)
     if identified.exact and recipe:
         how = f"key {recipe.prng_key}" + (
@@ -349,7 +349,7 @@ def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:
     """The limits of the proof, in words."""
     covered = _covered(checkpoint, found)
     if verdict == "assumed" and checkpoint.recorded:
-        return f"{covered}; that these projections were trained with was {checkpoint.recorded.origin}, not proven"
+        return f"{covered}; that these are the trained projections was {checkpoint.recorded.origin}, not proven"
     return covered
 
 
