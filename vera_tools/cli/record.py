@@ -32,8 +32,8 @@ def command(
     """Write or renew the manifest of CHECKPOINT, touching nothing else.
 
     The manifest records the recipe, the digests of the projections and of every tensor, and the config, so that
-    `verify` can prove the checkpoint from now on. For a seed-only checkpoint with nothing recorded, PEFT's recipe is
-    assumed unless recipe options say otherwise.
+    `verify` can prove from now on that nothing changed. Of a seed-only checkpoint with nothing recorded, PEFT's recipe
+    is assumed unless recipe options state another: its verdict is then `assumed`, not `reproducible`.
     """
     report = record(
         checkpoint,

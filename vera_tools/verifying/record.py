@@ -70,8 +70,8 @@ def record(
 ) -> RecordReport:
     """Write (or renew) vera_manifest.json beside a checkpoint's adapter_config.json.
 
-    From then on every bit of the checkpoint can be proven. For a seed-only checkpoint this must happen where its
-    recipe is known: nothing in it says which machine drew its projections.
+    From then on every change can be found. Projections that are stored prove their recipe. Of a seed-only checkpoint
+    nothing says which machine drew them: the recipe is stated or assumed, and `verify` says `assumed`.
 
     Args:
         checkpoint: A local folder or adapter_model.safetensors file.
