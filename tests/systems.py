@@ -235,6 +235,7 @@ LACKS: dict[str, Callable[[], None]] = {
     "renameat2": _no_symbol("renameat2"),
     "chown": _without(os, "chown", "lchown", "fchown"),
     "uname": _without(os, "uname"),
+    "memfd_create": _without(os, "memfd_create"),
     "link": _without(os, "link"),
     "hard links": _refused("link", errno.EPERM),
     "symbolic links": _no_symbolic_links,
@@ -251,7 +252,7 @@ LACKS: dict[str, Callable[[], None]] = {
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "windows": tuple(name for name in LACKS if name not in ("link", "hard links")),
-    "macos": ("preadv", "copy_file_range", "fallocate", "posix_fallocate", "renameat2"),
+    "macos": ("preadv", "copy_file_range", "fallocate", "posix_fallocate", "renameat2", "memfd_create"),
 }
 
 

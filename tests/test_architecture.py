@@ -129,10 +129,11 @@ def test_a_private_name_stays_in_its_package(name):
 
 
 @pytest.mark.parametrize("name", sorted(MODULES))
-def test_only_nn_imports_torch(name):
+def test_only_nn_imports_torch_and_only_the_witness_safetensors(name):
     roots = {imported.split(".")[0] for imported in imports(MODULES[name])}
-    forbidden = {"peft", "transformers", "safetensors", "accelerate"} | (set() if name.startswith("nn") else {"torch"})
-    assert roots & forbidden == set()
+    forbidden = {"peft", "transformers", "safetensors", "accelerate", "torch"}
+    allowed = {"torch"} if name.startswith("nn") else {"safetensors"} if name == "files.official" else set()
+    assert roots & forbidden <= allowed
 
 
 CAPABILITIES = ("verifying", "converting", "comparing", "merging", "drifting", "hub")
@@ -156,7 +157,7 @@ def test_every_module_but_nn_is_imported_without_torch_and_shadows_no_function()
     names = [f"vera_tools.{name}" for name in MODULES if name and name != "__main__" and not name.startswith("nn")]
     program = f"""
 import importlib, inspect, json, sys
-for missing in ("torch", "peft", "transformers", "safetensors", "accelerate"):
+for missing in ("torch", "peft", "transformers", "accelerate"):
     sys.modules[missing] = None
 import vera_tools
 for name in {names!r}:

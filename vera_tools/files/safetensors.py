@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
-from vera_tools.errors import FormatError
+from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.files import official
 from vera_tools.files.local import ByteSource, Closing, LocalFile
 from vera_tools.files.strict_json import parse_json
 
@@ -88,8 +89,13 @@ class TensorFile(Closing):
         self.label = source.label
         try:
             self.header = self._read_header()
-            self.metadata, self.tensors = parse_header(self.header, where=source.label)
-            _check_extent(self.tensors, source.size - 8 - len(self.header), where=source.label)
+            try:
+                self.metadata, self.tensors = parse_header(self.header, where=source.label)
+                _check_extent(self.tensors, source.size - 8 - len(self.header), where=source.label)
+            except FormatError as error:
+                if error.hint is None and _library_reads(self.header, source.size):
+                    error.hint = f"{official.LIBRARY} does read this file: load and save it with that library"
+                raise
         except BaseException:
             source.close()
             raise
@@ -166,6 +172,26 @@ class TensorFile(Closing):
                 digest.update(chunk)
         return digest.hexdigest()
 
+    def objection(self) -> str | None:
+        """How the safetensors library reads the file otherwise, in one sentence; None where it reads the same.
+
+        Names, dtypes, shapes, the order of the tensors in the file and the metadata are compared. As the tensors fill
+        a file without hole or overlap, that settles where each one lies.
+        """
+        try:
+            theirs = official.read(self.header, self.size)
+        except FormatError as error:
+            return error.what
+        ours = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+        for name in [*ours, *theirs.tensors]:
+            if ours.get(name) != theirs.tensors.get(name):
+                found, read = (_in_words(tensors.get(name)) for tensors in (theirs.tensors, ours))
+                return f"{official.LIBRARY} finds {found} under {name}, where {read} was read"
+        filled = [name for name, info in self.tensors.items() if info.nbytes]
+        if [name for name in theirs.tensors if self.tensors[name].nbytes] != filled:
+            return f"{official.LIBRARY} finds the tensors in another order"
+        return None if theirs.metadata == self.metadata else f"{official.LIBRARY} finds other metadata"
+
     def _read_header(self) -> bytes:
         if self._source.size < 8:
             raise FormatError(
@@ -194,6 +220,18 @@ class TensorFile(Closing):
         header = bytearray(length)
         self._source.read_into(memoryview(header), 8)
         return bytes(header)
+
+
+def _library_reads(header: bytes, size: int) -> bool:
+    try:
+        official.read(header, size)
+    except FormatError:
+        return False
+    return True
+
+
+def _in_words(tensor: tuple[str, tuple[int, ...]] | None) -> str:
+    return "nothing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
 
 
 def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
@@ -296,12 +334,33 @@ def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]
 
 
 def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None:
-    """Write a file from an encoded header and the tensors' bytes in the header's order."""
+    """Write a file from an encoded header and the tensors' bytes in the header's order.
+
+    Raises:
+        CheckFailedError: what was written is read otherwise, see `confirm`.
+    """
     with path.open("wb") as stream:
         stream.write(struct.pack("<Q", len(header)))
         stream.write(header)
         for piece in data:
             stream.write(as_bytes(piece))
+    confirm(path)
+
+
+def confirm(path: Path) -> None:
+    """Open a file that was just written, with our reader and with the safetensors library.
+
+    Raises:
+        CheckFailedError: the library cannot read it, or finds something else in it.
+        FormatError: our reader cannot read it.
+    """
+    with TensorFile.open(path) as file:
+        if objection := file.objection():
+            raise CheckFailedError(
+                f"what was written would be read otherwise: {objection}",
+                where=path,
+                hint="nothing was kept; please report it with the header of the file that it was made from",
+            )
 
 
 def as_bytes(piece: memoryview | Array) -> memoryview:

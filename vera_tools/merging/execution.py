@@ -18,7 +18,7 @@ import xxhash
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.files.local import LocalFile
-from vera_tools.files.safetensors import as_bytes
+from vera_tools.files.safetensors import as_bytes, confirm
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
 from vera_tools.merging.plan import Computed, Copied, Merged, Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
@@ -142,6 +142,7 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
         work.file.close()
+        confirm(work.part)
         staging.finish(work.shard, work.part, Journal(plan.digest, work.xxh3, work.base_sha256))
     except BaseException:
         for future in work.futures:

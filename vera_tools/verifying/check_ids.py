@@ -8,6 +8,7 @@ CHECK_IDS = {
     "config.key": "a key wider than 32 bits, of which only the low 32 matter",
     "config.save_projection": "what the config says is stored against what is",
     "tensors.file": "the safetensors file: header, extents, dtypes",
+    "tensors.official": "the safetensors library, which PEFT reads with, finds the same tensors in the file",
     "tensors.layers": "every adapted layer has both vectors; every target module has a layer",
     "tensors.shapes": "r, in_max, out_max and the vectors fit each other",
     "tensors.out_max": "vera_B has as many rows as the longest vera_lambda_b has elements",

@@ -16,6 +16,7 @@ import numpy as np
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.files.official import LIBRARY
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.projections.key import seed
 from vera_tools.verifying.report import Check
@@ -40,6 +41,7 @@ def structure(checkpoint: Checkpoint) -> Iterator[Check]:
     yield Check("config.schema", "pass", "every key that PEFT knows has a value that PEFT takes")
     yield _key(checkpoint)
     yield _save_projection(checkpoint)
+    yield _official(checkpoint)
     yield _layers(checkpoint)
     shapes = _shapes(checkpoint)
     yield shapes
@@ -84,6 +86,12 @@ def _save_projection(checkpoint: Checkpoint) -> Check:
         message = "save_projection is false, so PEFT ignores the vera_A and vera_B that are stored"
         return Check("config.save_projection", "warn", message)
     return Check("config.save_projection", "pass", f"save_projection is {str(saved).lower()}, as the file has it")
+
+
+def _official(checkpoint: Checkpoint) -> Check:
+    if objection := checkpoint.weights.objection():
+        return Check("tensors.official", "fail", f"what PEFT reads with disagrees: {objection}")
+    return Check("tensors.official", "pass", f"{LIBRARY} finds the same {len(checkpoint.weights.tensors)} tensors")
 
 
 def _layers(checkpoint: Checkpoint) -> Check:
