@@ -67,7 +67,6 @@ def _empty_file(head: bytes, size: int) -> Iterator[str]:
         with open(descriptor, "wb") as stream:
             stream.write(head)
             stream.truncate(size)
-            stream.flush()
             yield f"/proc/self/fd/{descriptor}"
     else:
         with tempfile.TemporaryDirectory(prefix="vera-tools-") as folder:
