@@ -25,6 +25,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("schema", "report"),
     ("projections",),
     ("platforms", "files"),
+    ("architectures",),
     ("checkpoints",),
     ("verifying",),
     ("comparing", "converting"),

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from tests.architectures import tiny
-from vera_tools.checkpoints import architectures, pieces
-from vera_tools.checkpoints.architecture import Architecture
-from vera_tools.checkpoints.layout import Layout
+from vera_tools.architectures import data, pieces
+from vera_tools.architectures.architecture import Architecture
+from vera_tools.architectures.layout import Layout
 from vera_tools.errors import VeraToolsError
 
 
@@ -39,7 +39,7 @@ def problems(name: str) -> list[str]:
         model.save_pretrained(folder)
         config = json.loads(Path(folder, "config.json").read_text("utf-8"))
         stored = _stored(Path(folder))
-    known = architectures.architecture(config, name)
+    known = data.architecture(config, name)
     if known is None:
         return ["no data"]
     state = dict(model.state_dict())
@@ -116,7 +116,7 @@ def _renamings(known: Architecture, model: Any, stored: dict[str, np.ndarray]) -
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
-    from vera_tools.checkpoints.renaming import natural_order, replay
+    from vera_tools.architectures.renaming import natural_order, replay
 
     state = model.state_dict()
     prefix = model.base_model_prefix
@@ -217,7 +217,7 @@ def main(names: list[str]) -> None:
     transformers.utils.logging.disable_progress_bar()
     counts: collections.Counter[str] = collections.Counter()
     causes: dict[str, list[str]] = collections.defaultdict(list)
-    for name in names or sorted(architectures.data()["classes"]):
+    for name in names or sorted(data.tables()["classes"]):
         try:
             found = problems(name)
         except ValueError as error:

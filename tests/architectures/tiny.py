@@ -192,7 +192,7 @@ def model(name: str, *, seed: int = 0) -> tuple[str, Any]:
     """
     import torch
 
-    from vera_tools.checkpoints import architecture_probe as probe
+    from vera_tools.architectures import probe
 
     reasons = []
     fitting: list[tuple[int, str, Any]] = []

@@ -9,10 +9,10 @@ import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from vera_tools.checkpoints import pieces as placing
-from vera_tools.checkpoints.architecture import LINEAR, Architecture
-from vera_tools.checkpoints.pieces import Piece, Shape
-from vera_tools.checkpoints.renaming import Replay, replay
+from vera_tools.architectures import pieces as placing
+from vera_tools.architectures.architecture import LINEAR, Architecture
+from vera_tools.architectures.pieces import Piece, Shape
+from vera_tools.architectures.renaming import Replay, replay
 from vera_tools.errors import CheckFailedError
 
 

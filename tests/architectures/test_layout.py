@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from tests.checkpoints.known import known
-from vera_tools.checkpoints import architectures, pieces
-from vera_tools.checkpoints.layout import Layout
-from vera_tools.checkpoints.renaming import Gathered, Operation, Step, replay
+from tests.architectures.known import known
+from vera_tools.architectures import data, pieces
+from vera_tools.architectures.layout import Layout
+from vera_tools.architectures.renaming import Gathered, Operation, Step, replay
 from vera_tools.errors import CheckFailedError
 
 # ---- names, as they lie on the Hub
@@ -111,7 +111,7 @@ def test_of_several_sources_the_longest_that_matches_counts():
 
 def test_a_model_inside_one_of_its_own_class_is_renamed_with_it():
     class_inside = [("", "LlavaModel", "llava"), ("inner", "LlavaModel", "llava"), ("other", "ViTModel", "vit")]
-    scopes = [step.scope for step in architectures._steps(class_inside, "")]
+    scopes = [step.scope for step in data._steps(class_inside, "")]
     assert "inner" not in scopes
     assert "other" in scopes
 

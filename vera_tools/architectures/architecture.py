@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from vera_tools.checkpoints.renaming import Step, replay
-from vera_tools.checkpoints.trees import Tree
+from vera_tools.architectures.renaming import Step, replay
+from vera_tools.architectures.trees import Tree
 from vera_tools.errors import CheckFailedError
 
 #: Kinds of modules that PEFT's VeRA can adapt.

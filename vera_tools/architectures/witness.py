@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from vera_tools.checkpoints import architecture_probe
-from vera_tools.checkpoints.architecture import Architecture, Tie
-from vera_tools.checkpoints.architectures import Config
-from vera_tools.checkpoints.renaming import Step
-from vera_tools.checkpoints.trees import Tree
+from vera_tools.architectures import probe
+from vera_tools.architectures.architecture import Architecture, Tie
+from vera_tools.architectures.data import Config
+from vera_tools.architectures.renaming import Step
+from vera_tools.architectures.trees import Tree
 from vera_tools.errors import UnprovenError
 
 
@@ -45,7 +45,7 @@ def ask_transformers(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "config.json")
         path.write_bytes(json.dumps(config).encode())
-        command = [python, architecture_probe.__file__, name, str(path)]
+        command = [python, probe.__file__, name, str(path)]
         try:
             answer = subprocess.run(
                 command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=timeout
@@ -59,7 +59,7 @@ def ask_transformers(
 
 
 def from_document(document: dict[str, Any]) -> Architecture:
-    """The architecture that an answer of architecture_probe.py describes."""
+    """The architecture that an answer of probe.py describes."""
     prefix = document["base_model_prefix"]
     steps = [
         Step.from_document(step, scope=group["scope"], prefix=prefix if group["scope"] is not None else "")

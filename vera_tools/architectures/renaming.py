@@ -1,6 +1,6 @@
 """How transformers finds the parameter that a tensor of a file belongs to: its renamings, replayed with `re` alone.
 
-The table of renamings is data (see `architectures`). What is done with it follows transformers 5.23,
+The table of renamings is data (see `data`). What is done with it follows transformers 5.23,
 core_model_loading.py: `rename_source_key`, `GroupWeightRename`, `convert_and_load_state_dict_in_model`.
 """
 

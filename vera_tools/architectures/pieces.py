@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_tools.checkpoints.renaming import Gathered, Operation
+from vera_tools.architectures.renaming import Gathered, Operation
 from vera_tools.errors import CheckFailedError
 
 Numbers = npt.NDArray[np.int64]

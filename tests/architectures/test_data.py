@@ -12,13 +12,13 @@ import sys
 import pytest
 
 from tests import FIXTURES, ROOT
-from tests.checkpoints.known import known
+from tests.architectures.known import known
 from vera_tools import schema
-from vera_tools.checkpoints import architectures, pieces, witness
-from vera_tools.checkpoints.architecture import Tie
-from vera_tools.checkpoints.layout import Layout
-from vera_tools.checkpoints.renaming import Operation, Step
-from vera_tools.checkpoints.trees import Tree
+from vera_tools.architectures import data, pieces, witness
+from vera_tools.architectures.architecture import Tie
+from vera_tools.architectures.layout import Layout
+from vera_tools.architectures.renaming import Operation, Step
+from vera_tools.architectures.trees import Tree
 from vera_tools.errors import UnprovenError
 
 #: One class of each kind that decides otherwise: what it stands for, and its name.
@@ -53,7 +53,7 @@ KINDS = {
 
 @functools.cache
 def document():
-    return architectures.data()
+    return data.tables()
 
 
 # ---- the data
@@ -84,7 +84,7 @@ def test_every_reference_leads_to_a_structure():
 
 def test_every_expression_compiles():
     for name in document()["conversions"]:
-        for step in architectures._conversions(name):
+        for step in data._conversions(name):
             assert Step.from_document(step, scope=None, prefix="")._pattern, name
             for operation in step.get("operations", ()):
                 assert hasattr(pieces._Conversion, f"_{operation['name']}"), operation
@@ -136,7 +136,7 @@ def test_the_proof_sees_what_is_wrong(monkeypatch):
 
     def broken(name, **changes):
         classes = {**whole["classes"], name: {**whole["classes"][name], **changes}}
-        monkeypatch.setattr(architectures, "data", lambda: {**whole, "classes": classes})
+        monkeypatch.setattr(data, "tables", lambda: {**whole, "classes": classes})
         return {problem.split(":")[0] for problem in proof.problems(name)}
 
     assert "embeddings" in broken("GPT2LMHeadModel", output_embeddings="transformer.wte")
@@ -271,12 +271,12 @@ CLASSES = [
 
 @pytest.mark.parametrize(("config", "auto", "name"), CLASSES)
 def test_the_class_of_a_configuration(config, auto, name):
-    assert architectures.class_for(config, auto) == name
+    assert data.class_for(config, auto) == name
 
 
 def test_a_class_that_the_data_lacks_is_none():
-    assert architectures.architecture({"architectures": ["OfTomorrow"]}) is None
-    assert architectures.architecture({}) is None
+    assert data.architecture({"architectures": ["OfTomorrow"]}) is None
+    assert data.architecture({}) is None
 
 
 def test_numbers_at_the_end_of_a_name_are_any_numbers():
@@ -318,7 +318,7 @@ def test_transformers_asked_about_one_configuration():
     )
     document = json.loads(config.to_json_string())
     asked = witness.ask_transformers(document, "LlavaForConditionalGeneration")
-    ours = architectures.architecture(document, "LlavaForConditionalGeneration")
+    ours = data.architecture(document, "LlavaForConditionalGeneration")
     assert asked.origin == f"transformers {transformers.__version__}"
     assert asked.parameters
     assert all(ours.stores(name) for name in asked.parameters)

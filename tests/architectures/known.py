@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from vera_tools.checkpoints import architectures
-from vera_tools.checkpoints.architecture import Architecture
+from vera_tools.architectures import data
+from vera_tools.architectures.architecture import Architecture
 
 
 def known(name: str, **entries: Any) -> Architecture:
     """What the data says of a class whose config.json holds these entries besides its name."""
-    found = architectures.architecture({"architectures": [name], **entries})
+    found = data.architecture({"architectures": [name], **entries})
     assert found is not None
     return found

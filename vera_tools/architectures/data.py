@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.checkpoints.architecture import Architecture, Tie
-from vera_tools.checkpoints.renaming import Step
-from vera_tools.checkpoints.trees import Tree
+from vera_tools.architectures.architecture import Architecture, Tie
+from vera_tools.architectures.renaming import Step
+from vera_tools.architectures.trees import Tree
 
-__all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "data", "origin"]
+__all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "origin", "tables"]
 
 Config = Mapping[str, Any]
 
 
 @functools.cache
-def data() -> dict[str, Any]:
+def tables() -> dict[str, Any]:
     """The newest data that ships with the package."""
     files = [file for file in schema.packaged("fixtures/architectures").iterdir() if file.name.endswith(".json")]
     newest = max(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
@@ -36,13 +36,13 @@ def data() -> dict[str, Any]:
 
 def _conversions(name: str) -> Any:
     """The steps of the data that go by a name; those of another one, where they are the same."""
-    steps = data()["conversions"].get(name)
-    return data()["conversions"][steps] if isinstance(steps, str) else steps
+    steps = tables()["conversions"].get(name)
+    return tables()["conversions"][steps] if isinstance(steps, str) else steps
 
 
 def origin() -> str:
     """What the data was made from: "transformers 5.23.0"."""
-    return f"transformers {data()['transformers']}"
+    return f"transformers {tables()['transformers']}"
 
 
 def class_for(config: Config, auto: str | None = None) -> str | None:
@@ -66,7 +66,7 @@ def class_for(config: Config, auto: str | None = None) -> str | None:
 def _chosen() -> dict[tuple[str, str], str]:
     return {
         (auto, model_type): name
-        for name, entry in data()["classes"].items()
+        for name, entry in tables()["classes"].items()
         for auto, types in _autos(entry)
         for model_type in types
     }
@@ -88,7 +88,7 @@ def architecture(config: Config, name: str | None = None) -> Architecture | None
         None where the data has no such class.
     """
     name = name or class_for(config)
-    if name not in data()["classes"]:
+    if name not in tables()["classes"]:
         return None
     composed = _compose(str(name), config)
     entry = composed.entry
@@ -105,7 +105,7 @@ def architecture(config: Config, name: str | None = None) -> Architecture | None
         varying=tuple(composed.varying),
         ignored_missing=tuple(composed.missing),
         ignored_unexpected=tuple(composed.unexpected),
-        tree=Tree(composed.modules, data()["structures"], composed.places),
+        tree=Tree(composed.modules, tables()["structures"], composed.places),
         _heads={part: _heads(config, where) for part, where in entry.get("heads", {}).items()},
         unknown=tuple(composed.unknown),
     )
@@ -127,7 +127,7 @@ class _Composed:
 
 
 def _compose(name: str, config: Config) -> _Composed:
-    entry = data()["classes"][name]
+    entry = tables()["classes"][name]
     rules = [rule for rule in entry.get("ties", ()) if _holds(rule.get("when", True), config) and _is_so(rule, config)]
     composed = _Composed(
         entry,
@@ -197,7 +197,7 @@ def _is_inside(path: str, place: str) -> bool:
 
 def _steps(submodels: Iterable[tuple[str, str, str]], prefix: str) -> Iterator[Step]:
     """The renamings of a class, as transformers' `get_model_conversion_mapping` collects them."""
-    table = data()["conversions"]
+    table = tables()["conversions"]
     seen: dict[str, list[str]] = {}
     for place, name, model_type in submodels:
 

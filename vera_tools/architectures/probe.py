@@ -2,10 +2,10 @@
 
 Run by path, under any Python that has transformers 5; vera-tools need not be installed there::
 
-    python architecture_probe.py LlamaForCausalLM path/to/config.json
+    python probe.py LlamaForCausalLM path/to/config.json
 
 The class is built on torch's meta device, so nothing is allocated and no weight is read. The answer is one line on
-stdout: a document of the form that `vera_tools.checkpoints.architectures.Architecture.from_document` reads, in which
+stdout: a document of the form that `vera_tools.architectures.witness.from_document` reads, in which
 every module stands under its own name.
 
 `describe` is what fixtures/architectures/generate.py calls too, once a class; it then generalises what it gets.
@@ -21,7 +21,7 @@ from typing import Any
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-#: Modules that are told by their kind alone: what they store follows from it, as `architectures.STORED` says.
+#: Modules that are told by their kind alone: what they store follows from it, as `trees.STORED` says.
 PLAIN = {
     "Linear": {"weight", "bias"},
     "Conv1D": {"weight", "bias"},
