@@ -133,7 +133,7 @@ def test_a_private_name_stays_in_its_package(name):
 def test_only_nn_imports_torch_and_only_the_witness_safetensors(name):
     roots = {imported.split(".")[0] for imported in imports(MODULES[name])}
     forbidden = {"peft", "transformers", "safetensors", "accelerate", "torch"}
-    allowed = {"torch"} if name.startswith("nn") else {"safetensors"} if name == "files.official" else set()
+    allowed = {"torch"} if name.startswith("nn") else {"safetensors"} if name == "files.safetensors_library" else set()
     assert roots & forbidden <= allowed
 
 

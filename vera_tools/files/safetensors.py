@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
 from vera_tools.errors import CheckFailedError, FormatError
-from vera_tools.files import official
+from vera_tools.files import safetensors_library
 from vera_tools.files.local import ByteSource, Closing, LocalFile
 from vera_tools.files.strict_json import parse_json
 
@@ -94,7 +94,7 @@ class TensorFile(Closing):
                 _check_extent(self.tensors, source.size - 8 - len(self.header), where=source.label)
             except FormatError as error:
                 if error.hint is None and _library_reads(self.header, source.size):
-                    error.hint = f"{official.LIBRARY} does read this file: load and save it with that library"
+                    error.hint = f"{safetensors_library.LIBRARY} does read it: load and save it with that library"
                 raise
         except BaseException:
             source.close()
@@ -179,18 +179,18 @@ class TensorFile(Closing):
         a file without hole or overlap, that settles where each one lies.
         """
         try:
-            theirs = official.read(self.header, self.size)
+            theirs = safetensors_library.read(self.header, self.size)
         except FormatError as error:
             return error.what
         ours = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
         for name in [*ours, *theirs.tensors]:
             if ours.get(name) != theirs.tensors.get(name):
                 found, read = (_in_words(tensors.get(name)) for tensors in (theirs.tensors, ours))
-                return f"{official.LIBRARY} finds {found} under {name}, where {read} was read"
+                return f"{safetensors_library.LIBRARY} finds {found} under {name}, where {read} was read"
         filled = [name for name, info in self.tensors.items() if info.nbytes]
         if [name for name in theirs.tensors if self.tensors[name].nbytes] != filled:
-            return f"{official.LIBRARY} finds the tensors in another order"
-        return None if theirs.metadata == self.metadata else f"{official.LIBRARY} finds other metadata"
+            return f"{safetensors_library.LIBRARY} finds the tensors in another order"
+        return None if theirs.metadata == self.metadata else f"{safetensors_library.LIBRARY} finds other metadata"
 
     def _read_header(self) -> bytes:
         if self._source.size < 8:
@@ -224,7 +224,7 @@ class TensorFile(Closing):
 
 def _library_reads(header: bytes, size: int) -> bool:
     try:
-        official.read(header, size)
+        safetensors_library.read(header, size)
     except FormatError:
         return False
     return True

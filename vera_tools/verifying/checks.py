@@ -16,8 +16,8 @@ import numpy as np
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.dtypes import FLOATS, np_dtype
-from vera_tools.files.official import LIBRARY
 from vera_tools.files.safetensors import TensorInfo
+from vera_tools.files.safetensors_library import LIBRARY
 from vera_tools.projections.key import seed
 from vera_tools.verifying.report import Check
 

@@ -17,7 +17,7 @@ from tests.adapters import CHECKPOINTS, KEPT, WEIGHTS, base_of
 from tests.command import run_json
 from tests.merging.models import make_adapter, make_base
 from vera_tools.errors import CheckFailedError, FormatError
-from vera_tools.files import official, safetensors
+from vera_tools.files import safetensors, safetensors_library
 from vera_tools.files.safetensors import TensorFile
 
 HOSTILE = runpy.run_path(str(FIXTURES / "hostile" / "safetensors_files.py"))["FILES"]
@@ -61,16 +61,18 @@ def test_a_refusal_says_whether_the_library_reads_the_file(name, place, tmp_path
     path.write_bytes(HOSTILE[name].data)
     with pytest.raises(FormatError) as caught:
         TensorFile.open(path)
-    assert (f"{official.LIBRARY} does read this file" in str(caught.value)) == (name in READ_BY_THE_LIBRARY)
+    assert (f"{safetensors_library.LIBRARY} does read it" in str(caught.value)) == (name in READ_BY_THE_LIBRARY)
 
 
 def test_every_difference_is_told(file, monkeypatch):
-    theirs = official.read(file.header, file.size)
+    theirs = safetensors_library.read(file.header, file.size)
 
     def told(change=lambda tensors: None, metadata=None):
         tensors = dict(theirs.tensors)
         change(tensors)
-        monkeypatch.setattr(official, "read", lambda *_: official.Contents(tensors, metadata or theirs.metadata))
+        monkeypatch.setattr(
+            safetensors_library, "read", lambda *_: safetensors_library.Contents(tensors, metadata or theirs.metadata)
+        )
         return file.objection()
 
     def backwards(tensors):
@@ -79,19 +81,19 @@ def test_every_difference_is_told(file, monkeypatch):
         tensors.update(items)
 
     name = "base_model.vera_A"
-    words = f"{official.LIBRARY} finds {{}} under {name}, where float32 [16, 64] was read"
+    words = f"{safetensors_library.LIBRARY} finds {{}} under {name}, where float32 [16, 64] was read"
     assert told() is None
     assert told(lambda tensors: tensors.update({name: ("float32", (64, 16))})) == words.format("float32 [64, 16]")
     assert told(lambda tensors: tensors.update({name: ("int32", (16, 64))})) == words.format("int32 [16, 64]")
     assert told(lambda tensors: tensors.pop(name)) == words.format("nothing")
     assert "float32 [2] under extra, where nothing" in told(lambda tensors: tensors.update(extra=("float32", (2,))))
-    assert told(backwards) == f"{official.LIBRARY} finds the tensors in another order"
-    assert told(metadata={"format": "other"}) == f"{official.LIBRARY} finds other metadata"
+    assert told(backwards) == f"{safetensors_library.LIBRARY} finds the tensors in another order"
+    assert told(metadata={"format": "other"}) == f"{safetensors_library.LIBRARY} finds other metadata"
 
 
 def test_a_size_of_many_gigabytes_takes_no_room(place):
     header = json.dumps({"a": {"dtype": "F32", "shape": [1 << 32], "data_offsets": [0, 1 << 34]}}).encode()
-    assert official.read(header, 8 + len(header) + (1 << 34)) == ({"a": ("float32", (1 << 32,))}, {})
+    assert safetensors_library.read(header, 8 + len(header) + (1 << 34)) == ({"a": ("float32", (1 << 32,))}, {})
 
 
 def test_verify_fails_what_the_library_cannot_read(tmp_path):
@@ -107,7 +109,7 @@ def test_verify_fails_what_the_library_cannot_read(tmp_path):
     code, document = run_json("verify", folder)
     (check,) = [check for check in document["checkpoints"][0]["checks"] if check["id"] == "tensors.official"]
     assert check["status"] == "fail"
-    assert f"{official.LIBRARY} cannot read the file" in check["message"]
+    assert f"{safetensors_library.LIBRARY} cannot read the file" in check["message"]
     assert code == 1
 
 
