@@ -240,7 +240,8 @@ def _handler(hub: HubServer, routes: list[Route]) -> type[BaseHTTPRequestHandler
                     place = fault.corrupt - start
                     body = body[:place] + bytes([body[place] ^ 1]) + body[place + 1 :]
             else:
-                body = b"" if answer.body is None else json.dumps(answer.body).encode()
+                said = answer.body if fault.rewrite is None else fault.rewrite(answer.body)
+                body = b"" if said is None else json.dumps(said).encode()
                 headers.setdefault("Content-Type", "application/json")
                 length = len(body)
             if self.command == "HEAD":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,7 @@ class Fault:
         lose: Do as asked, then close the connection without an answer.
         truncate: Send only so many bytes of the body, then close the connection.
         corrupt: Flip the lowest bit of this byte of the file (an offset into the file, not into the answer).
+        rewrite: Turns the JSON that would be answered into what is answered: the lie.
         times: How many requests it hits.
         skip: How many matching requests it lets pass first.
     """
@@ -110,6 +111,7 @@ class Fault:
     lose: bool = False
     truncate: int | None = None
     corrupt: int | None = None
+    rewrite: Callable[[Any], Any] | None = None
     times: float = 1
     skip: int = 0
 

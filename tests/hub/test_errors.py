@@ -155,7 +155,7 @@ def test_a_listing_cannot_name_a_file_outside_of_the_cache(hub, tmp_path, monkey
     repo = hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
     name = "adapter_model.safetensors"
     repo.head.files[name] = dataclasses.replace(repo.head.files[name], sha256="../../../../escaped")
-    with pytest.raises(HubError, match="no sha256"):
+    with pytest.raises(HubError, match="not a sha256"):
         vera_tools.pull("ann/x", tmp_path / "out")
     assert list(tmp_path.rglob("*escaped*")) == []
 

@@ -16,7 +16,7 @@ from tests.command import run_cli, run_json, run_process, run_terminal
 from tests.hub.state import git_sha1
 from vera_tools import schema
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, UsageError
-from vera_tools.files.hub_client import RemoteFile
+from vera_tools.files.hub_answers import RemoteFile
 from vera_tools.hub.transfer import check_arrived
 
 # The client passes raw bytes as `data`, which its HTTP library advises against.

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from vera_tools.errors import HubError
 from vera_tools.files import hub_client as hub
 from vera_tools.files import local
-from vera_tools.files.hub_client import Reference, RemoteFile
+from vera_tools.files.hub_answers import RemoteFile
+from vera_tools.files.hub_client import Reference
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -185,6 +186,7 @@ class HubFile:
 
         url = hf_hub_url(self._repo, self._file.path, revision=self._commit, endpoint=self._api.endpoint)
         with hub.errors(self.label):
+            hub.watch_answers()
             response = http_backoff(
                 "GET", url, headers={**hub.headers(), **headers}, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
             )

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from vera_tools._version import __version__
 from vera_tools.errors import HubError, UsageError, VeraToolsError
+from vera_tools.files.hub_answers import RemoteFile, check_answer, commit_of, remote_file, told_to_wait
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -91,32 +92,19 @@ class Reference:
         return f"{self.subfolder}/{name}" if self.subfolder else name
 
 
+def is_repository(name: str) -> bool:
+    """Whether this is "owner/name" and no more."""
+    return re.fullmatch(f"{_NAME}/{_NAME}", name) is not None
+
+
 def name_of(model: str | None) -> str | None:
     """The name that a model has on the Hub, as far as a config or a BASE argument tells: a local path has none."""
     if model and model.startswith(SCHEME):
-        return Reference.parse(model).repo
-    if not model or os.path.exists(model):
+        match = _REFERENCE.fullmatch(model)  # a config's, which may be anything
+        return match["repo"] if match else None
+    if not model or "\0" in model or os.path.exists(model):
         return None
     return model if re.fullmatch(rf"{_NAME}(/{_NAME})?", model) else None
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file as the Hub's own listing describes it.
-
-    Attributes:
-        path: Path in the repository.
-        size: Bytes.
-        git_sha1: git's name for it: of the content, or of the pointer where it is a large file.
-        sha256: Of the content, for large files; the Hub has none for the others.
-        xet: The Hub keeps it in Xet storage too.
-    """
-
-    path: str
-    size: int
-    git_sha1: str
-    sha256: str | None
-    xet: bool = False
 
 
 def git_sha1(content: bytes) -> str:
@@ -153,8 +141,8 @@ def resolve(api: HfApi, reference: Reference) -> str:
         HubError: no such repository or revision, no access, or the Hub cannot be reached.
     """
     with errors(str(reference)):
-        commit: str = call(api.model_info, reference.repo, revision=reference.revision).sha  # type: ignore[assignment]
-    return commit
+        info = call(api.model_info, reference.repo, revision=reference.revision)
+        return commit_of(info.sha, where=str(reference))
 
 
 def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = False) -> dict[str, RemoteFile]:
@@ -169,27 +157,15 @@ def listing(api: HfApi, reference: Reference, commit: str, *, recursive: bool = 
         rows = api.list_repo_tree(
             reference.repo, path_in_repo=reference.subfolder or None, recursive=recursive, revision=commit
         )
-        return {
-            row.path: RemoteFile(
-                row.path,
-                row.size,
-                row.blob_id,
-                sha256=_digest(row.lfs.sha256) if row.lfs else None,
-                xet=row.xet_hash is not None,
-            )
+        files = (
+            remote_file(row, folder=reference.subfolder, recursive=recursive, where=str(reference))
             for row in rows
             if isinstance(row, RepoFile)
-        }
+        )
+        return {file.path: file for file in files}
 
     with errors(str(reference)):
         return call(read, few=True)
-
-
-def _digest(text: str) -> str:
-    """A sha256, which is going to be a file's name in the cache and so must not be anything else."""
-    if not re.fullmatch("[0-9a-f]{64}", text):
-        raise ValueError(f"the Hub lists what is no sha256: {text[:80]!r}")
-    return text
 
 
 def call(function: Callable[..., Result], *args: Any, few: bool = False, unsafe: bool = False, **kwargs: Any) -> Result:
@@ -201,6 +177,7 @@ def call(function: Callable[..., Result], *args: Any, few: bool = False, unsafe:
     """
     attempts = FEW_ATTEMPTS if few else ATTEMPTS
     for attempt in range(1, attempts + 1):
+        watch_answers()
         try:
             return function(*args, **kwargs)
         except Exception as error:
@@ -209,7 +186,7 @@ def call(function: Callable[..., Result], *args: Any, few: bool = False, unsafe:
             passes = status == 429 or (not unsafe and (status in TRANSIENT or _is_transport(root)))
             if not passes or attempt == attempts:
                 raise
-            wait = _told_to_wait(root) if status == 429 else None
+            wait = _wait_of(root) if status == 429 else None
             seconds = 2.0 ** (attempt - 1) if wait is None else wait + 1.0
             reason = "rate limited by the Hub" if status == 429 else f"the Hub failed ({status or 'network'})"
             log.warning("%s: trying again in %g s (%d of %d)", reason, seconds, attempt, attempts - 1)
@@ -229,6 +206,19 @@ def errors(where: str) -> Iterator[None]:
             raise
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
             raise _explain(error, where) from _without_secrets(error)
+        except (LookupError, TypeError, AttributeError, AssertionError) as error:
+            # What the client raises where an answer lacks a member, or holds one of another type.
+            what = f"the Hub's answer is not what its client can read: {type(error).__name__}: {_first_line(error)}"
+            raise HubError(what, where=where, hint="check HF_ENDPOINT") from _without_secrets(error)
+
+
+def watch_answers() -> None:
+    """Have the client's session look at answers before it acts on them; it makes a new session after some errors."""
+    from huggingface_hub.utils import get_session
+
+    hooks = get_session().event_hooks["response"]
+    if check_answer not in hooks:
+        hooks.append(check_answer)
 
 
 @contextlib.contextmanager
@@ -312,7 +302,7 @@ def _explain_status(root: BaseException, where: str) -> HubError | None:
     if status == 416:
         return HubError("the file on the Hub is shorter than its listing says", where=where, hint="try again")
     if status == 429:
-        wait = _told_to_wait(root)
+        wait = _wait_of(root)
         hint = f"wait {wait} seconds and try again" if wait is not None else "wait a while and try again"
         return HubError("too many requests, even after waiting", where=where, hint=hint)
     if status >= 500:
@@ -383,13 +373,9 @@ def _is_transport(error: BaseException) -> bool:
     return isinstance(error, HTTPError | ConnectionError) and _status(error) is None
 
 
-def _told_to_wait(error: BaseException) -> int | None:
-    """Seconds, from ``RateLimit: "api";r=0;t=N`` or ``Retry-After: N``."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    if match := re.search(r"r\s*=\s*0\s*;\s*t\s*=\s*(\d+)", headers.get("ratelimit", "")):
-        return int(match[1])
-    after = headers.get("retry-after", "").strip()
-    return int(after) if after.isdigit() else None
+def _wait_of(error: BaseException) -> int | None:
+    """Seconds that the answer behind an error tells us to wait."""
+    return told_to_wait(getattr(getattr(error, "response", None), "headers", {}))
 
 
 def _token() -> str | None:

@@ -23,7 +23,8 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.errors import FormatError, HubError
 from vera_tools.files import atomic
 from vera_tools.files import hub_client as hub
-from vera_tools.files.hub_client import Reference, RemoteFile
+from vera_tools.files.hub_answers import RemoteFile, is_git_name, is_sha256
+from vera_tools.files.hub_client import Reference
 from vera_tools.hub import blobs
 from vera_tools.hub.transfer import (
     PROVENANCE_NAME,
@@ -215,9 +216,9 @@ def _from_cache(reference: Reference, *, include: tuple[str, ...], allow_pickle:
     for name in inside.names():
         link = inside.path / name
         digest = Path(os.readlink(link)).name if link.is_symlink() else ""
-        if len(digest) not in (40, 64):
+        if not is_sha256(digest) and not is_git_name(digest):
             raise HubError("the cache keeps no digest of it", where=str(link), hint="pull it while online")
-        sha256 = digest if len(digest) == 64 else None
+        sha256 = digest if is_sha256(digest) else None
         path = reference.path(name)
         listed[path] = RemoteFile(path, link.stat().st_size, digest, sha256)
     files = _chosen(reference, listed, include=include, allow_pickle=allow_pickle)
@@ -264,15 +265,46 @@ def _take(snapshot: _Snapshot, path: str, folder: Path, target: Path) -> Transfe
     """Copy one file out of the cache, and check the copy against the Hub's listing."""
     remote, cached, copy = snapshot.files[path], snapshot.folder / path, folder / Path(path).name
     where = f"{snapshot.label}: {path}"
+    _refuse_outside_cache(cached, where=where)
     with hub.errors(where), _room(target):
         shutil.copyfile(cached, copy)
     try:
         digests: Digests = check_arrived(copy, remote, where=where)
     except HubError:
-        Path(os.path.realpath(cached)).unlink(missing_ok=True)
-        cached.unlink(missing_ok=True)
+        for bad in (Path(os.path.realpath(cached)), cached):
+            if _lies_in_cache(bad):
+                bad.unlink(missing_ok=True)
         raise
     return Transferred(path, digests.size, digests.sha256, "git-sha1" if remote.sha256 is None else "sha256")
+
+
+def _refuse_outside_cache(cached: Path, *, where: str) -> None:
+    """Refuse what is not the client's own: neither the path nor, where it is a link, what it links to may lie outside.
+
+    Raises:
+        HubError: it does.
+    """
+    outside = [path for path in (cached, Path(os.path.realpath(cached))) if not _lies_in_cache(path)]
+    if outside:
+        raise HubError(
+            "this does not lie in the client's cache",
+            where=where,
+            expected=f"a file below {_cache()}",
+            found=str(outside[0]),
+            hint="nothing of it was touched",
+        )
+
+
+def _lies_in_cache(path: Path) -> bool:
+    """Whether a file, under this very name, lies below the cache."""
+    folder = os.path.realpath(path.parent)
+    return Path(folder, path.name).is_relative_to(_cache()) and path.name not in ("", ".", "..")
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(os.path.realpath(constants.HF_HUB_CACHE))
 
 
 def _verify(folder: Path, target: Path, base: str | os.PathLike[str] | None, *, allow_pickle: bool) -> CheckpointReport:

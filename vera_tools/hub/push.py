@@ -37,7 +37,8 @@ from vera_tools.errors import (
 from vera_tools.files import hub_client as hub
 from vera_tools.files import local, opening
 from vera_tools.files.hub import HubFile
-from vera_tools.files.hub_client import Reference, RemoteFile
+from vera_tools.files.hub_answers import RemoteFile, commit_of
+from vera_tools.files.hub_client import Reference
 from vera_tools.hub import card
 from vera_tools.hub.transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
 from vera_tools.report import Report
@@ -304,7 +305,7 @@ class _Remote:
                         if not create or reference.revision.startswith("refs/"):
                             raise
                         self._missing = "branch"  # it will start where the default branch is
-                self.head = str(info.sha)
+                self.head = commit_of(info.sha, where=str(reference))
             except RepositoryNotFoundError as error:
                 if not create or isinstance(error, GatedRepoError):
                     raise
@@ -325,7 +326,8 @@ class _Remote:
                 hub.call(self.api.create_repo, repo, private=private or None, exist_ok=True)
                 self.created = True
                 info = hub.call(self.api.model_info, repo)
-                self.head, self.private = str(info.sha), bool(info.private)
+                self.head = commit_of(info.sha, where=str(self.reference))
+                self.private = bool(info.private)
             if revision and (self._missing == "branch" or (self.created and revision != "main")):
                 hub.call(self.api.create_branch, repo, branch=revision, exist_ok=True)
 
@@ -454,7 +456,8 @@ def _upload(
             if landed is None:
                 raise
             info = _commit_info(api, reference, landed, message)
-    there = hub.listing(api, Reference(reference.repo), info.oid, recursive=True)
+    commit = commit_of(info.oid, where=str(reference))
+    there = hub.listing(api, Reference(reference.repo), commit, recursive=True)
     for name, digest in digests.items():
         found = there.get(reference.path(name))
         if found is None or not digest.is_of(found):

@@ -15,7 +15,7 @@ from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, VeraToolsError
-from vera_tools.files.hub_client import RemoteFile
+from vera_tools.files.hub_answers import RemoteFile
 from vera_tools.verifying.report import Check, CheckpointReport
 
 CARD_NAME = "README.md"

@@ -126,7 +126,11 @@ def matching(pattern: str) -> list[str]:
     api = hub.client()
     with hub.errors(pattern):
         models = hub.call(lambda: [model.id for model in api.list_models(author=owner)], few=True)
-    return [hub.SCHEME + repo for repo in sorted(models) if fnmatch.fnmatchcase(repo, f"{owner}/{name}")]
+        repos = sorted(model for model in models if fnmatch.fnmatchcase(model, f"{owner}/{name}"))
+    strange = [repo for repo in repos if not hub.is_repository(repo)]
+    if strange:
+        raise HubError("the Hub lists what is no repository", where=pattern, found=ascii(strange[0])[:80])
+    return [hub.SCHEME + repo for repo in repos]
 
 
 def _explicit(path: str, verify: Verify, known: _Log) -> list[Result]:
