@@ -9,6 +9,9 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from vera_tools.architectures.architecture import Architecture
+from vera_tools.checkpoints.base import BaseModel, Renaming, find_renaming
+from vera_tools.checkpoints.placement import Placement
 from vera_tools.dtypes import np_dtype
 
 INDEX = "model.safetensors.index.json"
@@ -28,6 +31,17 @@ def make_base(
     if config is not None:
         (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
     return folder
+
+
+def renaming_of(base: BaseModel, modules: list[str]) -> Renaming:
+    """How these modules' names become the base's."""
+    return find_renaming(modules, base.tensors, where=base.label)
+
+
+def by_names(base: BaseModel, renaming: Renaming | None = None, *, fan_in_fan_out: bool = False) -> Placement:
+    """What names mean in a base of whose class nothing is known."""
+    known = Architecture.unnamed(base.shapes)
+    return Placement(base, base.layout(known), renaming or Renaming(), fan_in_fan_out)
 
 
 def shard(source: Path, target: Path, *, index: bool) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.adapters import CHECKPOINTS, KEPT, NAMES, base_of
-from tests.checkpoints.bases import INDEX, make_base, shard
+from tests.checkpoints.bases import INDEX, by_names, make_base, renaming_of, shard
 from vera_tools.checkpoints.base import BaseModel, Renaming, rounds_through
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import CheckFailedError, FormatError
@@ -154,8 +154,8 @@ MODULES = ["model.layers.0.q_proj", "model.layers.1.q_proj"]
 def test_the_outermost_name_may_differ(tmp_path, prefix_here, renaming):
     shapes = {f"{prefix_here}layers.{i}.{kind}.weight": (4, 6) for i in range(3) for kind in ("q_proj", "k_proj")}
     with BaseModel.open(make_base(tmp_path, shapes)) as base:
-        assert base.locate(MODULES) == renaming
-        linear = base.linear(MODULES[1], out_features=4, transposed=False, renaming=base.locate(MODULES))
+        assert renaming_of(base, MODULES) == renaming
+        linear = by_names(base, renaming_of(base, MODULES)).linear(MODULES[1], out_features=4)
         assert linear.weight == f"{prefix_here}layers.1.q_proj.weight"
         assert (linear.in_features, linear.out_features) == (6, 4)
 
@@ -163,7 +163,7 @@ def test_the_outermost_name_may_differ(tmp_path, prefix_here, renaming):
 def test_a_name_that_fits_as_it_is_wins(tmp_path):
     shapes = {f"{prefix}layers.0.q_proj.weight": (4, 4) for prefix in ("", "model.", "vision.model.")}
     with BaseModel.open(make_base(tmp_path, shapes)) as base:
-        assert base.locate(["model.layers.0.q_proj"]) == Renaming()
+        assert renaming_of(base, ["model.layers.0.q_proj"]) == Renaming()
 
 
 def test_the_renaming_under_which_most_fits_wins(tmp_path):
@@ -173,13 +173,13 @@ def test_the_renaming_under_which_most_fits_wins(tmp_path):
         "text.layers.1.q_proj.weight": (4, 4),
     }
     with BaseModel.open(make_base(tmp_path, shapes)) as base:
-        assert base.locate(["layers.0.q_proj", "layers.1.q_proj"]) == Renaming(add="text.")
+        assert renaming_of(base, ["layers.0.q_proj", "layers.1.q_proj"]) == Renaming(add="text.")
 
 
 def test_nothing_fits_nothing(tmp_path):
     with BaseModel.open(make_base(tmp_path, {"a.weight": (4, 4)})) as base:
-        assert base.locate(["b.c"]) == Renaming()
-        assert base.locate([]) == Renaming()
+        assert renaming_of(base, ["b.c"]) == Renaming()
+        assert renaming_of(base, []) == Renaming()
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_nothing_fits_nothing(tmp_path):
 )
 def test_how_a_weight_lies_follows_from_its_shape(tmp_path, shape, out_features, fan_in_fan_out, expected):
     with BaseModel.open(make_base(tmp_path, {"h.0.attn.weight": shape})) as base:
-        linear = base.linear("h.0.attn", out_features=out_features, transposed=fan_in_fan_out, renaming=Renaming())
+        linear = by_names(base, Renaming(), fan_in_fan_out=fan_in_fan_out).linear("h.0.attn", out_features=out_features)
         assert (linear.in_features, linear.out_features, linear.transposed) == expected
 
 
@@ -211,7 +211,7 @@ def test_how_a_weight_lies_follows_from_its_shape(tmp_path, shape, out_features,
 def test_a_weight_that_does_not_fit_is_named(tmp_path, shape, words):
     with BaseModel.open(make_base(tmp_path, {"a.weight": shape})) as base:
         with pytest.raises(CheckFailedError, match=re.escape(words)) as caught:
-            base.linear("a", out_features=6, transposed=False, renaming=Renaming())
+            by_names(base).linear("a", out_features=6)
         assert caught.value.where == f"{tmp_path}: a.weight"
 
 
@@ -219,9 +219,9 @@ def test_a_missing_module_is_named_with_what_is_near(tmp_path):
     shapes = {f"model.layers.{i}.q_proj.weight": (4, 4) for i in range(3)}
     with BaseModel.open(make_base(tmp_path, shapes)) as base:
         with pytest.raises(CheckFailedError, match=r"found model\.layers\.0\.q_proj\.weight and 2 more of that name"):
-            base.linear("model.layers.9.q_proj", out_features=4, transposed=False, renaming=Renaming())
+            by_names(base).linear("model.layers.9.q_proj", out_features=4)
         with pytest.raises(CheckFailedError, match=r"expected a tensor x\.weight, found nothing of that name"):
-            base.linear("x", out_features=4, transposed=False, renaming=Renaming())
+            by_names(base).linear("x", out_features=4)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_a_quantised_weight_is_refused_because_its_header_says_nothing(tmp_path,
     words = rf"the base is quantised.*found {found}.*name the unquantised base"
     folder = make_base(tmp_path, {"a.weight": (4, 6)}, dtype=dtype, config=config)
     with BaseModel.open(folder) as base, pytest.raises(CheckFailedError, match=words):
-        base.linear("a", out_features=4, transposed=False, renaming=Renaming())
+        by_names(base).linear("a", out_features=4)
 
 
 @pytest.mark.parametrize(

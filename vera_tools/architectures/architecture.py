@@ -27,11 +27,13 @@ class Tie:
         module: The module that ties them; names start behind it.
         target: The parameter, the module, or a regular expression of these.
         source: What it is tied to.
+        fixed: They are one module in memory, whatever the files hold.
     """
 
     module: str
     target: str
     source: str
+    fixed: bool = False
 
     def source_of(self, parameter: str) -> str | None:
         """The parameter that `parameter` is tied to by this, or None."""
@@ -77,7 +79,11 @@ class Architecture:
         ignored_unexpected: Regular expressions of keys that a file may hold to no effect.
         tree: Its modules.
         unknown: Modules that the configuration makes of a class that the data does not have: nothing is known inside.
-        parameters: Everything that the model stores, where transformers was asked; None where that is not known.
+        parameters: Everything that the model stores, with shapes, where transformers was asked; None where that is not
+            known.
+        switches: The entries of config.json that decide its ties: "text_config.tie_word_embeddings".
+        place: Where in config.json its configuration stands: "text_config" for a language model that is loaded alone
+            out of a model that sees, "" for all others.
     """
 
     name: str
@@ -94,7 +100,34 @@ class Architecture:
     tree: Tree
     _heads: Mapping[str, int]
     unknown: tuple[str, ...] = ()
-    parameters: frozenset[str] | None = None
+    parameters: Mapping[str, tuple[int, ...]] | None = None
+    switches: tuple[str, ...] = ()
+    place: str = ""
+
+    @classmethod
+    def unnamed(cls, shapes: Mapping[str, tuple[int, ...]], *, name: str = "") -> Architecture:
+        """What a model's files alone say of its class: every tensor is a parameter of the same name, and no more."""
+        return cls(
+            name=name,
+            origin="names alone",
+            model_type="",
+            base_model_prefix="",
+            input_embeddings=None,
+            output_embeddings=None,
+            steps=(),
+            ties=(),
+            varying=(),
+            ignored_missing=(),
+            ignored_unexpected=(),
+            tree=Tree({}, {}),
+            _heads={},
+            parameters=shapes,
+        )
+
+    @property
+    def is_known(self) -> bool:
+        """Whether anything but the files' names says what the class is."""
+        return bool(self.model_type)
 
     def may_be_tied(self, parameter: str) -> bool:
         """Whether a parameter is in a list of ties that only the model itself makes, so that the data cannot tell.
@@ -186,6 +219,10 @@ class Architecture:
             if source is not None and self.stores(name):
                 groups.setdefault(source, [source]).append(name)
         return tuple(tuple(dict.fromkeys(group)) for group in groups.values())
+
+    def fixed(self, parameters: Iterable[str]) -> bool:
+        """Whether some of these parameters are one with others whatever the files hold: no file tells them apart."""
+        return any(tie.fixed and tie.source_of(name) is not None for name in parameters for tie in self.ties)
 
     def heads(self, part: str) -> int:
         """The number of attention heads in a part of the configuration, which some converters go by.

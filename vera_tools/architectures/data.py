@@ -8,6 +8,7 @@ it knows this very configuration. `witness.ask_transformers` asks it, in a proce
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import re
@@ -20,7 +21,7 @@ from vera_tools.architectures.architecture import Architecture, Tie
 from vera_tools.architectures.renaming import Step
 from vera_tools.architectures.trees import Tree
 
-__all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "origin", "tables"]
+__all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "is_of", "origin", "tables", "untied"]
 
 Config = Mapping[str, Any]
 
@@ -90,7 +91,9 @@ def architecture(config: Config, name: str | None = None) -> Architecture | None
     name = name or class_for(config)
     if name not in tables()["classes"]:
         return None
-    composed = _compose(str(name), config)
+    place = _place_of(str(name), config)
+    part = _at(config, place) or {}
+    composed = _compose(str(name), part)
     entry = composed.entry
     prefix = entry["base_model_prefix"]
     return Architecture(
@@ -106,9 +109,44 @@ def architecture(config: Config, name: str | None = None) -> Architecture | None
         ignored_missing=tuple(composed.missing),
         ignored_unexpected=tuple(composed.unexpected),
         tree=Tree(composed.modules, tables()["structures"], composed.places),
-        _heads={part: _heads(config, where) for part, where in entry.get("heads", {}).items()},
+        _heads={inner: _heads(part, where) for inner, where in entry.get("heads", {}).items()},
         unknown=tuple(composed.unknown),
+        switches=tuple(dict.fromkeys(_joined(place, switch) for switch in composed.switches)),
+        place=place,
     )
+
+
+def untied(config: Config, switches: Iterable[str]) -> dict[str, Any]:
+    """config.json with every one of these entries false, be it there before or not.
+
+    Args:
+        config: Parsed config.json.
+        switches: As `Architecture.switches` has them.
+    """
+    result: dict[str, Any] = copy.deepcopy(dict(config))
+    for switch in switches:
+        *places, name = switch.split(".")
+        part = result
+        for place in places:
+            part = part.setdefault(place, {})
+        part[name] = False
+    return result
+
+
+def is_of(config: Config, name: str) -> bool:
+    """Whether a configuration may be of a class of the data: it, or a part of it, has the class's model type."""
+    entry = tables()["classes"][name]
+    types = {entry["model_type"], *(model_type for _, types in _autos(entry) for model_type in types)}
+    return config.get("model_type", entry["model_type"]) in types or _place_of(name, config) != ""
+
+
+def _place_of(name: str, config: Config) -> str:
+    """Where in config.json the configuration of a class stands: see `Architecture.place`."""
+    types = {tables()["classes"][name]["model_type"]}
+    if config.get("model_type", next(iter(types))) in types:
+        return ""
+    parts = (part for part, inner in config.items() if isinstance(inner, Mapping) and inner.get("model_type") in types)
+    return next(parts, "")
 
 
 @dataclass
@@ -124,6 +162,7 @@ class _Composed:
     unexpected: list[str]
     places: dict[str, Any] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
+    switches: list[str] = field(default_factory=list)
 
 
 def _compose(name: str, config: Config) -> _Composed:
@@ -148,6 +187,7 @@ def _compose(name: str, config: Config) -> _Composed:
         ],
         list(entry.get("missing", ())),
         list(entry.get("unexpected", ())),
+        switches=[switch for rule in rules for switch in _switches(rule.get("when", True))],
     )
     for place, part in entry.get("parts", {}).items():
         chosen = _at(config, part["config"]) or {}
@@ -161,11 +201,20 @@ def _compose(name: str, config: Config) -> _Composed:
             composed.places[place] = {}
             composed.submodels = _spliced(composed.submodels, place, [])
         else:
-            _put(composed, place, _compose(other, chosen))
+            _put(composed, place, _compose(other, chosen), part["config"])
     return composed
 
 
-def _put(composed: _Composed, place: str, inner: _Composed) -> None:
+def _switches(rule: Any) -> list[str]:
+    """The entries of the configuration that a rule of ties looks at."""
+    if isinstance(rule, bool):
+        return []
+    if "first" in rule:
+        return [str(name) for name in rule["first"]]
+    return [str(name) for pairs in rule.values() for name, _ in pairs]
+
+
+def _put(composed: _Composed, place: str, inner: _Composed, part: str) -> None:
     """Put a class in the place of the one that a part is of by default."""
     composed.places[place] = inner.modules
     composed.places.update({_joined(place, deeper): modules for deeper, modules in inner.places.items()})
@@ -175,6 +224,7 @@ def _put(composed: _Composed, place: str, inner: _Composed) -> None:
     composed.missing += inner.missing
     composed.unexpected += inner.unexpected
     composed.unknown += [_joined(place, deeper) for deeper in inner.unknown]
+    composed.switches += [_joined(part, switch) for switch in inner.switches]
 
 
 def _spliced(

@@ -184,6 +184,6 @@ class Layout:
                 self._replay.gathered[entry],
                 self.shapes,
                 heads=self.architecture.heads,
-                parameters=self.parameters,
+                parameters={**(self.architecture.parameters or {}), **self.parameters},
             )
         return self._made[entry]

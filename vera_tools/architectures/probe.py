@@ -59,11 +59,14 @@ def main() -> None:
     if model_class is None:
         sys.exit(f"transformers {transformers.__version__} has no class {name}")
     with open(path, encoding="utf-8") as file:
-        config = model_class.config_class.from_dict(json.load(file))
+        written = json.load(file)
+    place = place_of(written, model_class.config_class.model_type)
+    config = model_class.config_class.from_dict(written[place] if place else written)
     model = build(model_class, config)
     document = dict(describe(model), transformers=transformers.__version__)
     document.update(conversions=conversions(model), modules=tree(model), shared=shared(model))
-    document.update(legacy=legacy(), heads=heads(model), parameters=sorted(model.state_dict()))
+    document.update(legacy=legacy(), heads=heads(model), place=place, switches=switches(model, place))
+    document.update(parameters={name: list(value.shape) for name, value in sorted(model.state_dict().items())})
     document["ties"] = [{"keys": [list(pair) for pair in model.all_tied_weights_keys.items()]}]
     print(json.dumps(document, sort_keys=True), file=answer, flush=True)
 
@@ -89,6 +92,30 @@ def describe(model: Any) -> dict[str, Any]:
         "output_embeddings": _name_of(model, "get_output_embeddings"),
         "ignored": ignored(model),
     }
+
+
+def place_of(config: dict[str, Any], model_type: str) -> str:
+    """Where in a config.json the configuration of a class of that type stands: "" where it is all of it."""
+    if config.get("model_type", model_type) == model_type:
+        return ""
+    parts = (name for name, part in config.items() if isinstance(part, dict) and part.get("model_type") == model_type)
+    return next(parts, "")
+
+
+def switches(model: Any, place: str) -> list[str]:
+    """The entries of config.json that decide what is tied; `place` is where the model's configuration stands in it."""
+    found: dict[int, str] = {}
+
+    def walk(config: Any, where: str) -> None:
+        found.setdefault(id(config), where)
+        for name, part in vars(config).items():
+            if hasattr(part, "model_type") and not name.startswith("_"):
+                walk(part, f"{where}.{name}".lstrip("."))
+
+    walk(model.config, place)
+    ties = [module for module in model.modules() if getattr(module, "_tied_weights_keys", None)]
+    places = [found[id(module.config)] for module in ties if id(getattr(module, "config", None)) in found]
+    return sorted({f"{where}.tie_word_embeddings".lstrip(".") for where in places})
 
 
 def shared(model: Any) -> list[list[str]]:

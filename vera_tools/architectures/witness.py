@@ -68,7 +68,7 @@ def from_document(document: dict[str, Any]) -> Architecture:
     ]
     steps += [Step.from_document(step, scope=None, prefix="") for step in document["legacy"]]
     ties = [Tie("", target, source) for tie in document["ties"] for target, source in tie["keys"]]
-    ties += [Tie("", other, group[0]) for group in document["shared"] for other in group[1:]]
+    ties += [Tie("", other, group[0], fixed=True) for group in document["shared"] for other in group[1:]]
     return Architecture(
         name=document["class"],
         origin=f"transformers {document['transformers']}",
@@ -83,5 +83,7 @@ def from_document(document: dict[str, Any]) -> Architecture:
         ignored_unexpected=tuple(document["ignored"]["unexpected"]),
         tree=Tree(document["modules"], {}),
         _heads=document["heads"],
-        parameters=frozenset(document["parameters"]),
+        parameters={name: tuple(shape) for name, shape in document["parameters"].items()},
+        switches=tuple(document["switches"]),
+        place=document["place"],
     )

@@ -1,25 +1,32 @@
 """A base model on disk or on the Hub: names, shapes and dtypes from safetensors headers, weights only on request.
 
-Adapters and bases do not always agree on the outermost module's name ("model.layers.0..." against "layers.0..."),
-because transformers saves a model with or without its head. `BaseModel.locate` finds the one renaming that fits.
+Of several sets of files in a folder, the one counts that transformers would load. What the tensors are to a class of
+models, `BaseModel.layout` knows. Of a class that nobody knows, adapters and bases need not agree on the outermost
+module's name ("model.layers.0..." against "layers.0..."), because transformers saves a model with or without its head:
+`find_renaming` finds the one renaming that fits.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.checkpoints.names import INPUT_EMBEDDINGS, OUTPUT_LAYERS, module_of
-from vera_tools.dtypes import FLOATS, HALVES
+from vera_tools.architectures.architecture import Architecture
+from vera_tools.architectures.layout import Layout
+from vera_tools.dtypes import HALVES
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
 from vera_tools.files.strict_json import parse_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
+#: What transformers looks for, in this order.
+MODEL, MODEL_INDEX = "model.safetensors", "model" + INDEX_SUFFIX
+CONFIG = "config.json"
 
 
 @dataclass(frozen=True)
@@ -34,27 +41,6 @@ class Renaming:
         return self.add + name.removeprefix(self.strip)
 
 
-@dataclass(frozen=True)
-class Linear:
-    """One adapted linear weight of the base.
-
-    Attributes:
-        module: The module's name in the adapter.
-        weight: The full name of its weight in the base; the input embedding's for an output layer that is tied to it.
-        info: The weight's entry in its file.
-        in_features: Columns of the linear map.
-        out_features: Rows of the linear map.
-        transposed: The weight is stored as (in, out), as GPT-2's Conv1D does.
-    """
-
-    module: str
-    weight: str
-    info: TensorInfo
-    in_features: int
-    out_features: int
-    transposed: bool
-
-
 class BaseModel(local.Closing):
     """An open base model.
 
@@ -64,11 +50,23 @@ class BaseModel(local.Closing):
         files: Open safetensors files, by name.
         tensors: Full tensor name to (file name, entry).
         index: The parsed index file, or None.
+        index_name: Its name, or None.
         config: The parsed config.json, or {}.
+        known: What was found out of the classes that may load it, by name; None for those of which nothing is known.
     """
 
-    def __init__(self, folder: local.Folder, names: Iterable[str], *, label: str, index: dict[str, Any] | None) -> None:
-        self.label, self.folder, self.index = label, folder, index
+    def __init__(
+        self,
+        folder: local.Folder,
+        names: Iterable[str],
+        *,
+        label: str,
+        index: dict[str, Any] | None = None,
+        index_name: str | None = None,
+    ) -> None:
+        self.label, self.folder, self.index, self.index_name = label, folder, index, index_name
+        self.known: dict[str, Architecture | None] = {}
+        self._layouts: dict[tuple[str, str, str], Layout] = {}
         self.files: dict[str, TensorFile] = {}
         self.tensors: dict[str, tuple[str, TensorInfo]] = {}
         try:
@@ -82,7 +80,7 @@ class BaseModel(local.Closing):
                     self.tensors[tensor] = (name, info)
             if index is not None:
                 self._check_index(index)
-            self.config = self._read_config()
+            self.config = _read_config(folder)
         except BaseException:
             self.close()
             raise
@@ -96,24 +94,24 @@ class BaseModel(local.Closing):
         """
         folder, name = opening.locate(reference)
         label = os.fspath(reference)
-        if name is not None and not name.endswith(INDEX_SUFFIX):
-            return cls(folder, [name], label=label, index=None)
         names = folder.names()
-        indices = [name] if name else [entry for entry in names if entry.endswith(INDEX_SUFFIX)]
-        if len(indices) == 1:
-            where = folder.path_of(indices[0])
-            index = parse_json(local.read_text(folder, indices[0], limit=256 << 20), where=where)
+        chosen = name or _preferred(folder, names, label)
+        if chosen is not None and not chosen.endswith(INDEX_SUFFIX):
+            return cls(folder, [chosen], label=label)
+        if chosen is not None:
+            where = folder.path_of(chosen)
+            index = parse_json(local.read_text(folder, chosen, limit=256 << 20), where=where)
             if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
                 raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
             missing = [file for file in index["weight_map"].values() if file not in names]
             if missing:
                 raise FormatError("names a file that is not there", where=where, found=str(missing[0]))
-            return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index)
+            return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index, index_name=chosen)
         files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
         if not files:
             hint = "a base must be in safetensors format"
             raise FormatError("no base model here", where=label, expected="*.safetensors", found="none", hint=hint)
-        return cls(folder, files, label=label, index=None)
+        return cls(folder, files, label=label)
 
     def close(self) -> None:
         """Close all files."""
@@ -126,95 +124,56 @@ class BaseModel(local.Closing):
         config = self.config.get("quantization_config")
         return None if not isinstance(config, dict) else str(config.get("quant_method", "unnamed"))
 
-    def locate(self, modules: Iterable[str]) -> Renaming:
-        """The renaming under which the most of the adapter's modules have a weight here.
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors."""
+        return {name: info.shape for name, (_, info) in self.tensors.items()}
 
-        A model that fits as it is, is taken as it is. Otherwise the leading part of a module's name may be another
-        here: none ("layers.0" for "model.layers.0"), one more, or one in place of another
-        ("language_model.model.layers.0" for "model.language_model.layers.0").
-
-        Raises:
-            CheckFailedError: the modules fit as well in several places.
-        """
-        return find_renaming(modules, self.tensors, where=self.label)
-
-    def linear(self, module: str, *, out_features: int, transposed: bool, renaming: Renaming) -> Linear:
-        """The weight of an adapted module.
-
-        Args:
-            module: The module's name in the adapter.
-            out_features: Length of its vera_lambda_b.
-            transposed: The adapter config's fan_in_fan_out; decides for square weights only.
-            renaming: From `locate`.
-
-        Raises:
-            CheckFailedError: the base has no such module, it is quantised or not a matrix, or it does not fit.
-        """
-        name = renaming(module) + ".weight"
-        tied_to = self._tied_to(name, out_features) if name not in self.tensors else None
-        if tied_to is not None:
-            name, transposed = tied_to, False
-        elif name not in self.tensors:
-            near = sorted(n for n in self.tensors if n.endswith(f".{module.rsplit('.', 1)[-1]}.weight"))
-            raise CheckFailedError(
-                "the base has no such module",
-                where=f"{self.label}: {module}",
-                expected=f"a tensor {name}",
-                found=f"{near[0]} and {len(near) - 1} more of that name" if near else "nothing of that name",
-                hint="transformers 5 renames the modules of some models on loading, ViT's for one: then files and "
-                "modules differ",
-            )
-        info = self.tensors[name][1]
-        where = f"{self.label}: {name}"
-        if info.dtype not in FLOATS or self.quantisation:
-            raise CheckFailedError(
-                "the base is quantised, so its header does not give in_features",
-                where=where,
-                found=f"{self.quantisation or info.dtype} {list(info.shape)}",
-                hint="name the unquantised base, whose shapes are the same",
-            )
-        if len(info.shape) != 2:
-            raise CheckFailedError(
-                "not a linear weight", where=where, expected="2 dimensions", found=str(list(info.shape))
-            )
-        if info.shape[0] != info.shape[1]:
-            transposed = info.shape[1] == out_features
-        rows, columns = info.shape[::-1] if transposed else info.shape
-        if rows != out_features:
-            raise CheckFailedError(
-                "the weight does not fit vera_lambda_b",
-                where=where,
-                expected=f"out_features {out_features}",
-                found=str(list(info.shape)),
-                hint="this is another base than the adapter was trained on",
-            )
-        return Linear(module, name, info, columns, rows, transposed)
-
-    def _tied_to(self, name: str, out_features: int) -> str | None:
-        """The input embedding that an output layer without a weight of its own shares its weight with."""
-        if module_of(name) not in OUTPUT_LAYERS or self.config.get("tie_word_embeddings") is False:
-            return None
-        options = [
-            tensor
-            for tensor, (_, info) in self.tensors.items()
-            if module_of(tensor) in INPUT_EMBEDDINGS and len(info.shape) == 2 and info.shape[0] == out_features
-        ]
-        return options[0] if len(options) == 1 else None
+    def layout(self, known: Architecture) -> Layout:
+        """The files as a class loads them."""
+        key = (known.name, known.origin, known.place)
+        if key not in self._layouts:
+            self._layouts[key] = Layout(known, self.shapes)
+        return self._layouts[key]
 
     def _check_index(self, index: dict[str, Any]) -> None:
         for tensor, name in index["weight_map"].items():
             if self.tensors.get(tensor, ("", None))[0] != name:
                 raise FormatError("the index names a tensor that is not there", where=f"{self.label}: {name}: {tensor}")
 
-    def _read_config(self) -> dict[str, Any]:
-        if "config.json" not in self.folder.names():
-            return {}
-        where = self.folder.path_of("config.json")
-        # Some models' configs hold infinity, Mamba 2's time_step_limit for one.
-        config = parse_json(local.read_text(self.folder, "config.json"), where=where, finite=False)
-        if not isinstance(config, dict):
-            raise FormatError("not a model's config", where=where, expected="a JSON object", found=schema.shown(config))
-        return config
+
+def _read_config(folder: local.Folder) -> dict[str, Any]:
+    if CONFIG not in folder.names():
+        return {}
+    where = folder.path_of(CONFIG)
+    # Some models' configs hold infinity, Mamba 2's time_step_limit for one.
+    config = parse_json(local.read_text(folder, CONFIG), where=where, finite=False)
+    if not isinstance(config, dict):
+        raise FormatError("not a model's config", where=where, expected="a JSON object", found=schema.shown(config))
+    return config
+
+
+def _preferred(folder: local.Folder, names: Collection[str], label: str) -> str | None:
+    """Which of a folder's files transformers loads a model from: a file, an index, or None where it finds neither.
+
+    The order is that of its `_get_resolved_checkpoint_files`: what config.json names, one file, an index.
+
+    Raises:
+        FormatError: config.json names a file that is not there.
+    """
+    named = _read_config(folder).get("transformers_weights")
+    if isinstance(named, str):
+        if named not in names:
+            raise FormatError(
+                "config.json names a file that is not there", where=f"{label}: transformers_weights", found=named
+            )
+        return named
+    if MODEL in names:
+        return MODEL
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if MODEL_INDEX in indices:
+        return MODEL_INDEX
+    return indices[0] if len(indices) == 1 else None
 
 
 def find_renaming(modules: Iterable[str], tensors: Collection[str], *, where: str) -> Renaming:

@@ -13,9 +13,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vera_tools.checkpoints.base import BaseModel, Linear, find_renaming, rounds_through
+from vera_tools.checkpoints.base import BaseModel, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord
+from vera_tools.checkpoints.placement import Linear, Placement, place
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
@@ -127,6 +128,7 @@ class Checkpoint(local.Closing):
         except BaseException:
             self.close()
             raise
+        self._placement: Placement | None = None
         self.manifest: Manifest | None = None
         self.manifest_error: FormatError | None = None
         if MANIFEST_NAME in place.names:
@@ -223,20 +225,26 @@ class Checkpoint(local.Closing):
         """Why the file's own record cannot be used."""
         return self._embedded_error
 
+    def placement(self, base: BaseModel) -> Placement:
+        """What this adapter's names mean in a base.
+
+        Raises:
+            CheckFailedError: the modules fit as well in several places of the base.
+        """
+        if self._placement is None or self._placement.base is not base:
+            saved = [name.removeprefix(MODULES).replace(".base_layer.", ".") for name in self.other_tensors]
+            self._placement = place(base, [self.config], self.layers, saved)
+        return self._placement
+
     def linears(self, base: BaseModel) -> list[Linear]:
         """The base's weight for every adapted module, in the file's order.
 
         Raises:
             CheckFailedError: a module that the base lacks, or whose shape does not fit.
         """
-        renaming = base.locate(self.layers)
+        placement = self.placement(base)
         return [
-            base.linear(
-                layer.module,
-                out_features=layer.lambda_b.size,
-                transposed=self.config.fan_in_fan_out,
-                renaming=renaming,
-            )
+            placement.linear(layer.module, out_features=layer.lambda_b.size)
             for layer in self.layers.values()
             if layer.lambda_b is not None
         ]

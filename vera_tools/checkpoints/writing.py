@@ -125,8 +125,9 @@ def _describe_base(checkpoint: Checkpoint, base: BaseModel | None, *, digest_bas
             earlier.weights,
         )
     weights = {}
-    for linear in checkpoint.linears(base):
-        file = base.files[base.tensors[linear.weight][0]]
-        digest = file.sha256(linear.weight) if digest_base else None
-        weights[linear.weight] = TensorRecord(linear.info.shape, linear.info.dtype, digest)
+    for info in (part.info for linear in checkpoint.linears(base) for part in linear.parts):
+        file = base.files[base.tensors[info.name][0]]
+        if info.name not in weights:
+            digest = file.sha256(info.name) if digest_base else None
+            weights[info.name] = TensorRecord(info.shape, info.dtype, digest)
     return BaseRecord(config.base_model_name_or_path or None, config.revision, weights)

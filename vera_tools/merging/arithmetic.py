@@ -46,6 +46,8 @@ class Factor:
         lambda_d: (r,).
         vera_A: (r, in_features).
         columns: (in_features, r): vera_A again, so that single columns of it lie together too.
+        rows: Where the weight is a part of the stored tensor: for each row of that, the row of vera_B; lambda_b is then
+            as long as that, and zero in the rows of other weights.
     """
 
     lambda_b: Array
@@ -53,6 +55,15 @@ class Factor:
     lambda_d: Array
     vera_A: Array
     columns: Array
+    rows: Array | None = None
+
+    def vera_B_at(self, rows: slice | Array, *, out: Array | None = None) -> Array:
+        """Rows of vera_B by the rows of the stored tensor."""
+        if self.rows is not None:
+            rows = self.rows[rows]
+        if isinstance(rows, slice):
+            return self.vera_B[rows]
+        return np.take(self.vera_B, rows, axis=0, out=out, mode="clip")
 
 
 class Delta:
@@ -117,7 +128,7 @@ class Delta:
             array("B", (outs.size, rank), factor.vera_B.dtype),
             array("A", (ins.size, rank), factor.columns.dtype),
         )
-        np.take(factor.vera_B, outs, axis=0, out=left, mode="clip")
+        factor.vera_B_at(outs, out=left)
         np.take(factor.columns, ins, axis=0, out=right, mode="clip")
         scaled = np.multiply(right, factor.lambda_d, dtype=np.float64, out=array("dA", left.shape, np.float64))
         sums: Array = np.einsum("ij,ij->i", left, scaled) * factor.lambda_b[outs].astype(np.float64)
@@ -135,7 +146,8 @@ class Delta:
         matrix, done = self._workspace.array(use, (stop - start, self._rank), self._dtype), 0
         for factor in self._factors:
             part = matrix[:, done : done + factor.lambda_d.size]
-            np.multiply(factor.vera_B[start:stop], factor.lambda_b[start:stop, None], out=part, dtype=self._dtype)
+            rows = factor.vera_B_at(slice(start, stop))
+            np.multiply(rows, factor.lambda_b[start:stop, None], out=part, dtype=self._dtype)
             done += factor.lambda_d.size
         return matrix
 

@@ -1,4 +1,4 @@
-"""What the adapters change in the base, tensor by tensor; whatever does not fit is refused here."""
+"""What the adapters change in the base, parameter by parameter; whatever does not fit is refused here."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vera_tools.checkpoints.base import BaseModel, Linear, Renaming
+from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Layer
-from vera_tools.checkpoints.names import lies_in_saved
+from vera_tools.checkpoints.names import is_embedding, lies_in_saved
+from vera_tools.checkpoints.placement import Linear, Part, Placement, shape_of
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.files.safetensors import TensorInfo
@@ -35,12 +36,16 @@ _WRAPPED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 @dataclass(frozen=True)
 class Product:
-    """One adapter's product that is added to one weight: ``(lambda_b * vera_B) @ (lambda_d * vera_A)``."""
+    """One adapter's product that is added to one weight: ``(lambda_b * vera_B) @ (lambda_d * vera_A)``.
+
+    `part` is the part of the weight that lies in the tensor that is changed.
+    """
 
     adapter: Adapter
     linear: Linear
     lambda_b: TensorInfo
     lambda_d: TensorInfo
+    part: Part
 
     def factor(self) -> Factor:
         """Its factors, with the adapter's weight multiplied in."""
@@ -49,38 +54,39 @@ class Product:
         lambda_b, lambda_d = (
             adapter.checkpoint.weights.read(info.name).astype(np.float64) for info in (self.lambda_b, self.lambda_d)
         )
-        return Factor(lambda_b * adapter.weight, vera_B[:outs], lambda_d, vera_A[:, :ins], adapter.columns[:ins])
+        lambda_b, rows, piece = lambda_b * adapter.weight, None, self.part.piece
+        if not (piece.is_whole or piece.transposed):
+            count = self.part.info.size // ins
+            inside, rows = np.zeros(count), np.zeros(count, np.intp)
+            inside[piece.rows], rows[piece.rows] = lambda_b[piece.of], np.arange(outs)[piece.of]
+            lambda_b = inside
+        return Factor(lambda_b, vera_B[:outs], lambda_d, vera_A[:, :ins], adapter.columns[:ins], rows)
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """One adapter's saved tensor, which takes the place of the base's, or is new."""
+    """One adapter's saved tensor, which takes the place of the base's parameter, or is new.
+
+    `alone`: PEFT trained it in a copy of the module, so that what it was tied with keeps its values.
+    """
 
     adapter: Adapter
     tensor: TensorInfo
+    alone: bool
 
 
-@dataclass(frozen=True)
-class Sum:
-    """What becomes of a weight that products are added to.
-
-    Attributes:
-        products: In an order that does not depend on the order in which the adapters were named.
-        transposed: The weight is stored as (in_features, out_features).
-        tied_to: The tensor whose values a merged output layer starts from, where the base stores none of its own.
-    """
-
-    products: tuple[Product, ...]
-    transposed: bool
-    tied_to: str | None = None
+#: What becomes of one parameter: products are added to it, in an order that does not depend on that of the adapters;
+#: or a saved tensor takes its place.
+Change = tuple[Product, ...] | Replacement
 
 
-#: What becomes of one tensor of the base, or of one that it lacks.
-Change = Sum | Replacement
+def collect(placement: Placement, adapters: Sequence[Adapter], *, resize: bool = False) -> dict[str, Change]:
+    """The changes, by the names of the class's parameters.
 
-
-def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
-    """The changes, by the base's tensor names.
+    Args:
+        placement: Where the adapters' modules lie in the base.
+        adapters: The open adapters.
+        resize: Take saved embeddings and output layers of another vocabulary than the base's.
 
     Raises:
         CheckFailedError: the base lacks a target, or has another shape; NaN or infinity in an adapter.
@@ -90,29 +96,23 @@ def collect(base: BaseModel, adapters: Sequence[Adapter]) -> dict[str, Change]:
     found: dict[str, list[Product] | Replacement] = {}
     # The order of summation decides roundings; an order of content makes it independent of the command line's.
     for adapter in sorted(adapters, key=lambda adapter: (adapter.sha256, adapter.weight)):
-        renaming = base.locate(adapter.checkpoint.layers)
         if not adapter.checkpoint.layers:
             raise FormatError("no layer is adapted", where=adapter.checkpoint.weights.label)
         for layer in adapter.checkpoint.layers.values():
-            linear = _linear(base, adapter, layer, renaming)
+            linear = _linear(placement, adapter, layer)
             lambda_b, lambda_d = adapter.vectors(layer, in_features=linear.in_features)
-            products = found.setdefault(name := renaming(layer.module) + ".weight", [])
+            products = found.setdefault(linear.parameter, [])
             if isinstance(products, Replacement):
-                raise _conflict(adapter, name, products.adapter)
-            if products and products[0].linear.transposed != linear.transposed:
-                raise CheckFailedError(
-                    "the adapters disagree on fan_in_fan_out", where=f"{base.label}: {linear.weight}"
-                )
-            products.append(Product(adapter, linear, lambda_b, lambda_d))
-        for name, tensor in _saved(base, adapter, renaming).items():
+                raise _conflict(adapter, linear.parameter, products.adapter)
+            products += [Product(adapter, linear, lambda_b, lambda_d, part) for part in linear.parts]
+        for name, saved in _saved(placement, adapter, resize=resize).items():
             earlier = found.get(name)
-            before = earlier[0].linear.weight if isinstance(earlier, list) else name
-            if before in base.tensors and _is_equal(base, before, adapter, tensor):
+            if _is_equal(placement, name, saved):
                 continue  # PEFT saves some weights of the base beside those it trains
             if earlier is not None:
                 raise _conflict(adapter, name, (earlier[0] if isinstance(earlier, list) else earlier).adapter)
-            found[name] = _replacement(name, Replacement(adapter, tensor), base)
-    return {name: _sum(name, change) if isinstance(change, list) else change for name, change in found.items()}
+            found[name] = saved
+    return {name: tuple(change) if isinstance(change, list) else change for name, change in found.items()}
 
 
 def _conflict(adapter: Adapter, name: str, other: Adapter) -> UsageError:
@@ -141,87 +141,91 @@ def refuse_quantised(base: BaseModel) -> None:
     )
 
 
-def _linear(base: BaseModel, adapter: Adapter, layer: Layer, renaming: Renaming) -> Linear:
+def _linear(placement: Placement, adapter: Adapter, layer: Layer) -> Linear:
     if layer.lambda_b is None:
         raise FormatError(
             "vera_lambda_b is missing",
             where=f"{adapter.checkpoint.weights.label}: {layer.module}",
             hint="the checkpoint is incomplete",
         )
-    return base.linear(
-        layer.module,
-        out_features=layer.lambda_b.size,
-        transposed=adapter.checkpoint.config.fan_in_fan_out,
-        renaming=renaming,
-    )
+    return placement.linear(layer.module, out_features=layer.lambda_b.size)
 
 
-def _saved(base: BaseModel, adapter: Adapter, renaming: Renaming) -> dict[str, TensorInfo]:
-    """The adapter's biases and saved modules, by the base's names."""
+def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str, Replacement]:
+    """The adapter's biases and saved modules, by the class's parameters."""
     checkpoint = adapter.checkpoint
-    saved = {}
+    config, saved = checkpoint.config, dict[str, Replacement]()
     for full, info in checkpoint.other_tensors.items():
         where = f"{checkpoint.weights.label}: {full}"
         if not full.startswith(MODULES):
             raise FormatError("not a tensor of a VeRA adapter", where=where)
         path = full.removeprefix(MODULES).replace(".base_layer.", ".")
-        if path not in base.tensors and _WRAPPED.search(path):
+        if _WRAPPED.search(path) and not placement.parts(placement.parameter(path)):
             if MODULES + _WRAPPED.sub("", path) not in checkpoint.other_tensors:
                 raise FormatError("a copy of a saved tensor that is itself missing", where=where)
             continue
-        new = renaming(path) if path.startswith(renaming.strip) else path  # a head stands outside what is renamed
-        name = next((option for option in (renaming(path), path) if option in base.tensors), new)
-        if name in base.tensors:
-            there = base.tensors[name][1]
-            if there.shape != info.shape:
-                raise CheckFailedError(
-                    "the saved tensor does not fit the base",
-                    where=where,
-                    expected=str(list(there.shape)),
-                    found=str(list(info.shape)),
-                    hint="this is another base, or one whose vocabulary or head was resized",
-                )
-        elif (
-            not any(lies_in_saved(path, name) for name in checkpoint.config.modules_to_save or ())
-            and ".base_layer." not in full
-        ):
+        name = placement.parameter(path)
+        parts = placement.parts(name)
+        if parts:
+            _check_shape(shape_of(parts), info, name, where=where, resize=resize)
+        elif not any(lies_in_saved(path, saved) for saved in config.saved_modules) and ".base_layer." not in full:
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",
                 where=where,
-                expected=f"a tensor {name} in {base.label}",
+                expected=f"a tensor {name} in {placement.base.label}",
+            )
+        elif adapter.weight != 1:
+            raise UsageError(
+                "the base lacks this tensor, so it cannot be weighted",
+                where=f"{adapter.label}: {name}",
+                expected="weight 1",
+                found=f"{adapter.weight:g}",
             )
         if info.dtype not in FLOATS:
             raise FormatError("a saved tensor is not of a floating-point dtype", where=where, found=info.dtype)
         if not adapter.allow_nonfinite:
             check_finite(checkpoint.weights.read(full), where=where, what="the adapter holds")
-        saved[name] = info
+        alone = any(lies_in_saved(path, module) for module in config.saved_modules)
+        saved[name] = Replacement(adapter, info, alone)
     return saved
 
 
-def _is_equal(base: BaseModel, name: str, adapter: Adapter, saved: TensorInfo) -> bool:
+def _check_shape(there: tuple[int, ...], info: TensorInfo, name: str, *, where: str, resize: bool) -> None:
+    if there == info.shape:
+        return
+    is_table = is_embedding(name) and len(there) == 2 and there[1:] == info.shape[1:]
+    if is_table and resize:
+        return
+    raise CheckFailedError(
+        "the saved tensor does not fit the base",
+        where=where,
+        expected=str(list(there)),
+        found=str(list(info.shape)),
+        hint="merge with --resize-vocabulary, which makes the base's tables as large as the adapter's"
+        if is_table
+        else "this is another base, or one whose head was resized",
+    )
+
+
+def _is_equal(placement: Placement, name: str, saved: Replacement) -> bool:
     """Whether a saved tensor has the values of the base's, so that it changes nothing."""
-    file, info = base.tensors[name]
-    if info.shape != saved.shape:
+    parts = placement.parts(name)
+    if not parts or shape_of(parts) != saved.tensor.shape:
         return False
+    base, weights = placement.base, saved.adapter.checkpoint.weights
+    file, info = base.tensors[parts[0].info.name]
+    if not parts[0].piece.is_whole:
+        columns = info.shape[-1] if len(info.shape) > 1 else 1
+        theirs = np.empty((saved.tensor.size // columns, columns))
+        for part in parts:
+            values = base.files[base.tensors[part.info.name][0]].read(part.info.name).astype(np.float64)
+            values = np.swapaxes(values, -1, -2) if part.piece.transposed else values
+            theirs = theirs.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)
+            theirs[part.piece.of] = values.reshape(-1, theirs.shape[1])[part.piece.rows]
+        return np.array_equal(theirs.reshape(-1), weights.read(saved.tensor.name).astype(np.float64).reshape(-1))
     for start in range(0, info.size, BLOCK):
         stop = min(start + BLOCK, info.size)
-        theirs = base.files[file].read_elements(info, start, stop).astype(np.float64)
-        if not np.array_equal(theirs, adapter.checkpoint.weights.read_elements(saved, start, stop).astype(np.float64)):
+        ours = base.files[file].read_elements(info, start, stop).astype(np.float64)
+        if not np.array_equal(ours, weights.read_elements(saved.tensor, start, stop).astype(np.float64)):
             return False
     return True
-
-
-def _sum(name: str, products: Sequence[Product]) -> Sum:
-    linear = products[0].linear
-    return Sum(tuple(products), linear.transposed, None if linear.weight == name else linear.weight)
-
-
-def _replacement(name: str, saved: Replacement, base: BaseModel) -> Replacement:
-    if name not in base.tensors and saved.adapter.weight != 1:
-        raise UsageError(
-            "the base lacks this tensor, so it cannot be weighted",
-            where=f"{saved.adapter.label}: {name}",
-            expected="weight 1",
-            found=f"{saved.adapter.weight:g}",
-        )
-    return saved

@@ -20,7 +20,8 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.files.local import LocalFile
 from vera_tools.files.safetensors import as_bytes, confirm
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
-from vera_tools.merging.plan import Computed, Copied, Merged, Plan, Shard
+from vera_tools.merging.entries import Computed, Copied, Merged
+from vera_tools.merging.plan import Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace

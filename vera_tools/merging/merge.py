@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
@@ -180,7 +181,7 @@ def merge(
             opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
             resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
-        plan = make(model, adapters, dtype=dtype, max_shard_size=max_shard_size)
+        plan = make(_placement(model, adapters), adapters, dtype=dtype, max_shard_size=max_shard_size)
         notes = task_heads.notes(plan)
         mine = portion(plan.shards, part)
         for adapter in adapters:
@@ -226,6 +227,15 @@ def merge(
             verified=proven,
             notes=tuple(notes),
         )
+
+
+def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
+    """The class that all adapters are of."""
+    checkpoints = [adapter.checkpoint for adapter in adapters]
+    if len(checkpoints) == 1:
+        return checkpoints[0].placement(base)
+    modules = dict.fromkeys(module for checkpoint in checkpoints for module in checkpoint.layers)
+    return place(base, [checkpoint.config for checkpoint in checkpoints], modules)
 
 
 def _check_arguments(

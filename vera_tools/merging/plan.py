@@ -6,19 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any
 
 from vera_tools._version import __version__
-from vera_tools.checkpoints.base import INDEX_SUFFIX, BaseModel
-from vera_tools.dtypes import BITS, CODES, FLOATS
+from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, BaseModel
+from vera_tools.checkpoints.placement import Placement
 from vera_tools.errors import UsageError
 from vera_tools.files import local
-from vera_tools.files.safetensors import TensorFile, TensorInfo, encode_header, layout
+from vera_tools.files.safetensors import TensorFile, encode_header, layout
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.changes import Change, Product, Replacement, Sum, collect
+from vera_tools.merging.changes import collect
+from vera_tools.merging.entries import Entry, Kind, entries
 from vera_tools.merging.tying import untying
-
-Kind = Literal["copied", "cast", "merged", "replaced", "added"]
 
 #: Dtypes that --dtype casts to.
 TARGETS = ("float32", "float16", "bfloat16")
@@ -43,72 +42,6 @@ _WEIGHTS = (
 # Where transformers keeps the chat templates of a tokenizer that has several.
 _FOLDERS = ("additional_chat_templates",)
 _NOT_COPIED = ("README.md", "vera_merge.json", ".gitattributes", "adapter_config.json", "vera_manifest.json")
-
-
-class Origin(NamedTuple):
-    """A tensor of the base: the file that it lies in, and its entry there."""
-
-    file: str
-    info: TensorInfo
-
-
-@dataclass(frozen=True)
-class Copied:
-    """A tensor of the result (`info`: its entry in the output file) whose bytes are the base's."""
-
-    kind: ClassVar[Kind] = "copied"
-
-    info: TensorInfo
-    origin: Origin
-
-
-@dataclass(frozen=True)
-class Cast:
-    """A tensor of the result whose values are the base's, in another dtype."""
-
-    kind: ClassVar[Kind] = "cast"
-
-    info: TensorInfo
-    origin: Origin
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A weight of the result: the base's with products added to it.
-
-    Attributes:
-        info: Its entry in the output file.
-        origin: The base's weight.
-        products: What is added.
-        transposed: The weight is stored as (in_features, out_features).
-    """
-
-    kind: ClassVar[Kind] = "merged"
-
-    info: TensorInfo
-    origin: Origin
-    products: tuple[Product, ...]
-    transposed: bool
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """A tensor of the result that an adapter saved: in the place of the base's, or new where `origin` is None."""
-
-    info: TensorInfo
-    origin: Origin | None
-    saved: Replacement
-
-    @property
-    def kind(self) -> Kind:
-        """It is "replaced", or "added" where the base has none."""
-        return "added" if self.origin is None else "replaced"
-
-
-#: One tensor of the result.
-Entry = Copied | Cast | Merged | Replaced
-#: One whose values are computed.
-Computed = Cast | Merged | Replaced
 
 
 @dataclass(frozen=True)
@@ -140,7 +73,7 @@ class Plan:
     """Everything that a merge writes.
 
     Attributes:
-        base: The open base.
+        placement: Where the adapters' modules lie in the base.
         adapters: In the order in which they were named.
         shards: The files of the result.
         index_name: Name of the index file, or None where the base has none and one file holds everything.
@@ -152,7 +85,7 @@ class Plan:
         digest: Identifies base, adapters, options and tool; a merge in several steps must have the same in each.
     """
 
-    base: BaseModel
+    placement: Placement
     adapters: tuple[Adapter, ...]
     shards: tuple[Shard, ...]
     index_name: str | None
@@ -162,6 +95,11 @@ class Plan:
     dtype: str | None
     max_shard_size: int | None
     digest: str
+
+    @property
+    def base(self) -> BaseModel:
+        """The open base."""
+        return self.placement.base
 
     @property
     def entries(self) -> Iterable[Entry]:
@@ -174,12 +112,12 @@ class Plan:
 
 
 def make(
-    base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None = None, max_shard_size: int | None = None
+    placement: Placement, adapters: Sequence[Adapter], *, dtype: str | None = None, max_shard_size: int | None = None
 ) -> Plan:
-    """Plan the merge of `adapters` into `base`.
+    """Plan the merge of `adapters`.
 
     Args:
-        base: The open base.
+        placement: Where their modules lie in the base.
         adapters: The open adapters.
         dtype: Cast every floating-point tensor to it.
         max_shard_size: Lay the tensors out in new files of at most so many bytes.
@@ -192,22 +130,22 @@ def make(
         raise UsageError("weights cannot be cast to this", expected=" or ".join(TARGETS), found=dtype)
     if max_shard_size is not None and max_shard_size < 1:
         raise UsageError("a shard needs room", expected="at least 1 byte", found=str(max_shard_size))
-    changes = collect(base, adapters)
-    tying = untying(base, changes)
-    files = _entries(base, changes, tying.copies, dtype)
+    base = placement.base
+    tying = untying(placement, collect(placement, adapters))
+    files = entries(placement, tying, dtype)
     if max_shard_size is None:
         shards = [_keep_layout(base.files[name], name, entries) for name, entries in files.items()]
     else:
         shards = _lay_out(files, base, max_shard_size)
     index_name, index = _index(base, shards, resharded=max_shard_size is not None)
     return Plan(
-        base,
+        placement,
         tuple(adapters),
         tuple(shards),
         index_name,
         index,
         _copied_files(base),
-        _config(base, dtype=dtype, untied=tying.needed),
+        _config(tying.config or base.config, base, dtype=dtype),
         dtype,
         max_shard_size,
         _digest(base, adapters, dtype=dtype, max_shard_size=max_shard_size),
@@ -233,45 +171,6 @@ def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shar
     return tuple(sorted(mine, key=lambda shard: shard.name))
 
 
-def _entries(
-    base: BaseModel, changes: Mapping[str, Change], copies: Mapping[str, str], dtype: str | None
-) -> dict[str, list[Entry]]:
-    """The result's tensors by the base's files, new ones at the end of the last; offsets are not final yet."""
-    files: dict[str, list[Entry]] = {}
-    for file_name, file in base.files.items():
-        files[file_name] = [
-            _entry(info, Origin(file_name, info), changes.get(name), dtype) for name, info in file.tensors.items()
-        ]
-    last = files[list(files)[-1]]
-    for name, old in copies.items():
-        origin = Origin(*base.tensors[old])
-        last.append(_entry(replace(origin.info, name=name), origin, None, dtype))
-    for name, change in changes.items():
-        if name in base.tensors:
-            continue
-        if isinstance(change, Replacement):
-            last.append(Replaced(_cast(replace(change.tensor, name=name), dtype), None, change))
-        elif change.tied_to is not None:
-            origin = Origin(*base.tensors[change.tied_to])
-            last.append(_entry(replace(origin.info, name=name), origin, change, dtype))
-    return files
-
-
-def _entry(info: TensorInfo, origin: Origin, change: Change | None, dtype: str | None) -> Entry:
-    info = _cast(info, dtype)
-    if isinstance(change, Sum):
-        return Merged(info, origin, change.products, change.transposed)
-    if isinstance(change, Replacement):
-        return Replaced(info, origin, change)
-    return Copied(info, origin) if origin.info.dtype == info.dtype else Cast(info, origin)
-
-
-def _cast(info: TensorInfo, dtype: str | None) -> TensorInfo:
-    """The entry of a tensor in the result, in the dtype it is cast to; where it lies is not known yet."""
-    target = dtype if dtype is not None and info.dtype in FLOATS else info.dtype
-    return TensorInfo(info.name, target, info.shape, 0, info.size * BITS[CODES[target]] // 8)
-
-
 def _placed(name: str, entries: Sequence[Entry], metadata: Mapping[str, str]) -> Shard:
     infos = layout(
         {entry.info.name: (entry.info.dtype, entry.info.shape) for entry in entries},
@@ -291,7 +190,7 @@ def _keep_layout(file: TensorFile, name: str, entries: Sequence[Entry]) -> Shard
 def _lay_out(files: Mapping[str, Sequence[Entry]], base: BaseModel, limit: int) -> list[Shard]:
     groups: list[list[Entry]] = [[]]
     room = limit
-    for entry in (entry for entries in files.values() for entry in entries):
+    for entry in (entry for held in files.values() for entry in held):
         if groups[-1] and entry.info.nbytes > room:
             groups.append([])
             room = limit
@@ -300,7 +199,7 @@ def _lay_out(files: Mapping[str, Sequence[Entry]], base: BaseModel, limit: int) 
     metadata = next(iter(base.files.values())).metadata
     names = [f"model-{n:05d}-of-{len(groups):05d}.safetensors" for n in range(1, len(groups) + 1)]
     if len(groups) == 1:
-        names = ["model.safetensors"]
+        names = [MODEL]
     return [_placed(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
@@ -310,8 +209,7 @@ def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tupl
         return None, None  # several files without an index stay so
     if resharded and len(shards) == 1:
         return None, None
-    names = [] if base.index is None else [name for name in base.folder.names() if name.endswith(INDEX_SUFFIX)]
-    name = "model" + INDEX_SUFFIX if resharded else names[0]
+    name = base.index_name if base.index_name is not None and not resharded else MODEL_INDEX
     weight_map = {entry.info.name: shard.name for shard in shards for entry in shard.entries}
     total = sum(entry.info.nbytes for shard in shards for entry in shard.entries)
     old = base.index or {}
@@ -335,13 +233,11 @@ def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
     return copied
 
 
-def _config(base: BaseModel, *, dtype: str | None, untied: bool) -> str | None:
+def _config(config: dict[str, Any], base: BaseModel, *, dtype: str | None) -> str | None:
     """config.json with the new dtype, and without tying what is no longer the same; None where it stays as it is."""
-    config = dict(base.config)
+    config = dict(config)
     if dtype is not None:
         _set_dtype(config, dtype)
-    if untied:
-        config["tie_word_embeddings"] = False
     if not base.config or config == base.config:
         return None
     return json.dumps(config, indent=2, ensure_ascii=False) + "\n"

@@ -13,7 +13,8 @@ from vera_tools._version import TOOL
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.files import local
 from vera_tools.files.hub_client import name_of
-from vera_tools.merging.plan import Kind, Plan
+from vera_tools.merging.entries import Kind
+from vera_tools.merging.plan import Plan
 from vera_tools.report import printable
 
 RECORD_NAME = "vera_merge.json"

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 
 from vera_tools.checkpoints.names import OUTPUT_LAYERS, TASK_HEADS
-from vera_tools.merging.plan import Merged, Plan, Replaced
+from vera_tools.merging.entries import Merged, Replaced
+from vera_tools.merging.plan import Plan
 
 _CLASSES = {
     "SEQ_CLS": "ForSequenceClassification",

@@ -12,7 +12,7 @@ from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
-from vera_tools.merging.plan import Cast, Computed, Merged, Origin, Replaced
+from vera_tools.merging.entries import Cast, Computed, Merged, Origin, Patched, Replaced
 from vera_tools.merging.rounding import check_finite, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 
@@ -53,6 +53,8 @@ def blocks(
             (_finished(_read(base, entry.origin, start, stop, workspace), entry, exact=exact), False)
             for start, stop in _flat_blocks(entry.info.size)
         )
+    elif isinstance(entry, Patched):
+        results = ((values, False) for values in _patched(base, entry, exact=exact, workspace=workspace))
     else:
         results = ((values, False) for values in _replaced(base, entry, exact=exact, workspace=workspace))
     for values, is_finite in results:
@@ -122,11 +124,37 @@ def _in_float64(entry: Merged, weight: Array, start: int) -> Array:
 
 def _replaced(base: BaseModel, entry: Replaced, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
     adapter, tensor = entry.saved.adapter, entry.saved.tensor
+    whole = None
+    if entry.transposed:
+        whole = np.swapaxes(adapter.checkpoint.weights.read(tensor.name), -1, -2).reshape(-1)
     for start, stop in _flat_blocks(entry.info.size):
-        values = adapter.checkpoint.weights.read_elements(tensor, start, stop)
+        values = (
+            whole[start:stop] if whole is not None else adapter.checkpoint.weights.read_elements(tensor, start, stop)
+        )
         if adapter.weight != 1 and entry.origin is not None:  # what the base lacks has weight 1
             values = _weighted(_read(base, entry.origin, start, stop, workspace), values, adapter.weight)
         yield _finished(values, entry, exact=exact)
+
+
+def _patched(base: BaseModel, entry: Patched, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
+    """The base's rows, those that adapters saved put in their place."""
+    shape = entry.info.shape
+    columns = shape[-1] if len(shape) > 1 else 1
+    count = entry.info.size // columns
+    # For each row, which patch it is of, and which row of that.
+    patch, row = np.full(count, -1), np.zeros(count, np.intp)
+    saved = []
+    for number, (replacement, piece) in enumerate(entry.patches):
+        values = replacement.adapter.checkpoint.weights.read(replacement.tensor.name).reshape(-1, columns)
+        patch[piece.rows], row[piece.rows] = number, np.arange(len(values))[piece.of]
+        saved.append((values, replacement.adapter.weight))
+    for start, stop in row_blocks((count, columns)):
+        block = _read(base, entry.origin, start * columns, stop * columns, workspace).reshape(-1, columns)
+        result = block.astype(np.float64)
+        for number, (values, weight) in enumerate(saved):
+            here = np.flatnonzero(patch[start:stop] == number)
+            result[here] = _weighted(block[here], values[row[start + here]], weight)
+        yield _finished(result, entry, exact=exact)
 
 
 def _weighted(old: Array, new: Array, weight: float) -> Array:

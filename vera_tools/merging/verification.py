@@ -21,8 +21,9 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files.safetensors import TensorFile, as_bytes
+from vera_tools.merging.entries import Copied, Entry, Merged
 from vera_tools.merging.execution import Meter
-from vera_tools.merging.plan import Copied, Entry, Merged, Plan, Shard
+from vera_tools.merging.plan import Plan, Shard
 from vera_tools.merging.rounding import rounded
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks, delta

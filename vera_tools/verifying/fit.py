@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from vera_tools.checkpoints.base import BaseModel, Renaming, rounds_through
+from vera_tools.architectures.architecture import LINEAR
+from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
+from vera_tools.checkpoints.placement import Placement, shape_of
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import some
@@ -82,69 +84,81 @@ def _dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
 
 def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
     """Modules of the base that the config would adapt and the checkpoint does not."""
-    config = checkpoint.config
-    if config.target_modules is None or config.target_modules == "all-linear":
+    config, placement = checkpoint.config, checkpoint.placement(base)
+    known, layout = placement.architecture, placement.layout
+    everything = config.target_modules == "all-linear"
+    if config.target_modules is None or (everything and not known.is_known):
         return []
-    renaming = base.locate(checkpoint.layers)
-    known = {renaming(module) for module in checkpoint.layers}
-    return sorted(
-        module
-        for name, (_, info) in base.tensors.items()
-        if name.startswith(renaming.add)
-        and name.endswith(".weight")
-        and len(info.shape) == 2
-        and not is_embedding(name)
-        for module in [name.removesuffix(".weight")]
-        if module not in known and config.targets(_unrename(module, renaming.strip, renaming.add))
-    )
+    adapted = {placement.module(module) for module in checkpoint.layers}
+    missing = []
+    for module in _linear_modules(placement):
+        theirs = placement.name_in_adapter(module)
+        wanted = layout.is_linear_target(module, task_type=config.task_type) if everything else True
+        if module not in adapted and wanted and config.targets(theirs):
+            missing.append(module)
+    return sorted(missing)
 
 
-def _unrename(module: str, strip: str, add: str) -> str:
-    return strip + module.removeprefix(add)
+def _linear_modules(placement: Placement) -> list[str]:
+    """The base's linear modules; of a class that is not known, those that its files may hold."""
+    layout = placement.layout
+    found = []
+    for name in layout.names:
+        module, _, last = name.rpartition(".")
+        if last != "weight":
+            continue
+        if layout.architecture.is_known:
+            if layout.kind(module) in LINEAR:
+                found.append(module)
+        elif len(placement.base.shapes[name]) == 2 and not is_embedding(name):
+            found.append(module)
+    return found
 
 
 def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
     """Biases and saved modules against the base's parameters: none missing, none too many, each of the same shape."""
-    renaming = base.locate(checkpoint.layers)
+    placement = checkpoint.placement(base)
     heads = TASK_HEADS.get(checkpoint.config.task_type or "", ())
     resized: list[str] = []
     wrong: list[str] = []
+    held = set()
     for name, info in checkpoint.other_tensors.items():
         parameter = name.removeprefix(MODULES)
-        place = base.tensors.get(renaming(parameter.replace(".base_layer.", ".")))
+        path = parameter.replace(".base_layer.", ".")
+        place = placement.parameter(path)
+        held.add(place)
+        parts = placement.parts(place)
         free = is_embedding(parameter) or any(lies_in_saved(parameter, head) for head in heads)
-        if place is None:
-            # A base saved without its head has none, and a tied output layer is not stored.
+        if not parts:
+            # A base saved without its head has none.
+            free = free or (placement.architecture.is_known and placement.architecture.stores(place))
             wrong += [] if free else [f"{parameter} is none of the base's"]
-        elif place[1].shape != info.shape:
-            fits_otherwise = free and place[1].shape[1:] == info.shape[1:]
-            text = f"{parameter} {list(info.shape)}, the base has {list(place[1].shape)}"
+        elif (there := shape_of(parts)) != info.shape:
+            fits_otherwise = free and there[1:] == info.shape[1:]
+            text = f"{parameter} {list(info.shape)}, the base has {list(there)}"
             (resized if fits_otherwise else wrong).append(text)
-    missing = sorted(
-        _trained_parameters(checkpoint, base, renaming) - {n.removeprefix(MODULES) for n in checkpoint.other_tensors}
-    )
+    missing = sorted(_trained_parameters(checkpoint, placement) - held)
     if missing or wrong:
-        parts = [f"trained, but not in the file: {some(missing)}"] if missing else []
-        return Check("base.parameters", "fail", "; ".join([*parts, *([some(wrong)] if wrong else [])]))
+        parts_of = [f"trained, but not in the file: {some(missing)}"] if missing else []
+        return Check("base.parameters", "fail", "; ".join([*parts_of, *([some(wrong)] if wrong else [])]))
     if resized:
         return Check("base.parameters", "warn", f"resize the base before loading: {some(resized)}")
     return Check("base.parameters", "pass", f"{len(checkpoint.other_tensors)} biases and saved parameters fit")
 
 
-def _trained_parameters(checkpoint: Checkpoint, base: BaseModel, renaming: Renaming) -> set[str]:
-    """The base's parameters, by the adapter's names, that this config trains and saves besides the vectors."""
-    config, saved = checkpoint.config, checkpoint.config.saved_modules
+def _trained_parameters(checkpoint: Checkpoint, placement: Placement) -> set[str]:
+    """The base's parameters that this config trains and saves besides the vectors."""
+    config, layout = checkpoint.config, placement.layout
+    adapted = {placement.module(module) for module in checkpoint.layers}
     names = set()
-    for tensor, (_, info) in base.tensors.items():
-        parameter = _unrename(tensor, renaming.strip, renaming.add)
-        module, _, kind = parameter.rpartition(".")
-        if any(lies_in_saved(parameter, name) for name in saved):
-            names.add(parameter)
-        elif kind == "bias" and len(info.shape) == 1:  # GPT-2's old files hold its causal mask as attn.bias
-            if module in checkpoint.layers and config.bias != "none":
-                names.add(f"{module}.base_layer.bias")
-            elif config.bias == "all":
-                names.add(parameter)
+    for name in layout.names:
+        module, _, kind = name.rpartition(".")
+        theirs = placement.name_in_adapter(name)
+        trained = config.bias == "all" or (module in adapted and config.bias != "none")
+        if any(lies_in_saved(theirs, saved) for saved in config.saved_modules):
+            names.add(name)
+        elif kind == "bias" and trained and len(shape_of(placement.parts(name))) == 1:
+            names.add(name)  # GPT-2's old files hold its causal mask as attn.bias, in four dimensions
     return names
 
 
@@ -159,11 +173,11 @@ def _recorded_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
     if not weights:
         return
-    found = {linear.weight: linear for linear in checkpoint.linears(base)}
+    found = {part.info.name: part.info for linear in checkpoint.linears(base) for part in linear.parts}
     wrong = [
         name
         for name, record in weights.items()
-        if name not in found or (found[name].info.shape, found[name].info.dtype) != (record.shape, record.dtype)
+        if name not in found or (found[name].shape, found[name].dtype) != (record.shape, record.dtype)
     ]
     if wrong:
         message = f"not the base that was recorded: {some(sorted(wrong))}"

@@ -1,0 +1,102 @@
+"""One class of each kind that file names alone do not tell: merged models against PEFT's live ones."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+import vera_tools
+from tests.merging import live
+from vera_tools.errors import CheckFailedError
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to:UserWarning"),
+]
+
+SEQ2SEQ = {"input_ids": live.IDS, "decoder_input_ids": live.IDS}
+
+# ---- tied parameters
+
+GEMMA = r".*language_model.*\.q_proj"
+TIED = {
+    "head under another name": ("BertForMaskedLM", ["query"], "word_embeddings", None),
+    "embedding under another name": ("MambaForCausalLM", ["in_proj"], "embeddings", None),
+    "sees": ("Gemma3ForConditionalGeneration", GEMMA, "embed_tokens", None),
+    "encoder, decoder and head": ("BartForConditionalGeneration", ["q_proj"], "shared", SEQ2SEQ),
+    "always tied": ("T5ForConditionalGeneration", ["q"], "shared", SEQ2SEQ),
+    "always tied, the encoder's alone": ("T5ForConditionalGeneration", ["q"], "encoder.embed_tokens", SEQ2SEQ),
+    "scaled where it is tied": ("SwitchTransformersForConditionalGeneration", ["q"], "lm_head", SEQ2SEQ),
+}
+
+
+@pytest.mark.parametrize(("name", "targets", "saved", "inputs"), TIED.values(), ids=TIED)
+def test_a_saved_table_that_is_tied(name, targets, saved, inputs, tmp_path):
+    live.check(name, tmp_path, inputs=inputs, target_modules=targets, modules_to_save=[saved])
+
+
+def test_a_head_that_is_a_target_and_tied_beside_a_vision_tower(tmp_path):
+    live.check("Gemma3ForConditionalGeneration", tmp_path, target_modules=rf"{GEMMA}|lm_head")
+    assert json.loads((tmp_path / "out/config.json").read_text())["tie_word_embeddings"] is False
+    held = load_file(tmp_path / "out/model.safetensors")
+    assert {"lm_head.weight", "language_model.model.embed_tokens.weight"} <= set(held)
+
+
+def test_biases_that_are_tied_and_trained_stay_one(tmp_path):
+    live.check("BertForMaskedLM", tmp_path, target_modules=["query"], bias="all")
+
+
+def test_a_class_of_which_nothing_is_known(tmp_path):
+    """What is tied in it nobody knows; a linear layer that is no table is what it seems."""
+    config = transformers.LlamaConfig(**live.LLAMA, tie_word_embeddings=True)
+    model_class = live.save_base("LlamaForCausalLM", tmp_path / "base", config)
+    path = tmp_path / "base/config.json"
+    written = {**json.loads(path.read_text()), "architectures": ["LlamaOfTomorrow"], "model_type": "llama_of_tomorrow"}
+    path.write_text(json.dumps(written))
+    for folder, saved in (("table", ["embed_tokens"]), ("plain", None)):
+        model = model_class.from_pretrained(tmp_path / "base", config=config)
+        live.train(model, tmp_path / folder, target_modules=["q_proj"], modules_to_save=saved)
+    with pytest.raises(CheckFailedError, match="nothing is known of LlamaOfTomorrow"):
+        vera_tools.merge(tmp_path / "table", base=tmp_path / "base", output=tmp_path / "out")
+    assert len(vera_tools.merge(tmp_path / "plain", base=tmp_path / "base", output=tmp_path / "out").merged) == 2
+
+
+# ---- kinds
+
+
+@pytest.mark.parametrize("targets", [["c_proj", "lm_head"], ["c_attn", "c_proj", "c_fc"]])
+def test_square_conv1d_beside_others(targets, tmp_path):
+    """PEFT saves the fan_in_fan_out of the layer that it made last."""
+    live.check("GPT2LMHeadModel", tmp_path, target_modules=targets)
+
+
+def test_a_square_linear_head_beside_conv1d(tmp_path):
+    live.check("GPT2ForTokenClassification", tmp_path, target_modules=["c_proj", "classifier"])
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["Gemma3ForConditionalGeneration", "LlavaForConditionalGeneration"])
+def test_both_towers_of_a_model_whose_files_have_other_names(name, tmp_path):
+    live.check(name, tmp_path, target_modules=["q_proj", "v_proj"])
+
+
+def test_a_saved_head_that_stands_in_the_file_under_its_old_name(tmp_path):
+    live.check("GPTNeoXForCausalLM", tmp_path, target_modules=["query_key_value"], modules_to_save=["lm_head"])
+    assert "embed_out.weight" in load_file(tmp_path / "out/model.safetensors")
+
+
+# ---- parts of tensors
+
+
+def test_two_modules_that_are_one_tensor_in_the_file(tmp_path):
+    torch.manual_seed(2)
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    live.check("Dinov2Model", tmp_path, inputs=inputs, target_modules=["gate_proj", "q_proj"])
+    assert any("weights_in" in name for name in load_file(tmp_path / "out/model.safetensors"))
