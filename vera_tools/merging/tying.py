@@ -101,8 +101,8 @@ def _share_in_place(group: _Group, touched: list[str], result: dict[str, Change]
             hint="untie the base before it is adapted",
         )
     for name in group.members:
-        change = result.get(name)
-        if change is None or (isinstance(change, Replacement) and not change.alone):
+        found = result.get(name)
+        if found is None or (isinstance(found, Replacement) and not found.alone):
             result[name] = saved[0]
 
 
