@@ -1,4 +1,4 @@
-"""Run by torchrun on two processes: train under DDP, then under FSDP2, and save what came out.
+"""Run by torchrun on two processes: train under DDP, then under FSDP2, and save what came out; PEFT's model likewise.
 
 Each process sees half of every batch; together they see what a single process would.
 """
@@ -12,13 +12,16 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.nn.models import OPTIONS, fresh, some_ids
+from tests.nn.models import OPTIONS, fresh, llama, peft_model, some_ids
+from vera_tools.errors import UsageError
 from vera_tools.nn import VeraConfig, VeraModel
+from vera_tools.nn import peft as vera_peft
 from vera_tools.nn.projection import same_bits
 
 STEPS, ROWS, LENGTH = 6, 4, 12
@@ -80,12 +83,40 @@ def run_fsdp(out: Path, rank: int) -> dict[str, bool]:
     }
 
 
+def run_peft(out: Path, rank: int) -> dict[str, object]:
+    """PEFT's own model, whose pair is recorded by the process that writes; `None` elsewhere."""
+    found: dict[str, object] = {}
+    model = peft_model(llama(), save_projection=False)
+    wrapped = DistributedDataParallel(model)
+    train(wrapped, rank=rank, processes=2)
+    found["ddp"] = vera_peft.save(wrapped, out / "peft-ddp") is not None
+
+    model = peft_model(llama(), save_projection=False)
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.get_base_model().model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    train(model, rank=rank, processes=2)
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    found["fsdp"] = vera_peft.save(model, out / "peft-fsdp", state_dict=state) is not None
+
+    held = model.base_model.vera_A
+    for name, placement in (("replicated", Replicate()), ("spread", Shard(0))):
+        held["default"] = distribute_tensor(fresh().vera_A["default"], mesh, [placement])
+        if rank == 0:
+            try:
+                found[name] = vera_peft.record(model, out / "peft-fsdp").projections.origin
+            except UsageError as error:
+                found[name] = str(error)
+    return found
+
+
 def main() -> None:
     out = Path(sys.argv[1])
     torch.set_num_threads(1)
     distributed.init_process_group("gloo")
     rank = distributed.get_rank()
-    report = {"ddp": run_ddp(out, rank), "fsdp": run_fsdp(out, rank)}
+    report = {"ddp": run_ddp(out, rank), "fsdp": run_fsdp(out, rank), "peft": run_peft(out, rank)}
     reports: list[object] = [None, None]
     distributed.all_gather_object(reports, report)
     if rank == 0:

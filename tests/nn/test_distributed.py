@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import vera_tools
 from tests import ROOT
 from tests.nn.distributed_worker import adapted, train
 from tests.peers import QUIET_PEERS
@@ -73,3 +74,21 @@ def test_ddp_does_not_send_the_pair(trained):
 def test_fsdp_shards_the_vectors_and_leaves_the_pair_whole_and_shared(trained):
     for report in json.loads((trained / "report.json").read_text()):
         assert report["fsdp"] == {"vectors_sharded": True, "pair_whole": True, "pair_shared": True}
+
+
+@pytest.mark.parametrize("engine", ["peft-ddp", "peft-fsdp"])
+def test_a_peft_models_pair_is_recorded_by_the_process_that_writes(trained, engine):
+    (report,) = vera_tools.verify(trained / engine).checkpoints
+    assert (report.verdict, report.ok) == ("reproducible", True)
+    assert json.loads((trained / engine / "vera_manifest.json").read_text())["origin"] == "live"
+    ours, single = (load_file(trained / where / "adapter_model.safetensors") for where in (engine, "single"))
+    assert ours.keys() == {name for name in single if "lambda" in name}
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, single[name], rtol=0, atol=1e-5)
+
+
+def test_a_pair_that_is_spread_over_processes_is_refused(trained):
+    first, second = (report["peft"] for report in json.loads((trained / "report.json").read_text()))
+    assert first | {"spread": ""} == {"ddp": True, "fsdp": True, "replicated": "live", "spread": ""}
+    assert "vera_A of the adapter 'default': is spread over processes" in first["spread"]
+    assert second == {"ddp": False, "fsdp": False}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Mapping
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from vera_tools.checkpoints.base import BaseModel
@@ -19,7 +22,7 @@ from vera_tools.checkpoints.manifest import (
     TensorRecord,
 )
 from vera_tools.dtypes import Array
-from vera_tools.files import safetensors
+from vera_tools.files import atomic, safetensors
 from vera_tools.files.safetensors import Deferred
 
 
@@ -67,6 +70,19 @@ def write_manifest(
         manifest = describe(checkpoint, record, base=base, original=original)
     (folder / MANIFEST_NAME).write_bytes(manifest.to_json().encode())
     return manifest
+
+
+@contextlib.contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """Hand out an empty folder; on leaving without an error its checkpoint takes the place of that in `folder`.
+
+    A trainer's folder holds more than the adapter, so the files are replaced one by one, each in one step.
+    """
+    with atomic.errors(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder) as at:
+        yield Path(at)
+        for name in (WEIGHTS_NAME, CONFIG_NAME, MANIFEST_NAME):
+            with atomic.file(folder / name) as temporary:
+                shutil.copyfile(Path(at) / name, temporary)
 
 
 def describe(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +13,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from vera_tools.checkpoints.base import rounds_through
-from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
-from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
-from vera_tools.checkpoints.manifest import MANIFEST_NAME, BaseRecord, ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.checkpoint import MODULES, ROOT, Checkpoint
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
-from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
@@ -283,12 +281,8 @@ def _write(
         with atomic.folder(folder) as temporary:
             write_checkpoint(temporary, config, tensors, record, base=base)
         return
-    # A trainer's folder holds more than the adapter, so its files are replaced one by one.
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder) as scratch:
-        write_checkpoint(Path(scratch), config, tensors, record, base=base)
-        for name in (WEIGHTS_NAME, CONFIG_NAME, MANIFEST_NAME):
-            with atomic.file(folder / name) as temporary:
-                shutil.copyfile(Path(scratch) / name, temporary)
+    with replaced_files(folder) as scratch:
+        write_checkpoint(scratch, config, tensors, record, base=base)
 
 
 def _whole(tensor: Tensor) -> Tensor:

@@ -1,4 +1,12 @@
-"""For people who stay with PEFT: put the projections that an adapter was trained with into a loaded PEFT model.
+"""For people who stay with PEFT: record adapters where they are trained, and load them with the pair of then.
+
+`save` is ``model.save_pretrained`` with a manifest made from the projections in memory, so that the adapter can be
+proven from its first save, also where ``save_projection`` is off. Import this module before the adapter is made:
+`vera_tools.nn.provenance` says why. ::
+
+    model = get_peft_model(base, VeraConfig(...))
+    ...
+    save(model, folder)
 
 PEFT before 0.21 draws the projections again when it loads a checkpoint, even where they are stored, and every PEFT
 draws those that are not stored as this machine's torch does, rounded through this base's dtype: Windows and Linux draw
@@ -28,14 +36,17 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import UsageError
 from vera_tools.files.opening import is_remote
-from vera_tools.nn import peft_arguments
+from vera_tools.nn import live, peft_arguments, provenance
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
+from vera_tools.nn.recording import record, save
 from vera_tools.platforms import rows
 from vera_tools.platforms.machine import this_platform
 from vera_tools.platforms.names import PLATFORMS
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
+
+__all__ = ["Change", "PeftClass", "RestoreReport", "load", "record", "restore_projections", "save"]
 
 
 @dataclass(frozen=True)
@@ -138,9 +149,8 @@ def restore_projections(
         UnprovenError: `strict`, and nothing records which recipe made the projections.
         FormatError: the checkpoint is unreadable, malformed, or not VeRA.
     """
-    layers: list[Any] = [module for module in peft_model.modules() if _is_vera_layer(module, adapter_name)]
-    if not layers:
-        raise UsageError(f"the model has no VeRA adapter {adapter_name!r}", hint="load the checkpoint with PEFT first")
+    adapter = live.find(peft_model, adapter_name)
+    layers = list(adapter.layers.values())
     if any(adapter_name in getattr(layer, "merged_adapters", ()) for layer in layers):
         raise UsageError(
             f"the adapter {adapter_name!r} is merged: the base weights hold its projections as they were",
@@ -164,6 +174,7 @@ def restore_projections(
         restored = values.to(device=held[0][adapter_name].device, dtype=dtype)
         for buffers in {id(buffers): buffers for buffers in held}.values():
             buffers[adapter_name] = restored
+    provenance.loaded(adapter, os.fspath(checkpoint), resolved.record)
     return RestoreReport(adapter_name, resolved.origin, resolved.record.recipe, changes, len(layers), widened)
 
 
@@ -243,11 +254,6 @@ def _drawn_elsewhere(recipe: Recipe) -> str | None:
         return None
     this = f"{PLATFORMS[here]} with torch {torch.__version__}"
     return f"PEFT draws such projections on {', '.join(rows.places(recipe.rounding))}, and others here: {this}"
-
-
-def _is_vera_layer(module: nn.Module, adapter_name: str) -> bool:
-    parts = (getattr(module, name, None) for name in ("vera_lambda_b", "vera_lambda_d", *PROJECTIONS))
-    return hasattr(module, "base_layer") and all(part is not None and adapter_name in part for part in parts)
 
 
 def _dtype_for(right: Mapping[str, Tensor], vectors: list[Tensor]) -> tuple[torch.dtype, bool]:
