@@ -132,8 +132,8 @@ def test_a_log_takes_any_path(hostile, tmp_path):
 
 
 def test_on_a_narrow_terminal_each_loader_has_a_line_of_its_own():
-    _, shown = run_terminal("verify", SOURCE, columns=40)
+    _, shown = run_terminal("verify", SOURCE, "-v", columns=40)
     text = " ".join(plain(shown).split())
     assert "vera-tools: float32 yes, bfloat16" in text
-    _, wide = run_terminal("verify", SOURCE, columns=80)
+    _, wide = run_terminal("verify", SOURCE, "-v", columns=80)
     assert re.search(r"loads exactly, by dtype of the base +float32  bfloat16", plain(wide))

@@ -32,6 +32,8 @@ from vera_tools.converting.strip import exact_in_peft
 from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
 from vera_tools.files.safetensors import TensorFile
 
+VECTOR = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_d"
+
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
 
 
@@ -52,6 +54,30 @@ def test_everything_but_the_pair_stays(name, tmp_path):
     assert report.saved_bytes == report.input_bytes - report.output_bytes
     assert config_of(out) == {**config_of(CHECKPOINTS / name), "save_projection": False}
     assert verify(out).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda tensors: tensors[VECTOR].__setitem__(2, np.nan), "tensors.finite"),
+        (lambda tensors: tensors.pop(VECTOR), "tensors.layers"),
+    ],
+)
+def test_what_is_damaged_loads_exactly_nowhere(checkpoint, tmp_path, change, check):
+    folder = checkpoint(KEPT)
+    edit(folder, change)
+    with pytest.warns(LoadingWarning, match=rf"damaged or incomplete: {check}: "):
+        report = strip_projections(folder, tmp_path / "out")
+    assert [found.id for found in report.damage] == [check]
+    assert {load.exact for load in report.loads} == {False}
+    _, document = run_json("strip-projections", folder, "-o", tmp_path / "again")
+    assert [found["id"] for found in document["damage"]] == [check]
+    shown = run_cli("strip-projections", folder, "-o", tmp_path / "third").stdout
+    assert "loads exactly nowhere: the adapter is damaged or incomplete" in shown
+    for stripped in (folder, tmp_path / "out"):
+        (found,) = verify(stripped).checkpoints
+        assert {load.exact for load in found.loads} == {False}
+        assert found.safety == "Not safe to load with any loader: the adapter is damaged or incomplete."
 
 
 def test_what_is_recorded_gives_the_original_back(checkpoint, tmp_path):
@@ -106,7 +132,7 @@ def test_refuses_what_no_recipe_makes(checkpoint, tmp_path):
         vera_A[3, 5] = np.nextafter(vera_A[3, 5], np.float32(1))
 
     edit(source, nudge)
-    with pytest.raises(CheckFailedError, match=r"vera_A edited: 0\.10% of the elements differ, by at most .*--force"):
+    with pytest.raises(CheckFailedError, match=r"vera_A edited, different in 1 place: \[3, 5\]; .*--force"):
         strip_projections(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -6,7 +6,9 @@ import ast
 import re
 
 from tests import ROOT
+from vera_tools.verifying.advice import REMEDIES
 from vera_tools.verifying.check_ids import CHECK_IDS
+from vera_tools.verifying.findings import MATCH
 
 _ID = re.compile(r"(config|tensors|metadata|manifest|base|projections)\.[A-Za-z_]+")
 
@@ -19,7 +21,7 @@ def reported() -> set[str]:
             if isinstance(node, ast.Call):
                 texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 found |= {text for text in texts[:1] if _ID.fullmatch(text)}
-    return found | {"tensors.lambda_b", "tensors.lambda_d"}  # named after the vectors that they look at
+    return found | {MATCH, "tensors.lambda_b", "tensors.lambda_d"}  # the last are named after what they look at
 
 
 def test_every_check_is_in_the_table_and_nothing_else_is():
@@ -27,5 +29,20 @@ def test_every_check_is_in_the_table_and_nothing_else_is():
 
 
 def test_every_check_is_documented_in_the_words_of_the_table():
-    text = (ROOT / "docs" / "verify.md").read_text("utf-8")
-    assert [check for check, meaning in CHECK_IDS.items() if f"| `{check}` | {meaning} |" not in text] == []
+    """What it looks at, how it comes about, what to do; under a heading that the report's link leads to."""
+    text = (ROOT / "docs" / "checks.md").read_text("utf-8")
+    sections = dict(re.findall(r"^## (\S+)\n\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert list(sections) == list(CHECK_IDS)
+    for check, meaning in CHECK_IDS.items():
+        words = " ".join(sections[check].split())
+        assert words.startswith(f"*{meaning}.* "), check
+        assert "- How it comes about: " in words, check
+        assert "- What to do: " in words, check
+
+
+def test_what_may_fail_has_a_remedy():
+    never = {"config.key", "metadata.assumed", "manifest.assumed", "base.recorded", MATCH}
+    assert set(REMEDIES) == set(CHECK_IDS) - never - {"tensors.lambda_b", "tensors.lambda_d"}
+    for words, command in REMEDIES.values():
+        assert not words.endswith(".")
+        assert command.split()[0] in ("vera-tools", "{again}", "{record}")

@@ -158,5 +158,8 @@ def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
     if report.verified is not None:
         proven = report.verified
         found = f"{proven.copied} tensors by digest, {proven.computed} computed again in float64: "
-        found += f"{proven.off:,} of {proven.elements:,} elements are not correctly rounded"
-        labelled(console, "verified", found + (", by no more than a float32 sum errs" if proven.off else ""))
+        exact = f"all {proven.elements:,} elements are correctly rounded"
+        near = (
+            f"all {proven.elements:,} elements within float32 summation error, {proven.off:,} of them not the nearest"
+        )
+        labelled(console, "verified", found + (near if proven.off else exact))

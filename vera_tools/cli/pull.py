@@ -15,7 +15,7 @@ from vera_tools.cli.shared import (
     output_options,
     strict_option,
 )
-from vera_tools.cli.verify import show
+from vera_tools.cli.verdicts import show
 from vera_tools.hub.pull import PullReport, pull
 from vera_tools.verifying.report import VerifyReport
 

@@ -109,11 +109,20 @@ def labelled(console: Console, label: str, message: str, *, style: str = "dim") 
     """A label and its text, wrapped beside it to the console's width: the form in which reports list their facts."""
     from rich.text import Text
 
-    width = max(console.width, 40) if not console.soft_wrap else 10**6
-    lines = textwrap.wrap(printable(message), width - 12, break_long_words=False, break_on_hyphens=False) or [""]
+    lines = wrapped(printable(message), text_width(console) - 12)
     console.print(Text.assemble("  ", (f"{label:9}", style), " ", lines[0]))
     for line in lines[1:]:
         console.print(Text(" " * 12 + line))
+
+
+def text_width(console: Console) -> int:
+    """How wide text may be: as the terminal is; a pipe gets one fact a line."""
+    return max(console.width, 40) if not console.soft_wrap else 10**6
+
+
+def wrapped(text: str, width: int) -> list[str]:
+    """The text in lines of at most `width`, no word of it broken; at least one line."""
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def human_bytes(count: int) -> str:

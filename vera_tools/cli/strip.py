@@ -50,6 +50,11 @@ def _show(report: StripReport, console: Console) -> None:
         f"{human_bytes(report.saved_bytes)} saved, {report.factor:.1f} times smaller"
     )
     show_common(report, console)
+    if report.damage:
+        console.print("  loads exactly nowhere: the adapter is damaged or incomplete")
+        for check in report.damage:
+            labelled(console, "fail", f"{check.id}: {check.message}")
+        return
     if report.projections.assumed and not report.forced:
         console.print(f"  loads exactly, if the recipe is right that was {report.projections.origin}")
         console.print("    vera-tools  on any machine and base")

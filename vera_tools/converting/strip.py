@@ -24,6 +24,8 @@ from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
 from vera_tools.platforms import rows
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.verifying import checks
+from vera_tools.verifying.findings import DAMAGE, Check
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
 
 _REMEDY = (
@@ -45,6 +47,7 @@ class StripReport(ConversionReport):
         forced: The pair cannot be made again, and was stripped all the same.
         loads: Which loader loads the stripped checkpoint exactly, on which machine and base.
         remedy: What helps where plain PEFT does not.
+        damage: The checks that failed because something else of the adapter is damaged or missing.
     """
 
     name: ClassVar[str] = "strip-projections"
@@ -55,6 +58,7 @@ class StripReport(ConversionReport):
     forced: bool
     loads: tuple[Load, ...]
     remedy: str
+    damage: tuple[Check, ...]
 
     def body(self) -> dict[str, Any]:
         """The strip-projections/v1 document's own part."""
@@ -67,6 +71,7 @@ class StripReport(ConversionReport):
             "nearest_recipe": nearest.to_dict() if nearest else None,
             "matches": {name: match.to_dict() for name, match in self.identification.matches.items()},
             "loads": [load.to_dict() for load in self.loads],
+            "damage": [check.to_dict() for check in self.damage],
         }
 
 
@@ -126,9 +131,10 @@ def strip_projections(
             )
             size = (folder / WEIGHTS_NAME).stat().st_size
         fits = opened.widest == resolved.record.shape.out_max
-        loads = _loads(opened, resolved, fits=fits)
+        damage = _damage(opened)
+        loads = _loads(opened, resolved, fits=fits, whole=not damage)
         remedy = _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
-        _warn(opened, resolved, loads, remedy)
+        _warn(opened, resolved, loads, remedy, damage)
         return StripReport(
             **common(opened, target, manifest, size),
             origin=resolved.origin,
@@ -138,6 +144,7 @@ def strip_projections(
             forced=not found.exact,
             loads=loads,
             remedy=remedy,
+            damage=damage,
         )
 
 
@@ -151,10 +158,7 @@ def describe_distance(found: Identification) -> str:
         if match.match == "identical":
             parts.append(f"{name} identical")
             continue
-        figures = f"{match.differing:.2%} of the elements differ"
-        if match.max_abs is not None:
-            figures += f", by at most {match.max_abs:.3g}"
-        parts.append(f"{name} {match.match}: {figures}")
+        parts.append(f"{name} {match.match}, different in {match.extent}")
     return f"nearest is {found.recipe.name} with key {found.recipe.prng_key}: {'; '.join(parts)}"
 
 
@@ -178,7 +182,13 @@ def _original(checkpoint: Checkpoint) -> Original | None:
     )
 
 
-def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool) -> tuple[Load, ...]:
+def _damage(checkpoint: Checkpoint) -> tuple[Check, ...]:
+    """What of the adapter, its projections apart, is damaged or missing: taking them out makes no whole of it."""
+    found = [*checks.structure(checkpoint), *checks.values(checkpoint, checks.scan(checkpoint))]
+    return tuple(check for check in found if check.status == "fail" and check.id in DAMAGE)
+
+
+def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool, whole: bool) -> tuple[Load, ...]:
     assert resolved.identification is not None
     return loader_table(
         Trained(
@@ -188,6 +198,7 @@ def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool) -> tuple[L
             recipes=resolved.identification.all_recipes,
             dtype=resolved.record.dtype,
             fits=fits,
+            whole=whole,
             assumed=resolved.identification.exact and resolved.record.assumed,
         )
     )
@@ -204,10 +215,14 @@ def _listed(names: tuple[str, ...]) -> str:
     return " or ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else names[0]
 
 
-def _warn(checkpoint: Checkpoint, resolved: Resolved, loads: tuple[Load, ...], remedy: str) -> None:
+def _warn(
+    checkpoint: Checkpoint, resolved: Resolved, loads: tuple[Load, ...], remedy: str, damage: tuple[Check, ...]
+) -> None:
     exact, found = exact_in_peft(loads), resolved.identification
     assert found is not None
-    if found.exact and resolved.record.assumed:
+    if damage:
+        message = f"the adapter is damaged or incomplete: {damage[0].id}: {damage[0].message}"
+    elif found.exact and resolved.record.assumed:
         message = f"the recipe was {resolved.record.origin}, so nobody knows where the stripped adapter is exact"
     elif not found.exact or found.recipe is None:
         message = f"the trained projections are lost: {describe_distance(found)}"

@@ -16,7 +16,8 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import CheckFailedError, FormatError, HubError, UnprovenError, VeraToolsError
 from vera_tools.files.hub_answers import RemoteFile
-from vera_tools.verifying.report import Check, CheckpointReport
+from vera_tools.verifying.findings import Check
+from vera_tools.verifying.report import CheckpointReport
 
 CARD_NAME = "README.md"
 PROVENANCE_NAME = "vera_provenance.json"

@@ -25,6 +25,8 @@ MatchKind = Literal["identical", "ulp", "rounded", "edited", "unrelated", "absen
 
 #: Up to so many differing elements are listed one by one.
 MAX_PLACES = 16
+#: In words, so many of them.
+MAX_SHOWN = 3
 #: float8_e5m2, the coarsest floating-point type in use, keeps values within 1/8; what is farther off is unrelated.
 MAX_ROUNDING = 2.0**-3
 #: Keys that training scripts are known to leave in place of the configured one.
@@ -57,6 +59,31 @@ class Match(Document):
     max_abs: float | None = 0.0
     max_ulp: int | None = 0
     relative_norm: float | None = 0.0
+
+    @property
+    def extent(self) -> str:
+        """How much of it differs, in words that go on "differs in ...": a place, a share, and by how much.
+
+        Distances stand only where they mean something: ulps where nothing but a rounding differs.
+        """
+        if self.places:
+            listed = ", ".join(str(list(place)) for place in self.places[:MAX_SHOWN])
+            more = f" and {len(self.places) - MAX_SHOWN} more" if len(self.places) > MAX_SHOWN else ""
+            return f"{len(self.places)} place{'s' if len(self.places) > 1 else ''}: {listed}{more}"
+        text = share(self.differing)
+        if self.match == "ulp" and self.max_ulp is not None:
+            text += f", by at most {self.max_ulp} ulp"
+        elif self.match == "rounded" and self.max_abs is not None:
+            text += f", by at most {self.max_abs:.2g}"
+        return text
+
+
+def share(part: float) -> str:
+    """A share of elements in words: "all elements", "51.2% of the elements"."""
+    if part >= 1:
+        return "all elements"
+    percent = "over 99.9%" if part > 0.999 else "under 0.1%" if part < 0.001 else f"{part:.1%}"
+    return f"{percent} of the elements"
 
 
 @dataclass(frozen=True)

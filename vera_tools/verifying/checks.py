@@ -19,7 +19,7 @@ from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.files.safetensors_library import LIBRARY
 from vera_tools.projections.key import seed
-from vera_tools.verifying.report import Check
+from vera_tools.verifying.findings import Check
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from vera_tools.checkpoints.placement import Placement, shape_of
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import some
-from vera_tools.verifying.report import Check
+from vera_tools.verifying.findings import Check
 
 _ANEW = "delete the record and record it anew with --base"
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 from vera_tools.dtypes import HALVES
 from vera_tools.platforms import rows
@@ -64,17 +65,40 @@ class Trained:
         dtype: The dtype they are stored or recorded in.
         fits: The pair has the size that the adapter's own layers give, which is the size PEFT makes room for.
         assumed: That they were trained with was assumed or stated, so that no loader is known to be right or wrong.
+        whole: Nothing else of the adapter is damaged or missing: else no loader computes what was trained.
         held_by: The dtypes to which the stored values can be cast without a change to any of them.
     """
 
     stored: bool
     save_projection: bool
     prng_key: int
-    recipes: Collection[Recipe] | None
+    recipes: tuple[Recipe, ...] | None
     dtype: str
     held_by: frozenset[str] = frozenset()
     fits: bool = True
     assumed: bool = False
+    whole: bool = True
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports, which hold the recipes already."""
+        return {
+            "stored": self.stored,
+            "save_projection": self.save_projection,
+            "prng_key": self.prng_key,
+            "made": None if self.recipes is None else bool(self.recipes),
+            "dtype": self.dtype,
+            "held_by": sorted(self.held_by),
+            "fits": self.fits,
+            "assumed": self.assumed,
+            "whole": self.whole,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], recipes: tuple[Recipe, ...]) -> Trained:
+        """The inverse of `to_dict`, for data that a schema has passed, and the recipes that stand beside it."""
+        others = {key: value for key, value in data.items() if key not in ("made", "held_by")}
+        made = {True: recipes, False: (), None: None}[data["made"]]
+        return cls(**others, recipes=made, held_by=frozenset(data["held_by"]))
 
 
 def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
@@ -93,6 +117,8 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
                 if trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
                     exact, why = None, f"{why}, if the recorded pair is the trained one, which nothing proves"
+                if not trained.whole:
+                    exact, why = False, f"{why}; but the adapter is damaged or incomplete, as the failed checks say"
                 cites = rows.citation(rounding) if redraws else None
                 table.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
     return tuple(table)

@@ -15,7 +15,7 @@ from vera_tools.checkpoints.names import is_embedding
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.checks import Scan, some
-from vera_tools.verifying.report import Check
+from vera_tools.verifying.findings import Check
 
 # What PEFT fills in or changes when it saves an adapter again. None of it changes what the adapter computes.
 _FILLED_IN = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_version", "revision")

@@ -57,7 +57,7 @@ class Result:
             "commit": self.commit,
             "status": status,
             "kind": outcome.kind if isinstance(outcome, Skipped) else None,
-            "checkpoint": outcome.to_dict() if isinstance(outcome, CheckpointReport) else None,
+            "checkpoint": outcome.to_dict(table=False) if isinstance(outcome, CheckpointReport) else None,
             "error": outcome.error.to_dict() if isinstance(outcome, Failed) else None,
         }
 
@@ -235,6 +235,8 @@ class _Log:
         data = parse_json(line.decode("utf-8", "replace"), where=where)
         schema.validate(data, "verify-line.v1", where=where)
         if data["commit"] and data["status"] != "failed" and data["base"] == self._base:
+            if data["status"] == "verified" and "trained" not in data["checkpoint"]:
+                return  # of an older version, which did not say what its loader table follows from
             outcome: Outcome = (
                 Skipped(data["path"], data["kind"])
                 if data["status"] == "skipped"

@@ -3,34 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 
-from vera_tools.errors import HubError, VeraToolsError
+from vera_tools.errors import FormatError, HubError, VeraToolsError
 from vera_tools.platforms import rows
 from vera_tools.projections.identification import Match
+from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document, Report, printable, worst
-from vera_tools.verifying.loads import Load
+from vera_tools.verifying import advice
+from vera_tools.verifying.advice import Step
+from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict
+from vera_tools.verifying.loads import Load, Trained, loader_table
 
-Status = Literal["pass", "fail", "warn", "skip"]
-Verdict = Literal["reproducible", "assumed", "unproven", "drift", "invalid"]
-
-#: From best to worst.
-VERDICTS: tuple[Verdict, ...] = ("reproducible", "assumed", "unproven", "drift", "invalid")
 _EXIT_CODES = {"reproducible": 0, "assumed": 3, "unproven": 3, "drift": 1, "invalid": 4}
 #: A projection that is not in the file, and of which nothing is recorded.
 ABSENT = Match(None, None, None, "absent")
-
-
-@dataclass(frozen=True)
-class Check(Document):
-    """One thing that was looked at. `id` is "<what>.<which>", stable from release to release."""
-
-    id: str
-    status: Status
-    message: str
 
 
 class Skipped(NamedTuple):
@@ -41,10 +31,15 @@ class Skipped(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """A checkpoint that could not be reached, and why."""
+    """A checkpoint that could not be reached, or is not there any more, and why."""
 
     path: str
     error: VeraToolsError
+
+    @property
+    def exit_code(self) -> int:
+        """5 where the network or the Hub refused, 4 for what is gone."""
+        return HubError.exit_code if isinstance(self.error, HubError) else FormatError.exit_code
 
 
 @dataclass(frozen=True)
@@ -60,8 +55,9 @@ class CheckpointReport(Document):
         recipe: What made the projections: exactly, or nearest (see `projections`), or None.
         also_matches: Other recipes that give the same bits.
         projections: "vera_A" and "vera_B" against `recipe`.
-        loads: The loader table.
+        trained: What the loader table follows from; None where nothing could be read.
         scope: What the verdict covers, in words.
+        base: The base that it was checked against, or else the one that its config names.
     """
 
     path: str
@@ -72,21 +68,66 @@ class CheckpointReport(Document):
     recipe: Recipe | None = None
     also_matches: tuple[Recipe, ...] = ()
     projections: tuple[Match, Match] = (ABSENT, ABSENT)
-    loads: tuple[Load, ...] = ()
+    trained: Trained | None = None
     scope: str = "nothing was proven"
+    base: str | None = None
 
     @property
     def ok(self) -> bool:
         """Whether no check failed."""
-        return not any(check.status == "fail" for check in self.checks)
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that failed."""
+        return tuple(check for check in self.checks if check.status == "fail")
+
+    @property
+    def loads(self) -> tuple[Load, ...]:
+        """The loader table; empty where nothing could be read."""
+        return loader_table(self.trained) if self.trained else ()
+
+    @property
+    def cause(self) -> str:
+        """Why the verdict is what it is, in words."""
+        said = [check.message for check in self.checks if check.id == MATCH]
+        return (said or [check.message for check in self.failed] or [self.scope])[0]
+
+    @property
+    def safety(self) -> str:
+        """Where it is safe to load, in one plain sentence: loaders and platforms by the names that people know."""
+        trained = self.trained
+        stored, whole = bool(self.projections_stored), trained is None or trained.whole
+        return advice.safety(self.verdict, self.loads, self.checks, stored=stored, whole=whole)
+
+    @property
+    def next_step(self) -> Step | None:
+        """What to do where the verdict is not `reproducible` or a check failed; None where all is well."""
+        return advice.next_step(
+            self.path,
+            self.verdict,
+            self.checks,
+            stored=bool(self.projections_stored),
+            key=self._other_key,
+            base=self.base,
+        )
+
+    @property
+    def _other_key(self) -> int | None:
+        """The key that exactly makes the stored pair in PEFT's order, where it is another one than the config's."""
+        recipe, trained = self.recipe, self.trained
+        if self.verdict != "drift" or recipe is None or trained is None or not trained.recipes:
+            return None
+        return recipe.prng_key if recipe.is_peft_order and not same_key(recipe.prng_key, trained.prng_key) else None
 
     def exit_code(self, require: Verdict = "reproducible") -> int:
         """The exit code where `require` is the worst verdict that passes."""
         code = 0 if VERDICTS.index(self.verdict) <= VERDICTS.index(require) else _EXIT_CODES[self.verdict]
         return code if self.ok else worst([code, 1])
 
-    def to_dict(self) -> dict[str, Any]:
-        """The checkpoint's entry in a verify/v1 document."""
+    def to_dict(self, *, table: bool = True) -> dict[str, Any]:
+        """The checkpoint's entry in a verify/v1 document; without the loader `table`, that in a line of a log."""
+        step = self.next_step
         return {
             "path": self.path,
             "verdict": self.verdict,
@@ -96,26 +137,34 @@ class CheckpointReport(Document):
             "recipe": self.recipe.to_dict() if self.recipe else None,
             "also_matches": [recipe.to_dict() for recipe in self.also_matches],
             "projections": {name: match.to_dict() for name, match in zip(PROJECTIONS, self.projections, strict=True)},
-            "loads": [load.to_dict() for load in self.loads],
+            **({"loads": [load.to_dict() for load in self.loads]} if table else {}),
+            "trained": self.trained.to_dict() if self.trained else None,
             "checks": [check.to_dict() for check in self.checks],
             "scope": self.scope,
+            "safety": self.safety,
+            "next": step.to_dict() if step else None,
+            "base": self.base,
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CheckpointReport:
         """The inverse of `to_dict`, for data that a schema has passed."""
         one, two = (_match(data["projections"][name]) for name in PROJECTIONS)
+        recipe = Recipe.from_dict(data["recipe"]) if data["recipe"] else None
+        others = tuple(Recipe.from_dict(other) for other in data["also_matches"])
+        made = (recipe, *others) if recipe else ()
         return cls(
             path=data["path"],
             verdict=data["verdict"],
             checks=tuple(Check(**check) for check in data["checks"]),
             save_projection=data["save_projection"],
             projections_stored=data["projections_stored"],
-            recipe=Recipe.from_dict(data["recipe"]) if data["recipe"] else None,
-            also_matches=tuple(Recipe.from_dict(recipe) for recipe in data["also_matches"]),
+            recipe=recipe,
+            also_matches=others,
             projections=(one, two),
-            loads=tuple(Load(**load) for load in data["loads"]),
+            trained=Trained.from_dict(data["trained"], made) if data["trained"] else None,
             scope=data["scope"],
+            base=data["base"],
         )
 
 
@@ -131,7 +180,7 @@ class VerifyReport(Report):
     Attributes:
         checkpoints: One report each, in the order asked for.
         skipped: Adapters of other kinds that a recursive search met.
-        failed: Those on the Hub that could not be reached, where there are several.
+        failed: Those that could not be reached, or are not there any more, where there are several.
         require: The worst verdict that passes.
     """
 
@@ -146,7 +195,7 @@ class VerifyReport(Report):
     def exit_code(self) -> int:
         """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0."""
         codes = [report.exit_code(self.require) for report in self.checkpoints]
-        return worst([*codes, *([HubError.exit_code] if self.failed else [])])
+        return worst([*codes, *(failed.exit_code for failed in self.failed)])
 
     @property
     def summary(self) -> dict[str, int]:
@@ -171,12 +220,15 @@ class VerifyReport(Report):
         """JUnit XML: a suite for each checkpoint, a case for its verdict and for each check."""
         root = ElementTree.Element("testsuites", name="vera-tools verify")
         for report in self.checkpoints:
-            failed = report.exit_code(self.require) != 0 and report.ok
             suite = ElementTree.SubElement(root, "testsuite", name=report.path)
             case = ElementTree.SubElement(suite, "testcase", classname=report.path, name="verdict")
-            if failed or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
-                ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.scope}")
+            said = {check.id: check.status for check in report.checks}
+            if said.get(MATCH) == "fail" or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
+                failure = ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.cause}")
+                failure.text = "\n".join(filter(None, [report.safety, _next(report.next_step)]))
             for check in report.checks:
+                if check.id == MATCH:  # that is the verdict in words
+                    continue
                 case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=check.id)
                 if check.status in ("fail", "skip"):
                     ElementTree.SubElement(
@@ -201,6 +253,10 @@ class VerifyReport(Report):
             element.text = element.text and printable(element.text)
         ElementTree.indent(root)
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _next(step: Step | None) -> str:
+    return f"next: {step.words}\n{step.command}" if step else ""
 
 
 #: What becomes of one checkpoint.

@@ -31,17 +31,9 @@ from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress
 from vera_tools.verifying import checks, fit, recorded, registry
 from vera_tools.verifying.checks import Scan
-from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, loader_table, redrawn
-from vera_tools.verifying.report import (
-    ABSENT,
-    VERDICTS,
-    Check,
-    CheckpointReport,
-    Failed,
-    Skipped,
-    Verdict,
-    VerifyReport,
-)
+from vera_tools.verifying.findings import DAMAGE, MATCH, VERDICTS, Check, Verdict
+from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, redrawn
+from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, Skipped, VerifyReport
 
 #: The checks that fail where the pair has another size than PEFT makes room for.
 _SIZES = frozenset({"tensors.out_max", "base.pair"})
@@ -152,6 +144,7 @@ class Verifier:
                 tuple(found),
                 save_projection=checkpoint.config.save_projection,
                 projections_stored=len(checkpoint.projections) == 2,
+                base=self._base_of(checkpoint),
             )
         scans = checks.scan(checkpoint)
         found += [*checks.values(checkpoint, scans), *recorded.against_manifest(checkpoint, scans)]
@@ -184,6 +177,7 @@ class Verifier:
             dtype=pair.dtype,
             fits=fits,
             assumed=verdict == "assumed",
+            whole=not _failed(found, DAMAGE),
             held_by=self._memory(("held", *identity), lambda: _held_by(pair)),
         )
         return CheckpointReport(
@@ -195,23 +189,24 @@ class Verifier:
             recipe=identified.recipe,
             also_matches=identified.also_matches,
             projections=(identified.matches["vera_A"], identified.matches["vera_B"]),
-            loads=loader_table(trained),
+            trained=trained,
             scope=_scope(checkpoint, found, verdict),
+            base=self._base_of(checkpoint),
         )
 
     def _seed_only(self, path: str, checkpoint: Checkpoint, found: list[Check]) -> CheckpointReport:
         config, record = checkpoint.config, checkpoint.recorded
         key = config.projection_prng_key
         verdict: Verdict = "unproven"
-        recipes: Collection[Recipe] | None = None
+        recipes: tuple[Recipe, ...] | None = None
         projections = (ABSENT, ABSENT)
         if record is None:
             message = "vera_A and vera_B are not stored, and nothing records which recipe makes them"
-            found.append(Check("projections.match", "skip", message))
+            found.append(Check(MATCH, "skip", message))
         elif record.recipe is None:
             verdict, recipes = "drift", ()
             message = "vera_A and vera_B are not stored, and no known recipe makes the recorded ones: they are lost"
-            found.append(Check("projections.match", "fail", message))
+            found.append(Check(MATCH, "fail", message))
         else:
             verdict, check, regenerated = self._regenerate(record.recipe, record, key)
             found.append(check)
@@ -231,6 +226,7 @@ class Verifier:
             dtype=dtype,
             fits=fits,
             assumed=verdict == "assumed",
+            whole=not _failed(found, DAMAGE),
         )
         return CheckpointReport(
             path,
@@ -241,28 +237,33 @@ class Verifier:
             recipe=record.recipe if record else None,
             also_matches=tuple(recipe for recipe in recipes or () if record and recipe != record.recipe),
             projections=projections,
-            loads=loader_table(trained),
+            trained=trained,
             scope=_scope(checkpoint, found, verdict),
+            base=self._base_of(checkpoint),
         )
+
+    def _base_of(self, checkpoint: Checkpoint) -> str | None:
+        return self._base.label if self._base else checkpoint.config.base_model_name_or_path
 
     def _regenerate(self, recipe: Recipe, record: ProjectionRecord, key: int) -> tuple[Verdict, Check, dict[str, str]]:
         shape, dtype = record.shape, record.dtype
         try:
             refuse_size(shape, dtype)
         except UsageError as error:
-            return "unproven", Check("projections.match", "fail", f"not regenerated: {error}"), {}
+            return "unproven", Check(MATCH, "fail", f"not regenerated: {error}"), {}
         got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))
         if not same_key(recipe.prng_key, key):
             message = f"the recorded recipe has key {recipe.prng_key}, the config {key}"
-            return "drift", Check("projections.match", "fail", message), got
+            return "drift", Check(MATCH, "fail", message), got
         wrong = [name for name in PROJECTIONS if got[name] != record.sha256[name]]
         if wrong:
-            message = f"regenerated under {recipe.name}, {' and '.join(wrong)} have other digests than the recorded"
-            return "drift", Check("projections.match", "fail", message), got
+            what = "has another digest" if len(wrong) == 1 else "have other digests"
+            message = f"regenerated under {recipe.name}, {' and '.join(wrong)} {what} than was recorded"
+            return "drift", Check(MATCH, "fail", message), got
         message = f"regenerated under {recipe.name}, both have the recorded digests"
         if record.assumed:
             message += f"; that it is the trained one was {record.origin}"
-        return "assumed" if record.assumed else "reproducible", Check("projections.match", "pass", message), got
+        return "assumed" if record.assumed else "reproducible", Check(MATCH, "pass", message), got
 
     def _same(self, recipe: Recipe, shape: PairShape, dtype: str) -> tuple[Recipe, ...]:
         """`recipe`, and what PEFT may draw that has the same bits."""
@@ -333,16 +334,18 @@ def _projections_check(identified: Identification, key: int, origin: Origin) -> 
         message = f"vera_A and vera_B are bit-identical to what key {key} gives"
         if origin in ASSUMED:
             message += f"; that it is the trained pair was {origin}"
-        return Check("projections.match", "pass", message)
+        return Check(MATCH, "pass", message)
     if identified.exact and recipe:
         how = f"key {recipe.prng_key}" + (
             "" if recipe.prng_key_B is None else f" and, for vera_B, key {recipe.prng_key_B}"
         )
         how += ", vera_B first" if recipe.b_first else ""
-        return Check("projections.match", "warn", f"vera_A and vera_B were made with {how}; the config says key {key}")
-    kinds = ", ".join(f"{name} is {match.match}" for name, match in identified.matches.items())
-    nearest = f"nearest recipe {recipe.name}" if recipe else "no known recipe is near"
-    return Check("projections.match", "warn", f"not what key {key} gives: {kinds} ({nearest})")
+        return Check(MATCH, "warn", f"vera_A and vera_B were made with {how}; the config says key {key}")
+    extents = {name: match.extent for name, match in identified.matches.items() if match.match != "identical"}
+    if len(extents) == len(PROJECTIONS) and len(set(extents.values())) == 1:
+        return Check(MATCH, "warn", f"{' and '.join(extents)} differ from what key {key} gives in {extents['vera_A']}")
+    parts = [f"{name} differs from what key {key} gives in {extent}" for name, extent in extents.items()]
+    return Check(MATCH, "warn", "; ".join(parts))
 
 
 def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:

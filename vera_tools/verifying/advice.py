@@ -1,0 +1,228 @@
+"""What a person needs of a report: where it is safe to load, in one plain sentence, and what to do next.
+
+Loaders and platforms have the names that people know. How a machine rounds is in recipes, in the loader table and in
+docs/projections.md, and not here.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from vera_tools.files import opening
+from vera_tools.platforms import rows
+from vera_tools.report import Document
+from vera_tools.verifying.findings import MATCH, Check, Verdict
+from vera_tools.verifying.loads import BASE_DTYPES, BASE_KINDS, OLD_PEFT, PEFT, VERA_TOOLS, Load
+
+#: Loaders in words.
+NAMES = {VERA_TOOLS: "vera-tools", PEFT: "PEFT 0.21 or newer", OLD_PEFT: "PEFT before 0.21"}
+_BOTH_PEFTS = "any PEFT"
+
+#: (rounding, dtype of the base) of each place where a loader is exact.
+Cells = frozenset[tuple[str, str]]
+EVERYWHERE: Cells = frozenset((rounding, dtype) for rounding in rows.ROUNDINGS for dtype in BASE_DTYPES)
+
+
+@dataclass(frozen=True)
+class Step(Document):
+    """What to do next.
+
+    Attributes:
+        words: What it is good for, one clause.
+        command: To be copied into a shell.
+    """
+
+    words: str
+    command: str
+
+
+def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, stored: bool, whole: bool) -> str:
+    """Where a checkpoint is safe to load, in one sentence.
+
+    Args:
+        verdict: Its verdict.
+        loads: Its loader table.
+        checks: What was found.
+        stored: Whether the projections are in the file.
+        whole: Whether nothing of it is damaged or missing.
+    """
+    failed = [check.id for check in checks if check.status == "fail" and check.id != MATCH]
+    if verdict == "invalid":
+        return "Not safe to load with any loader: no whole VeRA adapter could be read."
+    if not whole:
+        return "Not safe to load with any loader: the adapter is damaged or incomplete."
+    where = _where(loads)
+    if verdict == "drift" and (not stored or not where):
+        return "Not safe to load with any loader: the trained vera_A and vera_B cannot be made again."
+    if failed:
+        return f"Not safe to load before {'this is' if len(failed) == 1 else 'these are'} explained: {_list(failed)}."
+    if verdict == "unproven":
+        return "Not known to be safe with any loader: vera_A and vera_B are not stored, and no recipe is recorded."
+    if verdict == "assumed":
+        return "Not known to be safe with any loader: which vera_A and vera_B it was trained with is a guess."
+    if verdict == "drift" and _few(checks):
+        return "Not safe to load with any loader: a few stored elements were changed, which looks like damage."
+    if verdict == "drift":
+        return (
+            "Not safe to ship: its key does not give the stored vera_A and vera_B. "
+            f"If they are the trained ones, they load exactly with {where}."
+        )
+    if not where:
+        return "Not safe to load with any loader: none computes with the trained vera_A and vera_B."
+    exact = {loader for loader in NAMES if _cells(loads, loader) == EVERYWHERE}
+    silent = "" if exact == set(NAMES) else "; elsewhere PEFT silently computes with others"
+    return f"Safe to load with {where}{silent}."
+
+
+def _few(checks: Sequence[Check]) -> bool:
+    """Whether the verdict's own words name single places."""
+    return any(check.id == MATCH and re.search(r"in \d+ places?: ", check.message) for check in checks)
+
+
+def _where(loads: Sequence[Load]) -> str:
+    """The loaders that are exact, and where each is: "vera-tools everywhere; with PEFT only on Linux ..."."""
+    cells = {NAMES[loader]: _cells(loads, loader) for loader in NAMES}
+    if cells[NAMES[PEFT]] == cells[NAMES[OLD_PEFT]]:
+        cells = {NAMES[VERA_TOOLS]: cells[NAMES[VERA_TOOLS]], _BOTH_PEFTS: cells[NAMES[PEFT]]}
+    names = {name: name + _by_default(loads, name) for name in cells}
+    whole = [names[name] for name, exact in cells.items() if exact == EVERYWHERE]
+    parts = [f"{_list(whole)} everywhere"] if whole else []
+    parts += [f"{names[name]} only {_places(exact)}" for name, exact in cells.items() if exact and exact != EVERYWHERE]
+    return "; with ".join(parts)
+
+
+def _by_default(loads: Sequence[Load], name: str) -> str:
+    """A remark where other options than a loader's own make a difference."""
+    answers: dict[str, list[bool | None]] = {}
+    for load in loads:
+        if NAMES[load.loader] == name or (name == _BOTH_PEFTS and load.loader == PEFT):
+            answers.setdefault(str(load.options), []).append(load.exact)
+    return " (default options)" if len({tuple(row) for row in answers.values()}) > 1 else ""
+
+
+def _cells(loads: Iterable[Load], loader: str) -> Cells:
+    return frozenset(
+        (load.rounding, load.base_dtype) for load in loads if load.loader == loader and not load.options and load.exact
+    )
+
+
+def _places(cells: Cells) -> str:
+    """Where these cells are, in the names of platforms and dtypes of the base."""
+    dtypes = {
+        rounding: [dtype for dtype in BASE_DTYPES if (rounding, dtype) in cells]
+        for rounding in rows.ROUNDINGS
+        if any(where == rounding for where, _ in cells)
+    }
+    if len(dtypes) == len(rows.ROUNDINGS) and len({tuple(found) for found in dtypes.values()}) == 1:
+        return _on_bases(next(iter(dtypes.values()))).strip()
+    return " and ".join(
+        f"on {_list([_platform(place) for place in rows.places(rounding)])}{_on_bases(found)}"
+        for rounding, found in dtypes.items()
+    )
+
+
+def _platform(place: str) -> str:
+    # "Linux without AVX2" has a row of its own among those that draw otherwise; alone, "Linux" would promise it too.
+    return "Linux (AVX2 or Arm)" if place == "Linux" else place
+
+
+def _on_bases(dtypes: Sequence[str]) -> str:
+    if len(dtypes) == len(BASE_DTYPES):
+        return ""
+    return f" with a {_list([BASE_KINDS[dtype] for dtype in dtypes], last='or')} base"
+
+
+def _list(names: Sequence[str], *, last: str = "and") -> str:
+    return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+#: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
+REMEDIES: Mapping[str, tuple[str, str]] = {
+    "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
+    "config.schema": ("correct adapter_config.json, or copy it again from where it was trained", "{again}"),
+    "config.save_projection": ("copy it again from where it was trained, with its vera_A and vera_B", "{again}"),
+    "tensors.file": ("copy or download the file again; if the original is broken too, save it anew", "{again}"),
+    "tensors.official": ("save it again with the safetensors library, which PEFT reads with", "{again}"),
+    "tensors.layers": ("save it again from the trained model: vectors are missing", "{again}"),
+    "tensors.shapes": ("save it again, alone in its model: PEFT saves one pair for all adapters", "{again}"),
+    "tensors.out_max": ("save it again, alone in its model: PEFT saves one pair for all adapters", "{again}"),
+    "tensors.dtypes": ("save it again in float32, bfloat16 or float16", "{again}"),
+    "tensors.saved": ("save it again from the trained model: a module of modules_to_save is missing", "{again}"),
+    "tensors.unexpected": ("see which tensors the config does not explain", "vera-tools inspect -v {path}"),
+    "tensors.finite": ("training diverged or the file is damaged: take an earlier checkpoint", "{again}"),
+    "metadata.schema": ("copy the file again; its own record is damaged", "{again}"),
+    "metadata.projections": ("copy the file again; its vera_A or vera_B changed after it was written", "{again}"),
+    "metadata.manifest": ("copy both files again, or renew the manifest if this one is right", "{record}"),
+    "manifest.stale": ("if it was trained on and saved again, renew its manifest", "{record}"),
+    "manifest.schema": ("copy the manifest again, or delete it and record a new one", "{record}"),
+    "manifest.projections": ("copy the file again; its vera_A or vera_B changed after it was recorded", "{again}"),
+    "manifest.tensors": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
+    "manifest.config": ("restore the config; if the change was meant, renew the manifest", "{record}"),
+    "manifest.metadata": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
+    "manifest.recipe": ("restore the manifest; if the pair is right, renew it", "{record}"),
+    "base.modules": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
+    "base.pair": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
+    "base.parameters": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
+    "base.dtype": ("record it anew for the base that it was trained on", "vera-tools record {path} --base {base}"),
+}
+
+
+def next_step(
+    path: str, verdict: Verdict, checks: Sequence[Check], *, stored: bool, key: int | None, base: str | None
+) -> Step | None:
+    """What to do with a checkpoint that is not proven, or of which a check failed; None where all is well.
+
+    Args:
+        path: What the user called it.
+        verdict: Its verdict.
+        checks: What was found.
+        stored: Whether the projections are in the file.
+        key: The key that exactly makes the stored pair, where it is another one than the config's.
+        base: The base that its config names, or that it was checked against.
+    """
+    for check in checks:
+        if check.status == "fail" and check.id in REMEDIES:
+            words, command = REMEDIES[check.id]
+            if "--allow-pickle" in check.message:
+                words, command = "read the pickle, if you trust it", "vera-tools verify --allow-pickle {path}"
+            return _step(words, command, path, base)
+    if verdict == "drift":
+        return _after_drift(path, checks, stored=stored, key=key, base=base)
+    if verdict == "unproven":
+        words = "save it anew from the process that trained it, or state what it was trained on: it is then `assumed`"
+        return _step(words, "{record} --base {base}", path, base)
+    if verdict == "assumed":
+        words = "check on the machine that trained it that it draws this pair; then pass --require assumed to accept it"
+        return _step(words, "vera-tools drift --checkpoint {path}", path, base)
+    return None
+
+
+def _after_drift(path: str, checks: Sequence[Check], *, stored: bool, key: int | None, base: str | None) -> Step:
+    if key is not None:
+        words = f"if it was trained with key {key}, set projection_prng_key to {key} in adapter_config.json"
+        return _step(words, "{again}", path, base)
+    if not stored:
+        words = "take a copy that has the recorded pair, or the one that was recorded"
+        return _step(words, "{again}", path, base)
+    if _few(checks):
+        return _step("a few elements were changed: copy it again from where it was trained", "{again}", path, base)
+    words = "run it on the machine that trained it: it says whether that machine draws this pair"
+    return _step(words, "vera-tools drift --checkpoint {path}", path, base)
+
+
+def _step(words: str, command: str, path: str, base: str | None) -> Step:
+    remote = opening.is_remote(path)
+    again = "vera-tools verify {path}"
+    record = "vera-tools pull {path} -o pulled && vera-tools record pulled" if remote else "vera-tools record {path}"
+    text = command.replace("{again}", again).replace("{record}", record)
+    return Step(words, text.format(path=shlex.quote(path), base=shlex.quote(_base(base))))
+
+
+def _base(name: str | None) -> str:
+    """A BASE argument for the name that a config has."""
+    if not name:
+        return "BASE"
+    return f"hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else name
