@@ -100,6 +100,7 @@ def _generate(*arguments: str) -> str:
 
 def test_classes_generated_again_are_the_same():
     """One of each kind: entries are equal, and every module that is built is in the data."""
+    pytest.importorskip("transformers")
     made = json.loads(_generate("--only", ",".join(KINDS.values())))
     assert made["transformers"] == document()["transformers"]
     assert made["conversions"] == document()["conversions"]
@@ -339,5 +340,6 @@ def test_transformers_asked_about_one_configuration():
     ("LlamaForCausalLM", {"hidden_size": 30, "num_attention_heads": 7}, "."),
 ])  # fmt: skip
 def test_what_transformers_cannot_build_is_said(name, config, found):
+    pytest.importorskip("transformers")
     with pytest.raises(UnprovenError, match=found):
         witness.ask_transformers(config, name)
