@@ -119,7 +119,7 @@ def shrunk(document: Any, recipe: Recipe, name: str = "") -> Any:
     """A configuration's values, made small."""
     if isinstance(document, dict):
         small = {k: v if _SKIPPED.search(str(k)) else shrunk(v, recipe, str(k)) for k, v in document.items()}
-        return _mamba(_layered(small, document))
+        return _mamba(_rotary(_layered(small, document)))
     if isinstance(document, list | tuple):
         if name.endswith("section") and all(isinstance(value, int) for value in document):
             return [2, 1, 1] if recipe in (canonical, even) and len(document) == 3 else document
@@ -159,6 +159,27 @@ def _layered(small: dict[str, Any], document: dict[str, Any]) -> dict[str, Any]:
     for key in ("first_k_dense_replace", "moe_layer_start_index"):
         if isinstance(small.get(key), int):
             small[key] = min(small[key], 1)
+    return small
+
+
+def _rotary(small: dict[str, Any]) -> dict[str, Any]:
+    """What is rotated is as wide as a head, or the part of it that is; no more groups of experts than experts."""
+    if {"qk_rope_head_dim", "head_dim"} <= small.keys():
+        small["head_dim"] = small["qk_rope_head_dim"]
+    if {"qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"} <= small.keys():
+        small["qk_head_dim"] = (small["qk_rope_head_dim"] or 0) + (small["qk_nope_head_dim"] or 0)
+    for key in ("n_group", "topk_group", "num_expert_group", "n_groups_moe"):
+        if isinstance(small.get(key), int):
+            small[key] = 1
+    rope = small.get("rope_parameters")
+    heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+    if isinstance(rope, dict) and "mrope_section" in rope and isinstance(heads, int) and isinstance(width, int):
+        size = small.get("head_dim") or width // heads
+        half = int(size * (rope.get("partial_rotary_factor") or 1.0)) // 2
+        count = len(rope["mrope_section"])
+        parts = [half // count] * count
+        parts[0] += half - sum(parts)
+        small["rope_parameters"] = {**rope, "mrope_section": parts}
     return small
 
 

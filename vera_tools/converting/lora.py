@@ -25,6 +25,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve, rows
 from vera_tools.checkpoints.writing import describe
+from vera_tools.converting import peft_lora
 from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
 from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
@@ -111,8 +112,8 @@ def to_lora(
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: the regenerated pair is not the recorded one, the base does not fit, or a value of lora_A or
-            lora_B would not be finite.
+        CheckFailedError: the regenerated pair is not the recorded one, the base does not fit, a value of lora_A or
+            lora_B would not be finite, or PEFT does not load LoRA on such layers of such a base.
         UnprovenError: something would have to be assumed, and `strict`.
         UsageError: nothing says in_max, or the output cannot be where it was asked for.
     """
@@ -123,6 +124,8 @@ def to_lora(
         target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, base=base)
         refuse_half_a_pair(opened)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
+        kind = peft_lora.model_type(opened, model)
+        peft_lora.refuse_unloadable(opened, kind)
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
@@ -133,13 +136,13 @@ def to_lora(
         if widths_assumed:
             _warn_of_widths(opened, record, strict=strict)
         tensors = _Tensors(opened, resolved, {} if widths_assumed else widths, dtype)
-        config = lora_config(opened, r=record.shape.r)
+        config = lora_config(opened, r=record.shape.r, kind=kind)
         with target.open() as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
             size = (folder / WEIGHTS_NAME).stat().st_size
         rank = min((rank for rank in VLLM_MAX_RANKS if rank >= record.shape.r), default=None)
         padded = rank is not None and rank != record.shape.r
-        notes = (f"rank {record.shape.r} is none of vLLM's, which pads it to {rank}",) if padded else ()
+        notes = [f"rank {record.shape.r} is none of vLLM's, which pads it to {rank}"] if padded else []
         return LoraReport(
             **common(opened, target, manifest, size),
             origin=resolved.origin,
@@ -150,14 +153,22 @@ def to_lora(
             vllm_max_lora_rank=rank,
             vllm_obstacles=tuple(_vllm_obstacles(opened, record.shape.r)),
             widths_assumed=widths_assumed,
-            notes=notes,
+            notes=(*notes, *peft_lora.doubts(opened, kind)),
         )
 
 
-def lora_config(checkpoint: Checkpoint, *, r: int) -> dict[str, Any]:
-    """adapter_config.json of the LoRA adapter: what every PEFT since 0.4 knows, and nothing else."""
+def lora_config(checkpoint: Checkpoint, *, r: int, kind: str | None = None) -> dict[str, Any]:
+    """adapter_config.json of the LoRA adapter: what every PEFT since 0.4 knows, and nothing else.
+
+    Args:
+        checkpoint: The VeRA adapter.
+        r: Its rank.
+        kind: The base's model type, where it is known.
+    """
     config = checkpoint.config
     targets = config.target_modules
+    if isinstance(targets, str) and peft_lora.names_targets(kind):
+        targets = None
     return {
         "alpha_pattern": {},
         "auto_mapping": config.auto_mapping,
