@@ -6,6 +6,7 @@ Many: the good ones are counted, the others listed last by what is the matter wi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ from vera_tools.cli.shared import labelled, text_width, wrapped
 from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
+from vera_tools.verifying import advice
 from vera_tools.verifying.findings import MATCH, VERDICTS
 from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import CheckpointReport, VerifyReport
@@ -50,17 +52,19 @@ def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
 
 
 def _show_one(checkpoint: CheckpointReport, report: VerifyReport, console: Console, *, verbose: bool) -> None:
-    console.print(_headline(checkpoint))
+    console.print(_headline(checkpoint, report))
     _wrap(console, checkpoint.safety)
     _show_details(checkpoint, console, verbose=verbose)
     if verbose and checkpoint.loads:
         _show_loads(checkpoint.loads, console)
+    for name, words in report.gates(checkpoint):
+        labelled(console, "loads", f"{name}: {words or 'no change' * bool(report.against_loads) or 'exact'}")
     _show_next(checkpoint, report, console)
     if not verbose:
         _wrap(console, f"({_remark(checkpoint)})", style="dim")
 
 
-def _headline(checkpoint: CheckpointReport) -> Text:
+def _headline(checkpoint: CheckpointReport, report: VerifyReport) -> Text:
     from rich.text import Text
 
     text = Text(f"{printable(checkpoint.path)}: ")
@@ -71,6 +75,10 @@ def _headline(checkpoint: CheckpointReport) -> Text:
     text.append(checkpoint.verdict.upper(), style=_STYLES[checkpoint.verdict])
     if checkpoint.verdict == "drift":
         text.append(f", {printable(checkpoint.cause)}")
+    for name, words in report.gates(checkpoint):
+        if words:
+            text.append(f"; {_said(words).upper()} ", style=_FAILED)
+            text.append(f"with {name}")
     return text
 
 
@@ -98,8 +106,10 @@ def _show_details(checkpoint: CheckpointReport, console: Console, *, verbose: bo
 
 
 def _show_next(checkpoint: CheckpointReport, report: VerifyReport, console: Console) -> None:
-    step = checkpoint.next_step
-    if step and checkpoint.exit_code(report.require):
+    step = checkpoint.next_step if checkpoint.exit_code(report.require) else None
+    if step is None and any(answer.exact is not True for answer in report.answers(checkpoint)):
+        step = advice.gate_step(checkpoint.path, checkpoint.loads, stored=bool(checkpoint.projections_stored))
+    if step:
         labelled(console, "next:", step.words, style="bold")
         console.print(f"            {step.command}", soft_wrap=True)  # whole, so that it can be copied
 
@@ -142,10 +152,31 @@ def _show_groups(report: VerifyReport, console: Console) -> None:
         if step:
             labelled(console, "next:", words + ("; the first:" if len(members) > 1 else ""), style="bold")
             console.print(f"            {step.command}", soft_wrap=True)
+    for name, members in _by_gate(report).items():
+        for said, refused in members.items():
+            console.print(f"{said.upper()} with {name}: {len(refused)}", style=_FAILED)
+            for path, words in refused:
+                _hang(console, f"{path}{words}")
     if report.failed:
         console.print(f"FAILED, not verified: {len(report.failed)}", style=_FAILED)
         for path, error in report.failed:
             _hang(console, str(error) if path in str(error) else f"{path}: {error}")
+
+
+def _said(words: str) -> str:
+    """What a gate says, without where and why: "not exact", "may change"."""
+    return re.split(r" \(|:", words)[0]
+
+
+def _by_gate(report: VerifyReport) -> dict[str, dict[str, list[tuple[str, str]]]]:
+    """By gate, and by what it says ("not exact", "may change"): the checkpoints that it does not let pass, and why."""
+    found: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    for checkpoint in report.checkpoints:
+        for name, words in report.gates(checkpoint):
+            if words:
+                said = _said(words)
+                found.setdefault(name, {}).setdefault(said, []).append((checkpoint.path, words.removeprefix(said)))
+    return found
 
 
 def _reason(checkpoint: CheckpointReport) -> tuple[int, str]:
@@ -177,6 +208,10 @@ def _summary(report: VerifyReport) -> Text:
     sound = [checkpoint.verdict for checkpoint in report.checkpoints if checkpoint.ok]
     counts = [f"{sound.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in sound]
     text.append((", " if failed and counts else "") + ", ".join(counts) or ("" if failed else "none"))
+    for name, members in _by_gate(report).items():
+        for said, refused in members.items():
+            text.append(f"; {len(refused)} {said.upper()}", style=_FAILED)
+            text.append(f" with {name}")
     return text
 
 

@@ -29,6 +29,17 @@ from vera_tools.verifying.verify import verify
     show_default=True,
     help="The worst verdict that still exits 0.",
 )
+@click.option(
+    "--require-loads",
+    multiple=True,
+    metavar="SPEC",
+    help="Exit 1 where such a loader is not exact: peft>=0.21[:DTYPE][:PLATFORM][:torch==VERSION]. Repeatable.",
+)
+@click.option(
+    "--against-loads",
+    metavar="SPEC",
+    help="Exit 1 where a move from --require-loads to SPEC changes the projections, and list which.",
+)
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML too.")
 @click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Checkpoints at a time."
@@ -47,6 +58,8 @@ def command(
     recursive: bool,
     base: str | None,
     require: Verdict,
+    require_loads: tuple[str, ...],
+    against_loads: str | None,
     junit: Path | None,
     jobs: int,
     allow_pickle: bool,
@@ -70,6 +83,8 @@ def command(
             recursive=recursive,
             base=base,
             require=require,
+            require_loads=require_loads,
+            against_loads=against_loads,
             jobs=jobs,
             allow_pickle=allow_pickle,
             log=sys.stdout if log == "-" else log,

@@ -16,6 +16,9 @@ PLATFORMS = {
     "linux-x86_64-without-avx2": "Linux without AVX2",
 }
 
+#: Platform: the last minor release of torch that has a build for it.
+ENDED = {"macos-x86_64": (2, 2)}
+
 #: One name for each kind of machine, as operating systems spell it in lower case.
 MACHINES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
 

@@ -200,6 +200,17 @@ def next_step(
     return None
 
 
+def gate_step(path: str, loads: Sequence[Load], *, stored: bool) -> Step:
+    """What to do with a checkpoint that a gate on loaders does not let pass."""
+    refuses = [load for load in loads if load.loader == PEFT and not load.options and load.exact is not True]
+    target = shlex.quote(re.sub(r"[^\w.-]+", "-", path.rstrip("/").rsplit("/", 1)[-1]))
+    if stored or not refuses:
+        words = "as LoRA every loader is exact"
+        return _step(words, f"vera-tools convert {{path}} --to lora -o {target}-lora", path, None)
+    words = "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora`"
+    return _step(words, f"vera-tools embed-projections {{path}} -o {target}-embedded", path, None)
+
+
 def _after_drift(path: str, checks: Sequence[Check], *, stored: bool, key: int | None, base: str | None) -> Step:
     if key is not None:
         words = f"if it was trained with key {key}, set projection_prng_key to {key} in adapter_config.json"

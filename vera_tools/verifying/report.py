@@ -13,9 +13,10 @@ from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document, Report, printable, worst
-from vera_tools.verifying import advice
+from vera_tools.verifying import advice, gates
 from vera_tools.verifying.advice import Step
 from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict
+from vera_tools.verifying.gates import Answer, Change, LoadSpec
 from vera_tools.verifying.loads import Load, Trained, loader_table
 
 _EXIT_CODES = {"reproducible": 0, "assumed": 3, "unproven": 3, "drift": 1, "invalid": 4}
@@ -182,6 +183,8 @@ class VerifyReport(Report):
         skipped: Adapters of other kinds that a recursive search met.
         failed: Those that could not be reached, or are not there any more, where there are several.
         require: The worst verdict that passes.
+        require_loads: The loaders that have to be exact, or, with `against_loads`, the one moved from.
+        against_loads: The loaders moved to: then it is asked which checkpoints the move changes.
     """
 
     name: ClassVar[str] = "verify"
@@ -190,11 +193,33 @@ class VerifyReport(Report):
     skipped: tuple[Skipped, ...] = ()
     require: Verdict = "reproducible"
     failed: tuple[Failed, ...] = ()
+    require_loads: tuple[LoadSpec, ...] = ()
+    against_loads: LoadSpec | None = None
+
+    def answers(self, checkpoint: CheckpointReport) -> tuple[Answer, ...]:
+        """Whether a checkpoint passes each gate of `require_loads`."""
+        if self.against_loads:
+            return ()
+        return tuple(gates.answer(spec, checkpoint.loads) for spec in self.require_loads)
+
+    def change(self, checkpoint: CheckpointReport) -> Change | None:
+        """What the move to `against_loads` does to a checkpoint; None where none was asked about."""
+        if self.against_loads is None:
+            return None
+        return gates.change(self.require_loads[0], self.against_loads, checkpoint.loads)
+
+    def exit_code_of(self, checkpoint: CheckpointReport) -> int:
+        """One checkpoint's code, gates included."""
+        change = self.change(checkpoint)
+        passed = all(answer.exact for answer in self.answers(checkpoint)) and not (
+            change and change.changes is not False
+        )
+        return worst([checkpoint.exit_code(self.require), 0 if passed else 1])
 
     @property
     def exit_code(self) -> int:
         """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0."""
-        codes = [report.exit_code(self.require) for report in self.checkpoints]
+        codes = [self.exit_code_of(report) for report in self.checkpoints]
         return worst([*codes, *(failed.exit_code for failed in self.failed)])
 
     @property
@@ -209,11 +234,26 @@ class VerifyReport(Report):
     def body(self) -> dict[str, Any]:
         """The verify/v1 document's own part."""
         return {
-            "checkpoints": [report.to_dict() for report in self.checkpoints],
+            "checkpoints": [self._entry(report) for report in self.checkpoints],
             "platforms": rows.to_document(),
             "summary": self.summary,
             "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
             "failed": [{"path": path, "error": error.to_dict()} for path, error in self.failed],
+        }
+
+    def gates(self, checkpoint: CheckpointReport) -> list[tuple[str, str]]:
+        """Each gate's name, and why it does not let the checkpoint pass; "" where it does."""
+        found = [(answer.spec, _refusal(answer)) for answer in self.answers(checkpoint)]
+        if change := self.change(checkpoint):
+            found.append((f"a move from {change.before} to {change.after}", _refusal(change)))
+        return found
+
+    def _entry(self, checkpoint: CheckpointReport) -> dict[str, Any]:
+        change = self.change(checkpoint)
+        return {
+            **checkpoint.to_dict(),
+            "required_loads": [answer.to_dict() for answer in self.answers(checkpoint)],
+            "change": change.to_dict() if change else None,
         }
 
     def to_junit(self) -> str:
@@ -226,6 +266,10 @@ class VerifyReport(Report):
             if said.get(MATCH) == "fail" or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
                 failure = ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.cause}")
                 failure.text = "\n".join(filter(None, [report.safety, _next(report.next_step)]))
+            for name, words in self.gates(report):
+                case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=f"loads: {name}")
+                if words:
+                    ElementTree.SubElement(case, "failure", message=words)
             for check in report.checks:
                 if check.id == MATCH:  # that is the verdict in words
                     continue
@@ -253,6 +297,16 @@ class VerifyReport(Report):
             element.text = element.text and printable(element.text)
         ElementTree.indent(root)
         return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _refusal(answer: Answer | Change) -> str:
+    """Why a gate does not let a checkpoint pass, in words; "" where it does."""
+    if isinstance(answer, Answer):
+        said = {True: "", False: "not exact", None: "not known"}[answer.exact]
+    else:
+        said = {False: "", True: "changes", None: "may change"}[answer.changes]
+    place = f" ({answer.where})" if answer.where else ""
+    return f"{said}{place}: {answer.why}" if said else ""
 
 
 def _next(step: Step | None) -> str:

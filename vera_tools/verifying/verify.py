@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -32,6 +32,7 @@ from vera_tools.report import Progress
 from vera_tools.verifying import checks, fit, recorded, registry
 from vera_tools.verifying.checks import Scan
 from vera_tools.verifying.findings import DAMAGE, MATCH, VERDICTS, Check, Verdict
+from vera_tools.verifying.gates import LoadSpec
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, redrawn
 from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, Skipped, VerifyReport
 
@@ -46,6 +47,8 @@ def verify(
     recursive: bool = False,
     base: str | os.PathLike[str] | None = None,
     require: Verdict = "reproducible",
+    require_loads: str | Sequence[str] = (),
+    against_loads: str | None = None,
     jobs: int = 1,
     allow_pickle: bool = False,
     log: str | os.PathLike[str] | TextIO | None = None,
@@ -61,6 +64,11 @@ def verify(
         recursive: Search the folders for checkpoints; adapters of other kinds are counted as skipped.
         base: A base model to check them against. It adds checks and never changes a verdict.
         require: The worst verdict for which `VerifyReport.exit_code` is 0, where no check failed.
+        require_loads: Loaders that have to compute with exactly the trained projections, each as ``peft>=0.21``,
+            ``peft>=0.21:bfloat16`` or ``peft>=0.21:bfloat16:macos-arm64:torch==2.1`` (see `gates`): else the exit code
+            is at least 1.
+        against_loads: Loaders to move to from those of the one `require_loads`: the exit code is at least 1 where
+            that changes a checkpoint's projections, or may change them.
         jobs: Checkpoints verified side by side. Reading and hashing run in parallel, Python code does not.
         allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
         log: A file to append a JSON line to as each is done. What it says of a commit on the Hub is not verified again.
@@ -68,13 +76,18 @@ def verify(
 
     Raises:
         FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
-        UsageError: no checkpoint given, or one without a name, or an unknown `require`.
+        UsageError: no checkpoint given, one without a name, or an unknown `require`, `require_loads` or
+            `against_loads`.
         HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
     """
     if require not in VERDICTS:
         raise UsageError("unknown verdict to require", expected=" or ".join(VERDICTS), found=str(require))
     if not checkpoints:
         raise UsageError("no checkpoint given")
+    specs = tuple(map(LoadSpec.parse, [require_loads] if isinstance(require_loads, str) else require_loads))
+    against = LoadSpec.parse(against_loads) if against_loads is not None else None
+    if against and len(specs) != 1:
+        raise UsageError("`against_loads` goes with one `require_loads`, to move from", found=f"{len(specs)}")
     paths = list(_search(checkpoints)) if recursive else [os.fspath(path) for path in checkpoints]
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(base=model, allow_pickle=allow_pickle, skip_others=recursive)
@@ -92,16 +105,14 @@ def verify(
     finally:
         if model:
             model.close()
-    return _report([result for place in sorted(results) for result in results[place]], require)
-
-
-def _report(results: list[registry.Result], require: Verdict) -> VerifyReport:
-    outcomes = [result.outcome for result in results]
+    outcomes = [result.outcome for place in sorted(results) for result in results[place]]
     return VerifyReport(
         tuple(outcome for outcome in outcomes if isinstance(outcome, CheckpointReport)),
         tuple(outcome for outcome in outcomes if isinstance(outcome, Skipped)),
         require,
         tuple(outcome for outcome in outcomes if isinstance(outcome, Failed)),
+        specs,
+        against,
     )
 
 
