@@ -152,8 +152,8 @@ def _show_groups(report: VerifyReport, console: Console) -> None:
         if step:
             labelled(console, "next:", words + ("; the first:" if len(members) > 1 else ""), style="bold")
             console.print(f"            {step.command}", soft_wrap=True)
-    for name, members in _by_gate(report).items():
-        for said, refused in members.items():
+    for name, by_words in _by_gate(report).items():
+        for said, refused in by_words.items():
             console.print(f"{said.upper()} with {name}: {len(refused)}", style=_FAILED)
             for path, words in refused:
                 _hang(console, f"{path}{words}")
