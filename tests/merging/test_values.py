@@ -87,7 +87,8 @@ def test_float32_alone_would_round_some_elements_wrongly():
     rank, size = 256, 512
     vera_A = rng.uniform(-0.05, 0.05, (rank, size)).astype(np.float32)
     vera_B = rng.uniform(-0.1, 0.1, (size, rank)).astype(np.float32)
-    factor = arithmetic.Factor(rng.standard_normal(size), vera_B, rng.standard_normal(rank), vera_A, vera_A.T.copy())
+    lambda_b, lambda_d = rng.standard_normal(size) * 0.02, rng.standard_normal(rank)
+    factor = arithmetic.Factor(lambda_b, vera_B, lambda_d, vera_A, vera_A.T.copy())
     weight = (rng.standard_normal((size, size)) * 0.02).astype(np_dtype("bfloat16"))
     single, double = (
         arithmetic.Delta([factor], transposed=False, dtype=np.dtype(dtype), workspace=Workspace())
@@ -101,7 +102,7 @@ def test_float32_alone_would_round_some_elements_wrongly():
     rows, columns = rounding.sum_to_half(
         product,
         weight,
-        error=spread * arithmetic.ERROR,
+        error=spread * np.float32(single.error_share(np.dtype(np.float32))),
         bound=spread.max() + np.abs(weight.astype(np.float32)).max(),
         out=result,
         workspace=Workspace(),
@@ -111,7 +112,7 @@ def test_float32_alone_would_round_some_elements_wrongly():
     assert wrong.any()
     assert not (wrong & ~found).any()
     assert found.mean() < 0.02
-    assert np.allclose(single.exactly(weight, rows, columns, start=0), exact[rows, columns], rtol=0, atol=1e-15)
+    assert np.allclose(single.closely(weight, rows, columns, start=0), exact[rows, columns], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -4,10 +4,11 @@ The adapters' factors are laid side by side, so that several adapters are one ma
 dimension, and the sum is rounded to the weight's dtype once however many there are. float64 weights are merged in
 float64. Work is done in blocks of rows, whose scratch memory does not grow with the weight.
 
-A half-precision weight comes out correctly rounded. Where the float32 sum lies so near the middle between two of its
-neighbours that its own error (`Delta.spread`) could decide, that element alone, a few in ten thousand, is computed
-again in float64 (`Delta.exactly`). So the result does not depend on the order in which a BLAS adds, on the number of
-its threads, or on the machine.
+A half-precision weight comes out correctly rounded, whatever the adapter. Where the float32 sum lies so near the middle
+between two of its neighbours that its own error (`Delta.error_share`) could decide, that element alone, a few in a
+thousand, is computed again in float64 (`Delta.closely`), and where that cannot decide either, in integers
+(`Delta.exactly`). So the result does not depend on the order in which a BLAS adds, on the number of its threads, or on
+the machine.
 """
 
 from __future__ import annotations
@@ -18,17 +19,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from vera_tools.dtypes import Array
+from vera_tools.merging import exact
 from vera_tools.merging.workspace import Workspace
 
 #: Elements of a weight that are merged at a time: 4 MB of float32, which stays in a CPU's outer cache.
 BLOCK = 1 << 20
 #: Places that are computed in float64 at a time.
-PLACES = 1 << 10
+PLACES = 1 << 8
 #: Share of doubtful elements above which a whole block in float64 costs less than its single places.
-CROWDED = 1 / 128
+CROWDED = 1 / 64
 
-#: The most by which a float32 product errs, as a share of `Delta.spread`.
-ERROR = np.float32(2.0**-22)
+#: By how much a rounding changes a number at most, as a share of it.
+UNITS = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
+
+# Added to a norm. It stands for what is lost below the smallest numbers when elements are squared or multiplied, also
+# where a processor was told to take subnormal numbers for zero: 2**-126 is far less than 2**-100 of a rounding.
+_FLOOR = 2.0**-50
 
 
 def accumulator(dtype: str) -> np.dtype[np.float32] | np.dtype[np.float64]:
@@ -84,7 +90,7 @@ class Delta:
         outs, ins = factors[0].lambda_b.size, factors[0].vera_A.shape[1]
         self.shape = (ins, outs) if transposed else (outs, ins)
         self._right = self._out_side(0, outs, "right").T if transposed else self._in_side(0, ins, "right")
-        self._largest_column = _norms(self._right, "ij,ij->j").max()
+        self._largest_column = _norms(self._right, axis=0).max()
 
     def left(self, start: int, stop: int) -> Array:
         """Rows `start` to `stop` of the left matrix, (stop - start, sum of ranks), until the next are asked for."""
@@ -98,13 +104,25 @@ class Delta:
     def spread(self, left: Array) -> Array:
         """For rows of the left matrix, the norm of each times the largest norm of a column of the right one.
 
-        No element of the product is larger, and a float32 sum of r products errs by about 2**-26 of it: r roundings of
-        partial sums, each at random. In 10**7 sums none erred by more than `ERROR` times it.
+        No element of the product is larger, nor is the sum of the magnitudes of the products that make it (Cauchy and
+        Schwarz).
         """
-        rows: Array = _norms(left, "ij,ij->i") * self._largest_column
+        rows: Array = _norms(left, axis=1) * self._largest_column
         return rows
 
-    def exactly(self, weight: Array, rows: Array, columns: Array, *, start: int) -> Array:
+    def error_share(self, dtype: np.dtype[np.floating]) -> float:
+        """The most by which an element of the product errs when it is computed in `dtype`, as a share of `spread`.
+
+        Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1: a sum of n products errs by
+        at most n u / (1 - n u) of the sum of their magnitudes, in whatever order it is added, and whether products are
+        fused with sums or not. To n come the roundings of what is multiplied, one addition for each adapter, and the
+        error of the norms in `spread`. Infinite where n is so large that this says nothing.
+        """
+        steps = (2 * self._rank + len(self._factors) + 8) * UNITS[dtype]
+        n = (self._rank + len(self._factors) + 8) * UNITS[dtype]
+        return n / (1 - n) * (1 + steps) * 1.001 if steps < 0.01 else np.inf
+
+    def closely(self, weight: Array, rows: Array, columns: Array, *, start: int) -> Array:
         """W + change at single places, in float64.
 
         Args:
@@ -121,6 +139,24 @@ class Delta:
                 total[part] += self._sums(factor, outs[part], ins[part])
         return total
 
+    def exactly(self, weights: Array, rows: Array, columns: Array) -> Array:
+        """W + change at single places, without any rounding but one to odd, in float64.
+
+        Args:
+            weights: The weight's element at each place.
+            rows: Row of each place.
+            columns: Column of each place.
+        """
+        outs, ins = (columns, rows) if self._transposed else (rows, columns)
+        terms = [[term] for term in _scalars(weights)]
+        for factor in self._factors:
+            lambda_d = exact.Scaled(factor.lambda_d)
+            for place, lambda_b in enumerate(_scalars(factor.lambda_b[outs])):
+                B, A = exact.Scaled(factor.vera_B_at(outs[place : place + 1])[0]), exact.Scaled(factor.columns[ins[place]])
+                integer, exponent = exact.product_sum([B, lambda_d, A])
+                terms[place].append((lambda_b[0] * integer, lambda_b[1] + exponent))
+        return np.array([exact.to_odd(*exact.total(parts)) for parts in terms], np.float64)
+
     def _sums(self, factor: Factor, outs: Array, ins: Array) -> Array:
         """One adapter's change at places (outs[i], ins[i]), in float64."""
         rank, array = factor.lambda_d.size, self._workspace.array
@@ -130,8 +166,8 @@ class Delta:
         )
         factor.vera_B_at(outs, out=left)
         np.take(factor.columns, ins, axis=0, out=right, mode="clip")
-        scaled = np.multiply(right, factor.lambda_d, dtype=np.float64, out=array("dA", left.shape, np.float64))
-        sums: Array = np.einsum("ij,ij->i", left, scaled) * factor.lambda_b[outs].astype(np.float64)
+        products = np.multiply(left, right, dtype=np.float64, out=array("BA", left.shape, np.float64))
+        sums: Array = (products @ factor.lambda_d.astype(np.float64)) * factor.lambda_b[outs].astype(np.float64)
         return sums
 
     def rows(self, start: int, stop: int, *, out: Array) -> Array:
@@ -160,9 +196,15 @@ class Delta:
         return matrix
 
 
-def _norms(matrix: Array, sum_of: str) -> Array:
-    """Norms of rows or columns, and a little more: what underflows when it is squared counts too."""
-    norms: Array = np.sqrt(np.einsum(sum_of, matrix, matrix)) + matrix.dtype.type(2.0**-66)
+def _scalars(values: Array) -> list[tuple[int, int]]:
+    scaled = exact.Scaled(values)
+    return list(zip(scaled.integers, scaled.exponents, strict=True))
+
+
+def _norms(matrix: Array, *, axis: int) -> Array:
+    """Norms of columns (axis 0) or rows (axis 1), and a little more; zero for those that are nothing but zeros."""
+    squares = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", matrix, matrix)
+    norms: Array = np.where(matrix.any(axis=axis), np.sqrt(squares) + matrix.dtype.type(_FLOOR), matrix.dtype.type(0))
     return norms
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,12 @@ STRIP = 1 << 18
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
 _LAST_BITS = np.float32(2.0**-23 * 1.02)
 
+# The same for float64, where the margin itself is added with one more rounding.
+_LAST_BITS_OF_DOUBLE = 2.0**-51
+
+#: Elements of one block, or of one tensor that is verified, that are computed in integers at most: a minute or so.
+MAX_EXACT = 1 << 16
+
 # What bfloat16 cuts off a float32: so many bits, and half and one of its last place in them.
 _BITS, _HALF, _ONE = np.uint32(16), np.uint32(1 << 15), np.uint32(1 << 16)
 
@@ -31,7 +38,7 @@ def rounded(values: Array, dtype: str) -> Array:
 
 
 def sum_to_half(
-    total: Array, weight: Array, *, error: Array, bound: np.float32, out: Array, workspace: Workspace
+    total: Array, weight: Array | None, *, error: Array, bound: np.float32, out: Array, workspace: Workspace
 ) -> tuple[Array, Array]:
     """Add a weight to a product, round to a half type, and find what its own error may have rounded the wrong way.
 
@@ -40,7 +47,7 @@ def sum_to_half(
 
     Args:
         total: (rows, columns) float32, the product; holds the sum afterwards.
-        weight: (rows, columns), of any dtype that float32 holds.
+        weight: (rows, columns), of any dtype that float32 holds; None where `total` is the sum already, rounded once.
         error: (rows,) float32: how far the products of a row may be off.
         bound: No sum is larger. Finite.
         out: (rows, columns), bfloat16 or float16: the result.
@@ -60,7 +67,8 @@ def sum_to_half(
             strip = slice(start, start + step)
             sums = total[strip]
             either = workspace.array("either", (2, *sums.shape), np.float32)
-            _add(weight[strip], sums, scratch=either[0])
+            if weight is not None:
+                _add(weight[strip], sums, scratch=either[0])
             np.add(sums, slack, out=either[0])
             np.subtract(sums, slack, out=either[1])
             differs = workspace.array("differs", sums.shape, np.bool_)
@@ -74,6 +82,35 @@ def sum_to_half(
     out[rows, places] = high
     doubtful = low.view(np.uint16) != high.view(np.uint16)
     return rows[doubtful], places[doubtful]
+
+
+def decide(sums: Array, error: Array, dtype: str, exactly: Callable[[Array], Array]) -> Array:
+    """float64 sums rounded to a half type as the exact sums are.
+
+    Args:
+        sums: float64. NaN and infinity have no error, and stay.
+        error: float64, how far each may be off.
+        dtype: The half type.
+        exactly: For places in `sums`, the exact sums in float64, rounded to odd.
+
+    Raises:
+        CheckFailedError: so many are open that computing them exactly would take hours.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        margin = error + np.abs(sums) * _LAST_BITS_OF_DOUBLE
+        low, high = rounded(sums - margin, dtype), rounded(sums + margin, dtype)
+    certain = low.view(np.uint16) == high.view(np.uint16)
+    places = np.flatnonzero(~certain & np.isfinite(margin))
+    if places.size > MAX_EXACT:
+        raise CheckFailedError(
+            f"{places.size} sums lie in the middle between two {dtype} numbers, or nearer to it than float64 can tell",
+            expected=f"{MAX_EXACT} at most",
+            hint="merge into a float32 base, or with --dtype float32",
+        )
+    result = rounded(sums, dtype)
+    if places.size:
+        result[places] = rounded(exactly(places), dtype)
+    return result
 
 
 def _add(weight: Array, total: Array, *, scratch: Array) -> None:

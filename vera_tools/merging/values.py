@@ -11,9 +11,9 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
-from vera_tools.merging.arithmetic import ERROR, Delta, accumulator, row_blocks
+from vera_tools.merging.arithmetic import Delta, accumulator, row_blocks
 from vera_tools.merging.entries import Cast, Computed, Merged, Origin, Patched, Replaced
-from vera_tools.merging.rounding import check_finite, largest, rounded, sum_to_half
+from vera_tools.merging.rounding import check_finite, decide, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -76,50 +76,97 @@ def _merged(
     dtype = np.dtype(np.float64) if exact else accumulator(entry.origin.info.dtype)
     change = delta(entry, dtype=dtype, workspace=workspace)
     columns = change.shape[1]
-    settle = entry.info.dtype in HALVES and dtype == np.float32
+    in_float32 = dtype == np.float32
     for start, stop in row_blocks(change.shape):
         weight = _read(base, entry.origin, start * columns, stop * columns, workspace).reshape(-1, columns)
         if digest is not None:
             digest.update(as_bytes(weight))
-        left = change.left(start, stop)
-        total = change.product(left, out=workspace.array("total", weight.shape, dtype))
-        if settle:
-            yield _settled(total, change, weight, left, entry, start=start, workspace=workspace)
+        if entry.info.dtype in HALVES and not exact:
+            settled = _in_float32(change, weight, entry, start=start, workspace=workspace) if in_float32 else None
+            if settled is None:
+                in_float32 = False
+                settled = _in_float64(weight, entry, start=start, workspace=workspace)
+            yield settled
         else:
+            total = change.rows(start, stop, out=workspace.array("total", weight.shape, dtype))
             with np.errstate(over="ignore", invalid="ignore"):
                 np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
             yield _finished(total, entry, exact=exact), False
 
 
-def _settled(
-    total: Array, change: Delta, weight: Array, left: Array, entry: Merged, *, start: int, workspace: Workspace
-) -> tuple[Array, bool]:
+def _in_float32(
+    change: Delta, weight: Array, entry: Merged, *, start: int, workspace: Workspace
+) -> tuple[Array, bool] | None:
     """The correctly rounded sum in a half type, of rows from `start` on, and whether it is known to be finite.
 
-    `total` holds the product.
+    None where float32 is no use: numbers are too large for it, or it leaves too many elements open.
     """
-    dtype = entry.info.dtype
+    left = change.left(start, start + len(weight))
+    spread, bound = _largest_sums(change, left, weight)
+    share = change.error_share(np.dtype(np.float32))
+    if not np.isfinite(bound + np.float32(share)):
+        return None
+    total = change.product(left, out=workspace.array("total", weight.shape, np.float32))
+    result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
+    error = spread * np.float32(share)
+    rows, places = sum_to_half(total, weight, error=error, bound=bound, out=result, workspace=workspace)
+    if rows.size > arithmetic.CROWDED * result.size:
+        return None
+    sums = change.closely(weight, rows, places, start=start)
+    errors = spread[rows].astype(np.float64) * change.error_share(np.dtype(np.float64))
+    result[rows, places] = _decided(change, weight, entry, sums, errors, (rows, places), start)
+    return result, _fits(bound, entry.info.dtype)
+
+
+def _in_float64(weight: Array, entry: Merged, *, start: int, workspace: Workspace) -> tuple[Array, bool]:
+    """The same by way of float64, whatever the numbers are; NaN and infinity come out where they go in."""
+    change = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
+    left = change.left(start, start + len(weight))
+    spread, bound = _largest_sums(change, left, weight)
+    with np.errstate(over="ignore", invalid="ignore"):
+        sums = change.product(left, out=np.empty(weight.shape))
+        sums += weight.astype(np.float64)
+        errors = spread * change.error_share(np.dtype(np.float64))
+    result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
+    if np.isfinite(bound):  # rounded to float32 they tell which of them are near a middle, at a fraction of the cost
+        total = sums.astype(np.float32)
+        error = errors.astype(np.float32) + np.float32(2.0**-148)
+        rows, places = sum_to_half(total, None, error=error, bound=bound, out=result, workspace=workspace)
+    else:
+        rows, places = np.divmod(np.arange(weight.size), weight.shape[1])
+    result[rows, places] = _decided(change, weight, entry, sums[rows, places], errors[rows], (rows, places), start)
+    return result, _fits(bound, entry.info.dtype)
+
+
+def _largest_sums(change: Delta, left: Array, weight: Array) -> tuple[Array, np.float32]:
+    """What no element of each row of a change exceeds, and what no sum does; that is infinite or NaN past float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         spread = change.spread(left)
-        bound = largest(weight).astype(np.float32) + spread.max()
-    if not np.isfinite(bound):
-        return rounded(_in_float64(entry, weight, start), dtype), False
-    result = workspace.array("result", weight.shape, np_dtype(dtype))
-    rows, places = sum_to_half(total, weight, error=spread * ERROR, bound=bound, out=result, workspace=workspace)
-    if rows.size > arithmetic.CROWDED * result.size:
-        result = rounded(_in_float64(entry, weight, start), dtype)
-    else:
-        result[rows, places] = rounded(change.exactly(weight, rows, places, start=start), dtype)
-    return result, bool(np.isfinite(rounded(bound, dtype)))
+        return spread, np.float32(largest(weight).astype(np.float64) + spread.max()) * np.float32(1.001)
 
 
-def _in_float64(entry: Merged, weight: Array, start: int) -> Array:
-    """W + change in float64, for the rows from `start` on of which `weight` is the stored weight."""
-    double = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
-    with np.errstate(over="ignore", invalid="ignore"):
-        total = double.rows(start, start + len(weight), out=np.empty(weight.shape))
-        total += weight.astype(np.float64)
-    return total
+def _fits(bound: np.float32, dtype: str) -> bool:
+    return bool(np.isfinite(rounded(np.array(bound), dtype)))
+
+
+def _decided(
+    change: Delta, weight: Array, entry: Merged, sums: Array, errors: Array, places: tuple[Array, Array], start: int
+) -> Array:
+    """The float64 sums at some places of a block, rounded as the exact ones are."""
+
+    def exactly(chosen: Array) -> Array:
+        rows, columns = (indices[chosen] for indices in places)
+        return change.exactly(weight[rows, columns], rows + start, columns)
+
+    return decide(sums, errors, entry.info.dtype, exactly)
+
+
+def exact_at(base: BaseModel, entry: Merged, places: Array) -> Array:
+    """Single elements of a merged tensor, by their places in row-major order: exact, in float64 rounded to odd."""
+    name, info = entry.origin
+    weights = np.concatenate([base.files[name].read_elements(info, place, place + 1) for place in places.tolist()])
+    change = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
+    return change.exactly(weights, *np.divmod(places, change.shape[1]))
 
 
 def _replaced(base: BaseModel, entry: Replaced, *, exact: bool, workspace: Workspace) -> Iterator[Array]:

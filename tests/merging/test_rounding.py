@@ -1,0 +1,259 @@
+"""Correct rounding of half-precision weights for adapters that were made to defeat it, against rational arithmetic."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import vera_tools
+from tests.adapters import edit
+from tests.merging.models import make_adapter, make_base, weights
+from vera_tools.dtypes import np_dtype
+from vera_tools.errors import CheckFailedError
+from vera_tools.merging import arithmetic, exact, rounding
+from vera_tools.merging.workspace import Workspace
+
+BITS = {"bfloat16": (8, -133), "float16": (11, -24)}  # of the significand; the exponent of the smallest number
+
+
+def nearest(value: Fraction, dtype: str) -> float:
+    """A rational number, finite in the half type, rounded to nearest even."""
+    significand, smallest = BITS[dtype]
+    if not value:
+        return 0.0
+    exponent = value.numerator.bit_length() - value.denominator.bit_length()
+    while abs(value) >= Fraction(2) ** exponent:
+        exponent += 1
+    step = Fraction(2) ** max(exponent - significand, smallest)
+    return float(round(value / step) * step)  # Python rounds a tie to even
+
+
+def change(adapter, module, row, column):
+    """One element of an adapter's change, without rounding."""
+    tensors = weights(adapter)
+    prefix = f"base_model.model.{module}."
+    A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    d, b = (tensors[prefix + name] for name in ("vera_lambda_d", "vera_lambda_b"))
+    terms = (Fraction(float(B[row, k])) * Fraction(float(d[k])) * Fraction(float(A[k, column])) for k in range(len(d)))
+    return Fraction(float(b[row])) * sum(terms)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@given(
+    numerator=st.integers(-(2**80), 2**80),
+    exponent=st.integers(-120, 15),
+)
+@settings(deadline=None)
+def test_integers_round_as_rationals_do(dtype, numerator, exponent):
+    value = Fraction(numerator) * Fraction(2) ** (exponent - 80)
+    found = rounding.rounded(np.array([exact.to_odd(numerator, exponent - 80)]), dtype)[0]
+    assert float(found) == nearest(value, dtype)
+
+
+@given(st.lists(st.tuples(*[st.floats(-(2.0**100), 2.0**100, width=32)] * 3), min_size=1, max_size=20))
+@settings(deadline=None)
+def test_sums_of_products_are_exact(terms):
+    arrays = [exact.Scaled(np.array(column, np.float32)) for column in zip(*terms, strict=True)]
+    integer, exponent = exact.product_sum(arrays)
+    expected = sum(Fraction(a) * Fraction(b) * Fraction(c) for a, b, c in terms)
+    assert Fraction(integer) * Fraction(2) ** exponent == expected
+
+
+def test_numbers_that_float64_cannot_hold():
+    assert exact.to_odd(1, 2000) == np.inf
+    assert exact.to_odd(-3, 1024) == -np.inf
+    assert exact.to_odd(1, -1080) == 2.0**-1074  # odd, and so not zero
+    assert exact.to_odd(0, 5) == 0.0
+
+
+SHAPES = {"model.layers.0.up": (24, 40)}
+(NAME,) = SHAPES
+PREFIX = f"base_model.model.{NAME}."
+
+
+def constant(tensors):
+    """Every product the same: in float32 each partial sum is rounded the same way."""
+    tensors["base_model.vera_A"][...] = np.float32(0.1)
+    tensors["base_model.vera_B"][...] = np.float32(0.3)
+
+
+def ties(tensors):
+    """Powers of two, and sums that lie exactly in the middle between two numbers."""
+    tensors["base_model.vera_A"][...] = 1
+    tensors["base_model.vera_B"][...] = 1
+    tensors[PREFIX + "vera_lambda_d"][...] = 0
+    tensors[PREFIX + "vera_lambda_d"][0] = 1
+    tensors[PREFIX + "vera_lambda_b"][...] = 2.0 ** -np.arange(24)
+
+
+def cancelling(tensors):
+    """Large products that take each other away and leave next to nothing."""
+    A = tensors["base_model.vera_A"]
+    A[1::2] = -A[::2]
+    tensors["base_model.vera_B"][:, 1::2] = tensors["base_model.vera_B"][:, ::2]
+    tensors[PREFIX + "vera_lambda_d"][...] = np.float32(1e4)
+    tensors[PREFIX + "vera_lambda_d"][0] = np.nextafter(np.float32(1e4), np.float32(2e4))
+
+
+def one_sided(tensors):
+    """lambda_d that makes every product of one element positive, first half, and negative, second half."""
+    signs = np.sign(tensors["base_model.vera_B"][3] * tensors["base_model.vera_A"][:, 5])
+    half = len(signs) // 2
+    tensors[PREFIX + "vera_lambda_d"][...] = np.where(np.arange(len(signs)) < half, signs, -signs) * np.float32(0.1)
+
+
+def tiny(tensors):
+    """Products below the smallest normal float32."""
+    tensors[PREFIX + "vera_lambda_b"] *= np.float32(2.0**-70)
+    tensors[PREFIX + "vera_lambda_d"] *= np.float32(2.0**-70)
+
+
+MADE = [constant, ties, cancelling, one_sided, tiny]
+
+
+def nasty(tensors, rng):
+    """Magnitudes over many orders, signs, zeros, repeated values."""
+    for name in tensors:
+        values = tensors[name]
+        spread = rng.integers(0, 24)
+        scaled = rng.standard_normal(values.shape) * 2.0 ** rng.integers(-spread - 1, spread + 1, values.shape)
+        kind = rng.integers(0, 4)
+        if kind == 1:
+            scaled = np.round(scaled * 4) / 4
+        elif kind == 2:
+            scaled = np.where(rng.random(values.shape) < 0.5, 0, scaled)
+        elif kind == 3:
+            scaled = np.broadcast_to(scaled.reshape(-1)[:1], values.shape)
+        tensors[name] = scaled.astype(np.float32)
+
+
+def base_near_the_middle(folder, dtype, adapter, *, scale):
+    """A base whose sums with the adapter's change lie near the middle between two numbers, or are nearly nothing."""
+    rng = np.random.default_rng(1)
+    base = make_base(folder, SHAPES, dtype=dtype)
+
+    def near(tensors):
+        weight = tensors[f"{NAME}.weight"]
+        values = (rng.standard_normal(weight.shape) * scale).astype(weight.dtype)
+        for row in range(weight.shape[0]):
+            for column in range(0, weight.shape[1], 3):
+                values[row, column] = -float(change(adapter, NAME, row, column))
+        weight[...] = values
+
+    edit(base, near, file="model.safetensors")
+    return base
+
+
+def check(tmp_path, dtype, adapter, base, *, columns=None):
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+    before, after = (weights(folder)[f"{NAME}.weight"] for folder in (base, tmp_path / "out"))
+    wrong = []
+    for row in range(before.shape[0]):
+        for column in range(before.shape[1]) if columns is None else columns:
+            value = Fraction(float(before[row, column])) + change(adapter, NAME, row, column)
+            if float(after[row, column]) != nearest(value, dtype):
+                wrong.append((row, column))
+    assert not wrong
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("scale", [1.0, 0.02, 1e-20])
+@pytest.mark.parametrize("make", MADE)
+def test_what_was_made_to_defeat_it_is_correctly_rounded(make, scale, dtype, tmp_path):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=64)
+    edit(adapter, make)
+    check(tmp_path, dtype, adapter, base_near_the_middle(tmp_path / "base", dtype, adapter, scale=scale))
+
+
+@pytest.mark.parametrize("crowded", [-1.0, 1.0])
+@pytest.mark.parametrize("seed", range(10))
+def test_nasty_adapters_are_correctly_rounded(seed, crowded, tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "CROWDED", crowded)
+    rng = np.random.default_rng(seed)
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=int(rng.integers(1, 48)))
+    edit(adapter, lambda tensors: nasty(tensors, rng))
+    base = base_near_the_middle(tmp_path / "base", "bfloat16", adapter, scale=2.0 ** rng.integers(-60, 10))
+    check(tmp_path, "bfloat16", adapter, base)
+
+
+@pytest.mark.parametrize("rank", [16, 256, 4096])
+def test_no_float32_sum_errs_by_more_than_its_bound(rank):
+    """The same product in several orders, for sums that are rounded the same way again and again."""
+    rng = np.random.default_rng(rank)
+    A = np.full((rank, 6), np.float32(0.1))
+    A[:, 1] = rng.uniform(0, 1, rank)
+    A[:, 2] = rng.standard_normal(rank)
+    A[:, 3] = np.float32(1) + np.float32(2.0**-23)
+    B = np.full((5, rank), np.float32(0.3))
+    B[1:] = rng.uniform(0.5, 1, (4, rank))
+    d, b = rng.uniform(0.5, 1, rank).astype(np.float32), rng.uniform(0.5, 1, 5).astype(np.float32)
+    factor = arithmetic.Factor(b.astype(np.float64), B, d.astype(np.float64), A, np.ascontiguousarray(A.T))
+    delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
+    left = delta.left(0, 5)
+    bound = delta.spread(left).astype(np.float64) * delta.error_share(np.dtype(np.float32))
+    places = np.indices((5, 6)).reshape(2, -1)
+    true = delta.exactly(np.zeros(30), *places).reshape(5, 6)
+    products = left[:, :, None] * delta.right[None]
+    one_after_the_other = np.zeros((5, 6), np.float32)
+    for k in range(rank):
+        one_after_the_other += products[:, k]
+    sums = [delta.product(left, out=np.empty((5, 6), np.float32)), one_after_the_other, products.sum(axis=1)]
+    errors = [np.abs(total - true) for total in sums]
+    assert all((error <= bound[:, None]).all() for error in errors)
+    if rank == 4096:  # and a bound that did not grow with the rank would be too small
+        assert max((error / bound[:, None]).max() for error in errors) * (rank + 9) > 16
+
+
+def test_more_open_sums_than_can_be_computed_exactly_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(rounding, "MAX_EXACT", 3)
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=4)
+    edit(adapter, ties)
+    base = make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., 1.0), file="model.safetensors")
+    with pytest.raises(CheckFailedError, match=r"sums lie in the middle between two bfloat16 numbers.*3 at most"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_verify_finds_a_single_element_that_is_one_step_off(dtype, tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
+    base = make_base(tmp_path / "base", SHAPES, dtype=dtype)
+    right = rounding.sum_to_half
+
+    def one_off(*args, out, **options):
+        found = right(*args, out=out, **options)
+        bits = out.view(np.uint16)
+        bits[2, 7] += 1
+        return found
+
+    monkeypatch.setattr("vera_tools.merging.values.sum_to_half", one_off)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "unverified")
+    with pytest.raises(CheckFailedError, match="1 elements are not what they should be"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_sums_of_subnormal_numbers_pass_the_verification(dtype, tmp_path):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
+    edit(adapter, tiny)
+    base = make_base(tmp_path / "base", SHAPES, dtype=dtype)
+    small = np.full(SHAPES[NAME], 2.0**-140).astype(np_dtype(dtype))
+    edit(base, lambda tensors: tensors.update({f"{NAME}.weight": small}), file="model.safetensors")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+    assert json.loads((tmp_path / "out/config.json").read_text())
+
+
+def test_zeros_need_no_exact_arithmetic(tmp_path, monkeypatch):
+    """Rows that an adapter leaves alone, and a base that was pruned, are no doubtful sums."""
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
+    edit(adapter, lambda tensors: tensors[PREFIX + "vera_lambda_b"].__setitem__(slice(None, None, 2), 0))
+    base = make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(slice(0, 12), 0), file="model.safetensors")
+    monkeypatch.setattr(arithmetic.Delta, "exactly", lambda *_: pytest.fail("computed exactly"))
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
