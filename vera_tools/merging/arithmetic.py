@@ -24,6 +24,9 @@ from vera_tools.merging.workspace import Workspace
 
 #: Elements of a weight that are merged at a time: 4 MB of float32, which stays in a CPU's outer cache.
 BLOCK = 1 << 20
+#: Ranks that are multiplied together. A sum's error grows with their number, and so does the number of doubtful
+#: elements; more panels are more additions of whole blocks.
+PANEL = 128
 #: Places that are computed in float64 at a time.
 PLACES = 1 << 8
 #: Share of doubtful elements above which a whole block in float64 costs less than its single places.
@@ -115,12 +118,15 @@ class Delta:
 
         Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.1: a sum of n products errs by
         at most n u / (1 - n u) of the sum of their magnitudes, in whatever order it is added, and whether products are
-        fused with sums or not. To n come the roundings of what is multiplied, one addition for each adapter, and the
-        error of the norms in `spread`. Infinite where n is so large that this says nothing.
+        fused with sums or not. In float32 n is a panel's rank and one addition for each panel; single places in float64
+        are added in one go. To it come an addition for each adapter and the roundings of what is multiplied. The norms
+        in `spread` err too, by a share that grows with the whole rank. Infinite where that is so large that this says
+        nothing.
         """
-        steps = (2 * self._rank + len(self._factors) + 8) * UNITS[dtype]
-        n = (self._rank + len(self._factors) + 8) * UNITS[dtype]
-        return n / (1 - n) * (1 + steps) * 1.001 if steps < 0.01 else np.inf
+        unit = UNITS[dtype]
+        longest = min(self._rank, PANEL) + self._rank // PANEL if dtype == np.float32 else self._rank
+        n, norms = (longest + len(self._factors) + 8) * unit, (2 * self._rank + 8) * unit
+        return n / (1 - n) * (1 + norms) * 1.001 if norms < 0.01 else np.inf
 
     def closely(self, weight: Array, rows: Array, columns: Array, *, start: int) -> Array:
         """W + change at single places, in float64.
@@ -152,7 +158,10 @@ class Delta:
         for factor in self._factors:
             lambda_d = exact.Scaled(factor.lambda_d)
             for place, lambda_b in enumerate(_scalars(factor.lambda_b[outs])):
-                B, A = exact.Scaled(factor.vera_B_at(outs[place : place + 1])[0]), exact.Scaled(factor.columns[ins[place]])
+                B, A = (
+                    exact.Scaled(factor.vera_B_at(outs[place : place + 1])[0]),
+                    exact.Scaled(factor.columns[ins[place]]),
+                )
                 integer, exponent = exact.product_sum([B, lambda_d, A])
                 terms[place].append((lambda_b[0] * integer, lambda_b[1] + exponent))
         return np.array([exact.to_odd(*exact.total(parts)) for parts in terms], np.float64)
@@ -176,7 +185,13 @@ class Delta:
 
     def product(self, left: Array, *, out: Array) -> Array:
         """Rows of the change whose rows of the left matrix are `left`, written into `out`."""
-        return np.matmul(left, self._right, out=out)
+        np.matmul(left[:, :PANEL], self._right[:PANEL], out=out)
+        for start in range(PANEL, self._rank, PANEL):
+            panel = slice(start, start + PANEL)
+            out += np.matmul(
+                left[:, panel], self._right[panel], out=self._workspace.array("panel", out.shape, out.dtype)
+            )
+        return out
 
     def _out_side(self, start: int, stop: int, use: str) -> Array:
         matrix, done = self._workspace.array(use, (stop - start, self._rank), self._dtype), 0
