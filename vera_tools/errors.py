@@ -137,3 +137,7 @@ class LoadingWarning(VeraToolsWarning):
 
 class SignatureWarning(VeraToolsWarning):
     """A signature or checksum beside a checkpoint no longer holds, because the checkpoint was changed."""
+
+
+class LeftoverWarning(VeraToolsWarning):
+    """A run that was killed has left an unfinished output, which was removed, or which you may have to delete."""

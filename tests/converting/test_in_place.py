@@ -17,7 +17,7 @@ from tests.command import run_cli, run_json, run_process
 from vera_tools import embed_projections, strip_projections, to_lora, verify
 from vera_tools.converting.batch import convert_all
 from vera_tools.errors import CheckFailedError, LoadingWarning, SignatureWarning, UsageError, VeraToolsError
-from vera_tools.files import atomic
+from vera_tools.files import atomic, renaming
 from vera_tools.projections.pair import PairShape
 
 resource = pytest.importorskip("resource", reason="signals, limits and terminals of POSIX")
@@ -68,7 +68,7 @@ def test_a_refusal_changes_nothing(checkpoint):
 def test_where_the_system_cannot_exchange_it_refuses(checkpoint, monkeypatch):
     source = checkpoint(KEPT)
     before = files_of(source)
-    monkeypatch.setattr(atomic, "_swap", lambda: None)
+    monkeypatch.setattr(renaming, "_function", lambda: None)
     with pytest.raises(UsageError, match=r"cannot replace a folder in one step; write to another folder with -o"):
         strip_projections(source, in_place=True)
     assert files_of(source) == before

@@ -16,7 +16,7 @@ from tests.adapters import CHECKPOINTS, KEPT
 from tests.command import run_cli
 from vera_tools.checkpoints import destination
 from vera_tools.errors import UsageError, VeraToolsError
-from vera_tools.files import atomic
+from vera_tools.files import atomic, renaming
 
 
 def listing(folder):
@@ -73,7 +73,7 @@ def test_the_folder_of_a_file_is_made_as_that_of_a_folder_is(tmp_path):
 def fill(path, **options):
     with atomic.folder(path, **options) as temporary:
         assert not any(temporary.iterdir())
-        assert temporary.parent == path.parent
+        assert temporary.parent.parent == path.parent
         (temporary / "a").write_bytes(b"new")
         (temporary / "b").mkdir()
         (temporary / "b" / "c").write_bytes(b"new")
@@ -118,7 +118,7 @@ def test_what_appears_meanwhile_is_not_touched(tmp_path):
 @pytest.mark.parametrize("exchanges", [True, False], ids=["exchange", "two renames"])
 def test_overwriting_replaces_the_whole_folder(tmp_path, monkeypatch, exchanges):
     if not exchanges:
-        monkeypatch.setattr(atomic, "_swap", lambda: None)
+        monkeypatch.setattr(renaming, "_function", lambda: None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_bytes(b"old")
@@ -144,14 +144,14 @@ def test_an_error_leaves_no_folder_or_the_old_one(tmp_path, overwrite):
 
 
 def test_a_failing_rename_puts_the_old_folder_back(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic, "_swap", lambda: None)
+    monkeypatch.setattr(renaming, "_function", lambda: None)
     out = tmp_path / "out"
     out.mkdir()
     (out / "old").write_bytes(b"old")
     rename = type(out).rename
 
     def refuse(self, target):
-        if self.name.endswith(".tmp"):
+        if self.parent.name.endswith(".tmp"):
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
@@ -166,7 +166,7 @@ def test_a_killed_process_leaves_the_old_state_and_one_hidden_folder(tmp_path):
     (tmp_path / "out" / "old").write_bytes(b"old")
     program = f"""
         import os, pathlib
-        from vera_tools.files import atomic
+        from vera_tools.files import atomic, renaming
         with atomic.folder(pathlib.Path({str(tmp_path / "out")!r}), overwrite=True) as temporary:
             (temporary / "a").write_bytes(b"half")
             os._exit(9)
@@ -236,7 +236,7 @@ class TestReplacement:
         assert (old / "weights").read_bytes() == b"old"
 
     def test_a_system_without_the_exchange_is_told_so(self, old, monkeypatch):
-        monkeypatch.setattr(atomic, "_swap", lambda: None)
+        monkeypatch.setattr(renaming, "_function", lambda: None)
         with pytest.raises(UsageError, match=r"cannot replace a folder in one step; .* -o instead"):
             self.replace(old)
         assert (old / "weights").read_bytes() == b"old"

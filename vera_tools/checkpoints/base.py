@@ -81,6 +81,7 @@ class BaseModel(local.Closing):
             if index is not None:
                 self._check_index(index)
             self.config = _read_config(folder)
+            folder.check_unchanged()  # headers are all that most commands read, and these belong together
         except BaseException:
             self.close()
             raise
@@ -117,6 +118,21 @@ class BaseModel(local.Closing):
         """Close all files."""
         for file in self.files.values():
             file.close()
+
+    def check_unchanged(self) -> None:
+        """Refuse what was changed since it was opened; at the end of a `with` block this is done by itself.
+
+        Raises:
+            FormatError: a file that was read is not the same any more.
+        """
+        self.folder.check_unchanged()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
 
     @property
     def quantisation(self) -> str | None:

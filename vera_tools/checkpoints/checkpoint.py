@@ -159,6 +159,21 @@ class Checkpoint(local.Closing):
         """Close the weights."""
         self.weights.close()
 
+    def check_unchanged(self) -> None:
+        """Refuse what was changed since it was opened; at the end of a `with` block this is done by itself.
+
+        Raises:
+            FormatError: a file that was read is not the same any more, so what was read may be of two states.
+        """
+        self.folder.check_unchanged()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
+
     @property
     def raw_config(self) -> dict[str, Any]:
         """adapter_config.json as it was parsed, nothing filled in."""

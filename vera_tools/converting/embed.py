@@ -110,7 +110,7 @@ def embed_projections(
         }
         known_base = model or (opened.manifest.base if opened.manifest else None)
         restoration = _Restoration.of(opened, tensors)
-        with target.open() as folder:
+        with target.open(model) as folder:
             manifest = restoration.write(folder, opened, tensors, resolved.record, known_base)
             size = (folder / WEIGHTS_NAME).stat().st_size
         return EmbedReport(

@@ -141,7 +141,7 @@ def from_foreign(
         )
         resolved = resolve(opened, assumptions)
         tensors = {new: opened.weights.deferred(old) for old, new in names.items()}
-        with target.open() as out:
+        with target.open(model) as out:
             text = json.dumps(config, indent=2)
             metadata = foreign_metadata(opened)
             manifest = write_checkpoint(out, text, tensors, resolved.record, metadata=metadata, base=model)
@@ -232,6 +232,8 @@ def _from_anima(
         with atomic.folder(target, overwrite=overwrite) as out:
             manifest = write_checkpoint(out, config, tensors, record, metadata=weights.metadata)
             size = (out / WEIGHTS_NAME).stat().st_size
+            folder.check_unchanged()
+            model.check_unchanged()
         return ForeignReport(
             path=label,
             output=os.fspath(output),

@@ -137,7 +137,7 @@ def to_lora(
             _warn_of_widths(opened, record, strict=strict)
         tensors = _Tensors(opened, resolved, {} if widths_assumed else widths, dtype)
         config = lora_config(opened, r=record.shape.r, kind=kind)
-        with target.open() as folder:
+        with target.open(model) as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
             size = (folder / WEIGHTS_NAME).stat().st_size
         rank = min((rank for rank in VLLM_MAX_RANKS if rank >= record.shape.r), default=None)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
 from vera_tools.files import atomic, local
-from vera_tools.files.safetensors import CHUNK
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
 
@@ -83,20 +83,33 @@ class Destination:
         return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)
 
     @contextlib.contextmanager
-    def open(self) -> Iterator[Path]:
+    def open(self, base: BaseModel | None = None) -> Iterator[Path]:
         """An empty folder to write into, which becomes the output whole, or not at all.
 
+        Args:
+            base: What else was read.
+
         Raises:
+            FormatError: checkpoint or base were changed while they were read.
             VeraToolsError: the file system refused.
         """
+        read = self._checkpoint.folder
+
+        def check(at: Path | None = None) -> None:
+            read.check_unchanged(at)
+            if base is not None:
+                base.check_unchanged()
+
         if self.in_place:
-            with atomic.replacement(self.path, drop={PICKLE_NAME}) as folder:
+            with atomic.replacement(self.path, drop={PICKLE_NAME}, check=check) as folder:
                 yield folder
+            read.forget()  # what lies there now is ours
             return
         with atomic.folder(self.path, overwrite=self.overwrite) as folder:
             yield folder
             for name in self.carried_over:
-                _copy(self._checkpoint.folder.open(name), folder / name)
+                local.copy(read, name, folder / name)
+            check()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,15 +213,3 @@ def _own_folder(checkpoint: Checkpoint) -> Path:
 
 def _is_one_of(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name.lower(), pattern) for pattern in patterns)
-
-
-def _copy(file: local.ByteSource, path: Path) -> None:
-    try:
-        with path.open("wb") as stream:
-            buffer = memoryview(bytearray(min(CHUNK, file.size)))
-            for start in range(0, file.size, CHUNK):
-                view = buffer[: min(CHUNK, file.size - start)]
-                file.read_into(view, start)
-                stream.write(view)
-    finally:
-        file.close()

@@ -103,7 +103,7 @@ def regenerate(
     )
     if output is not None:
         _refuse_size(record.shape, record.dtype, output)
-        with atomic.file(Path(output)) as path:
+        with atomic.file(Path(output), overwrite=overwrite) as path:
             _write(path, record)
     return RegenerateReport(record, origin, None if output is None else os.fspath(output))
 

@@ -1,25 +1,25 @@
 """The one way in which vera-tools writes: a file or a folder appears whole, or not at all.
 
-Everything is written under a temporary name in the same parent folder, flushed to disk, and renamed. A process that is
-killed leaves the old state or the new one, and at most a hidden ``.NAME.XXXX.tmp`` beside it. A folder that is there
-already is exchanged with the new one in a single step (`exchange`), where the system has it: Linux's renameat2, macOS's
-renameatx_np.
+Everything is written in a hidden folder beside it (`workplace`), flushed to disk, and renamed. A process that is killed
+leaves the old state or the new one, and at most that folder. What is there already is exchanged with the new in a
+single step, and what must not be there is not replaced, where the system has such calls (`renaming`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
-import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from vera_tools.errors import UsageError, VeraToolsError
+from vera_tools.files import attributes, locking, renaming, workplace
+
+#: (device, inode, bytes, nanoseconds of the last writing) of a file.
+_Known = dict[str, tuple[int, int, int, int]]
 
 
 def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
@@ -38,38 +38,39 @@ def write_bytes(path: Path, data: bytes, *, sync: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def file(path: Path, *, sync: bool = True) -> Iterator[Path]:
-    """Hand out a temporary path; on leaving without an error it becomes `path`, with `path`'s old permissions.
+def file(path: Path, *, overwrite: bool = True, sync: bool = True) -> Iterator[Path]:
+    """Hand out a path to write to; on leaving without an error it becomes `path`, with `path`'s old attributes.
 
     Args:
         path: The file.
+        overwrite: Replace what is there.
         sync: As for `write_bytes`.
 
     Raises:
+        UsageError: `path` has appeared meanwhile, and `overwrite` is false.
         VeraToolsError: the file system refused.
     """
     with errors(path.parent, "could not be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with errors(path):
-        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        temporary = Path(name)
-        try:
-            os.close(descriptor)
-            temporary.chmod(path.stat().st_mode & 0o7777 if path.exists() else 0o666 & ~_umask())
-            yield temporary
-            if sync:
-                _sync(temporary)
+    with errors(path), workplace.beside(path) as place:
+        temporary = place.folder / path.name
+        temporary.touch()
+        yield temporary
+        if path.exists():
+            attributes.keep(path, temporary)
+        if sync:
+            _sync(temporary)
+        if overwrite:
             temporary.replace(path)
-            if sync:
-                _sync(path.parent)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        else:
+            _rename_to_new(temporary, path)
+        if sync:
+            _sync(path.parent)
 
 
 @contextlib.contextmanager
 def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Hand out an empty temporary folder; on leaving without an error it becomes `path`.
+    """Hand out an empty folder to write into; on leaving without an error it becomes `path`.
 
     Raises:
         UsageError: `path` exists, or does in the end, and `overwrite` is false.
@@ -78,28 +79,32 @@ def folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     refuse_existing(path, overwrite=overwrite)
     with errors(path.parent, "could not be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
-    with errors(path):
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
-            temporary.chmod(0o777 & ~_umask())
-            yield temporary
-            refuse_existing(path, overwrite=overwrite)  # what has appeared meanwhile is somebody else's
-            publish(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+    with errors(path), workplace.beside(path) as place:
+        temporary = place.folder / path.name
+        temporary.mkdir()
+        if path.is_dir() and not path.is_symlink():
+            attributes.keep_group(path, temporary)
+        yield temporary
+        if path.is_dir() and not path.is_symlink():
+            attributes.keep(path, temporary)
+        publish(temporary, path, overwrite=overwrite)
 
 
 @contextlib.contextmanager
-def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
-    """Hand out an empty temporary folder; on leaving without an error it is exchanged with the folder `path`.
+def replacement(
+    path: Path, *, drop: Collection[str] = (), check: Callable[[Path], None] = lambda _: None
+) -> Iterator[Path]:
+    """Hand out an empty folder to write into; on leaving without an error it is exchanged with the folder `path`.
 
     What `path` holds and the new folder does not is carried over, subfolders included, as hard links where the file
-    system has them. Permissions and owners stay as they were.
+    system has them. Permissions, owners and extended attributes stay as they were. What comes to lie in `path` while
+    the new folder is written is carried over too: it is looked through again after the exchange.
 
     Args:
         path: A folder. Where it is a symbolic link, the folder behind it is replaced and the link stays.
         drop: Names of files that are not carried over.
+        check: Called with the place of the old folder, before the exchange and again after it, when nobody finds the
+            old folder under its name any more. Where it raises, the old folder comes back.
 
     Raises:
         UsageError: the system cannot exchange two folders in one step.
@@ -107,23 +112,62 @@ def replacement(path: Path, *, drop: Collection[str] = ()) -> Iterator[Path]:
     """
     with errors(path):
         path = path.resolve(strict=True)
-        if _swap() is None:
+        if not renaming.can_exchange():
             raise _no_exchange(path)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-        try:
+        with alone(path), workplace.beside(path) as place:
+            temporary = place.folder / path.name
+            temporary.mkdir()
+            attributes.keep_group(path, temporary)
             yield temporary
+            written, known = {entry.name for entry in os.scandir(temporary)}, _Known()
             for entry in os.scandir(path):
-                new = temporary / entry.name
-                if new.exists():
-                    _keep_owner(Path(entry.path), new)
+                if entry.name in written:
+                    attributes.keep(Path(entry.path), temporary / entry.name)
                 elif entry.name not in drop:
-                    _carry_over(Path(entry.path), new)
+                    _carry_over(Path(entry.path), temporary / entry.name, known, entry.name)
             _sync_tree(temporary)
-            _keep_owner(path, temporary)
+            attributes.keep(path, temporary)
+            check(path)
             exchange(temporary, path)
+            try:
+                check(temporary)
+            except BaseException:
+                exchange(temporary, path)
+                raise
+            try:
+                _catch_up(temporary, path, known, written | set(drop))
+            except OSError as error:
+                place.keep()
+                what = f"files that came while it was replaced could not be carried over: {error.strerror or error}"
+                raise VeraToolsError(what, where=path, hint=f"they lie in {temporary}") from error
             _sync(path.parent)
-        finally:  # after the exchange, the temporary name is the old folder's
-            _remove(temporary)
+
+
+@contextlib.contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Keep out every other process that changes what lies in a folder and asks for this too, and wait for one.
+
+    Where the system cannot lock a folder, nobody is kept out.
+
+    Raises:
+        OSError: there is no such folder.
+    """
+    while True:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except PermissionError:  # Windows opens no folder
+            descriptor = None
+        if descriptor is None:
+            yield
+            return
+        try:
+            locking.wait(descriptor)
+            here, there = os.fstat(descriptor), os.stat(path)
+            if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+                yield
+                return
+        finally:  # it was exchanged meanwhile: the lock on the new one is wanted
+            os.close(descriptor)
 
 
 def exchange(a: Path, b: Path) -> None:
@@ -133,14 +177,8 @@ def exchange(a: Path, b: Path) -> None:
         UsageError: this system or this file system has no such operation.
         OSError: it has, and refused.
     """
-    swap = _swap()
-    if swap is not None:
-        if swap.call(swap.here, os.fsencode(a), swap.here, os.fsencode(b), swap.flag) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), str(b))
-    raise _no_exchange(b)
+    if not renaming.exchange(a, b):
+        raise _no_exchange(b)
 
 
 def _no_exchange(path: Path) -> UsageError:
@@ -149,62 +187,53 @@ def _no_exchange(path: Path) -> UsageError:
     )
 
 
-@dataclass(frozen=True)
-class _Swap:
-    """A function of the C library, what it takes for the working folder, and the flag that has it swap."""
-
-    call: ctypes._NamedFuncPointer
-    here: int
-    flag: int
-
-
-@functools.cache
-def _swap() -> _Swap | None:
-    """How two names are swapped here; None where it cannot be done (Windows)."""
-    known = (
-        ("renameat2", -100, 2),  # Linux: AT_FDCWD in fcntl.h, RENAME_EXCHANGE in linux/fs.h
-        ("renameatx_np", -2, 2),  # macOS: AT_FDCWD in sys/fcntl.h, RENAME_SWAP in sys/stdio.h
-    )
-    try:
-        library = ctypes.CDLL(None, use_errno=True)
-    except (TypeError, OSError):  # there is no one C library that every program has
-        return None
-    for name, here, flag in known:
-        call: ctypes._NamedFuncPointer | None = getattr(library, name, None)
-        if call is not None:
-            call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
-            return _Swap(call, here, flag)
-    return None
-
-
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError where `path` exists and may not be replaced."""
     if not overwrite and os.path.lexists(path):
-        raise UsageError("already exists", where=path, hint="choose another output, or pass --overwrite to replace it")
+        raise _exists(path)
 
 
-def publish(temporary: Path, path: Path, *, sync: bool = True) -> None:
-    """Make a finished folder appear as `path`, in the place of what was there.
+def _exists(path: Path) -> UsageError:
+    return UsageError("already exists", where=path, hint="choose another output, or pass --overwrite to replace it")
+
+
+def publish(temporary: Path, path: Path, *, overwrite: bool, sync: bool = True) -> None:
+    """Make a finished folder appear as `path`.
 
     Args:
         temporary: The folder, on the same file system.
         path: Its name from now on.
+        overwrite: Put it in the place of what is there.
         sync: Flush every file to disk first. Without it, a power failure soon afterwards may leave files incomplete.
 
     Raises:
+        UsageError: `path` exists, and `overwrite` is false: what has appeared meanwhile is somebody else's.
         OSError: the file system refused.
     """
     if sync:
         _sync_tree(temporary)
-    _put_in_place(temporary, path)
+    if overwrite and os.path.lexists(path):
+        _put_in_place(temporary, path)
+    else:
+        _rename_to_new(temporary, path)
     if sync:
         _sync(path.parent)
 
 
+def _rename_to_new(temporary: Path, path: Path) -> None:
+    """Rename, if nothing of that name is there: of two processes that do, one is refused."""
+    try:
+        if not renaming.to_new(temporary, path):  # the system has no such call
+            refuse_existing(path, overwrite=False)
+            temporary.rename(path)
+    except FileExistsError as error:
+        raise _exists(path) from error
+    except OSError:
+        refuse_existing(path, overwrite=False)
+        raise
+
+
 def _put_in_place(temporary: Path, path: Path) -> None:
-    if not os.path.lexists(path):
-        temporary.rename(path)
-        return
     try:
         exchange(temporary, path)
         _remove(temporary)
@@ -234,29 +263,42 @@ def errors(path: Path, what: str = "could not be written") -> Iterator[None]:
         ) from error
 
 
-def _carry_over(old: Path, new: Path) -> None:
-    """The same file, link or folder under another name."""
+def _carry_over(old: Path, new: Path, known: _Known, name: str) -> None:
+    """The same file, link or folder under another name; what it was then is noted under its path in `known`."""
     if old.is_dir() and not old.is_symlink():
         new.mkdir()
         for entry in os.scandir(old):
-            _carry_over(Path(entry.path), new / entry.name)
-        _keep_owner(old, new)
+            _carry_over(Path(entry.path), new / entry.name, known, f"{name}/{entry.name}")
+        attributes.keep(old, new)
         shutil.copystat(old, new)
         return
+    known[name] = _state(old)
     try:
         os.link(old, new, follow_symlinks=False)
     except (OSError, AttributeError, NotImplementedError):  # no hard links here, or too many of them
         shutil.copy2(old, new, follow_symlinks=False)
-        _keep_owner(old, new, follow_symlinks=False)
+        attributes.keep(old, new, follow_symlinks=False)
 
 
-def _keep_owner(old: Path, new: Path, *, follow_symlinks: bool = True) -> None:
-    status = old.stat(follow_symlinks=follow_symlinks)
-    # Only root may give a file away, and Windows has no owners of this kind.
-    with contextlib.suppress(PermissionError, AttributeError):
-        os.chown(new, status.st_uid, status.st_gid, follow_symlinks=follow_symlinks)
-    if follow_symlinks:
-        new.chmod(status.st_mode & 0o7777)
+def _catch_up(old: Path, new: Path, known: _Known, done: Collection[str], inside: str = "") -> None:
+    """Move from the old folder what has come since it was carried over: new files, and those put in a file's place."""
+    for entry in list(os.scandir(old)):
+        name, here, there = f"{inside}{entry.name}", Path(entry.path), new / entry.name
+        if name in done:
+            continue
+        if entry.is_dir(follow_symlinks=False) and there.is_dir() and not there.is_symlink():
+            _catch_up(here, there, known, done, f"{name}/")
+        elif name not in known:
+            # What is there by now came after the exchange, and so is newer.
+            with contextlib.suppress(UsageError):
+                _rename_to_new(here, there)
+        elif _state(here) != known[name] and os.path.lexists(there):
+            os.replace(here, there)
+
+
+def _state(path: Path) -> tuple[int, int, int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _remove(path: Path) -> None:
@@ -292,9 +334,3 @@ def _flush(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -94,6 +94,12 @@ class HubFolder:
         inside.__dict__.pop("files", None)
         return inside
 
+    def check_unchanged(self, at: Path | None = None) -> None:
+        """A commit does not change."""
+
+    def forget(self) -> None:
+        """There is nothing to check."""
+
 
 class HubFile:
     """A file on the Hub: what fits into one request is fetched whole, and checked; what is larger, by ranges.

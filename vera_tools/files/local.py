@@ -9,8 +9,11 @@ from __future__ import annotations
 import io
 import os
 import stat
+import sys
 import threading
+import time
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -18,6 +21,8 @@ from vera_tools.errors import FormatError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_PIECE = 1 << 20
 
 
 class ByteSource(Protocol):
@@ -38,7 +43,7 @@ class ByteSource(Protocol):
 
 
 class Folder(Protocol):
-    """One folder: the files directly in it, and the folders."""
+    """One folder: the files directly in it, and the folders. It remembers what was read from it."""
 
     label: str
 
@@ -53,6 +58,12 @@ class Folder(Protocol):
 
     def folder(self, name: str) -> Folder | None:
         """A folder in it, or None where there is none."""
+
+    def check_unchanged(self, at: Path | None = None) -> None:
+        """Raise `FormatError` where a file that was opened is not the same any more; `at` is where it lies by now."""
+
+    def forget(self) -> None:
+        """Take what was read for settled: nothing of it is checked again."""
 
 
 class Closing:
@@ -69,6 +80,61 @@ class Closing:
         self.close()
 
 
+@dataclass(frozen=True)
+class Stamp:
+    """What tells a file from another one under its name, and from itself after it was written to.
+
+    Attributes:
+        device: Where it lies.
+        inode: Its number there.
+        size: Bytes.
+        modified: Nanoseconds, when it was last written to, or was said to be.
+        changed: Nanoseconds, when anything of it changed, which nobody can set; on Windows, when it was made.
+    """
+
+    device: int
+    inode: int
+    size: int
+    modified: int
+    changed: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Stamp:
+        """From what the system says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+    @classmethod
+    def of_open(cls, descriptor: int) -> Stamp:
+        """Of an open file, such that whatever is written to it from now on changes the stamp.
+
+        Older systems stamp by a clock that ticks every few milliseconds: what was written in this very tick could be
+        written to again unseen, so the tick is waited out.
+        """
+        stamp = cls.of(os.fstat(descriptor))
+        for _ in range(_TICKS):
+            newest = max(stamp.modified, stamp.changed)
+            # A file system of whole seconds, or of two as FAT's.
+            step = 2 * 10**9 if stamp.modified % 10**9 == stamp.changed % 10**9 == 0 else 0
+            if not -_AHEAD < _now() - newest <= step:
+                break
+            time.sleep(0.001 if step == 0 else 0.1)
+            stamp = cls.of(os.fstat(descriptor))
+        return stamp
+
+
+#: Newer systems stamp by a finer clock where it matters, which may be ahead of the one that ticks.
+_AHEAD = 10**7
+#: How often a file's stamp is looked at again while it is too young to be told from its next state.
+_TICKS = 30
+# CLOCK_REALTIME_COARSE of Linux's time.h, by which its file systems stamp.
+_COARSE = 5
+
+
+def _now() -> int:
+    """Nanoseconds, by the clock that file systems go by."""
+    return time.clock_gettime_ns(_COARSE) if sys.platform == "linux" else time.time_ns()
+
+
 class LocalFile(Closing):
     """A file on disk."""
 
@@ -82,13 +148,13 @@ class LocalFile(Closing):
         except OSError as error:
             raise FormatError(f"cannot be read: {error.strerror}", where=path) from error
         self._position = threading.Lock()
-        status = os.fstat(self._file.fileno())
-        self.size, self.modified = status.st_size, status.st_mtime_ns
+        self.stamp = Stamp.of_open(self._file.fileno())
+        self.size = self.stamp.size
 
     @property
     def version(self) -> int:
         """Nanoseconds, when it was last written to before it was opened."""
-        return self.modified
+        return self.stamp.modified
 
     def read_into(self, buffer: memoryview, start: int) -> None:
         """Fill `buffer` with the bytes from `start` on.
@@ -127,21 +193,28 @@ class LocalFile(Closing):
         """Refuse a file that was written to since it was opened.
 
         Raises:
-            FormatError: its size or its time of modification is another.
+            FormatError: it was.
         """
-        status = os.fstat(self._file.fileno())
-        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
-            raise FormatError(
-                "the file was changed while it was read",
-                where=self.label,
-                expected=f"{self.size} bytes",
-                found=f"{status.st_size}",
-                hint="it is being written, or was cut off",
-            )
+        now = Stamp.of(os.fstat(self._file.fileno()))
+        if now != self.stamp:
+            raise changed(self.label, self.stamp, now)
 
     def close(self) -> None:
         """Close the descriptor."""
         self._file.close()
+
+
+def changed(where: str, before: Stamp, now: Stamp | None) -> FormatError:
+    """What is raised for a file that is another one after it was read than before; `now` is None where it is gone."""
+    sizes = (f"{before.size} bytes", "nothing" if now is None else f"{now.size} bytes")
+    other = sizes[0] != sizes[1]
+    return FormatError(
+        "the file was changed while it was read",
+        where=where,
+        expected=sizes[0] if other else None,
+        found=sizes[1] if other else None,
+        hint="something else writes to it: run this again when that is done",
+    )
 
 
 class MemoryFile:
@@ -167,6 +240,8 @@ class LocalFolder:
     def __init__(self, path: Path) -> None:
         self.label = str(path)
         self.path = path
+        #: The folder that was opened first, and what was read below it, by the path from there.
+        self._root, self._read = path, dict[str, Stamp]()
 
     def names(self) -> list[str]:
         """Sorted names of the files directly in the folder.
@@ -185,12 +260,49 @@ class LocalFolder:
         return str(self.path / name)
 
     def open(self, name: str) -> LocalFile:
-        """Open one file."""
-        return LocalFile(self.path / name)
+        """Open one file.
+
+        Raises:
+            FormatError: it cannot be read, or is not the one any more that was opened before.
+        """
+        path = self.path / name
+        file = LocalFile(path)
+        before = self._read.setdefault(os.path.relpath(path, self._root), file.stamp)
+        if before != file.stamp:
+            file.close()
+            raise changed(self.path_of(name), before, file.stamp)
+        return file
 
     def folder(self, name: str) -> LocalFolder | None:
         """A folder in it, or None where there is none."""
-        return LocalFolder(self.path / name) if is_folder(self.path / name) else None
+        if not is_folder(self.path / name):
+            return None
+        inside = LocalFolder(self.path / name)
+        inside._root, inside._read = self._root, self._read
+        return inside
+
+    def check_unchanged(self, at: Path | None = None) -> None:
+        """Refuse to go on where a file that was read is not the same any more, or another one lies under its name.
+
+        One check after the last read proves that all that was read belongs together: it was all there at one time.
+
+        Args:
+            at: Where the folder lies by now, if not under its own name.
+
+        Raises:
+            FormatError: it is not.
+        """
+        for name, before in list(self._read.items()):
+            try:
+                now = Stamp.of(os.stat((at or self._root) / name))
+            except OSError:
+                now = None
+            if now != before:
+                raise changed(self.path_of(name), before, now)
+
+    def forget(self) -> None:
+        """Take what was read for settled: nothing of it is checked again."""
+        self._read.clear()
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -258,5 +370,24 @@ def read_text(folder: Folder, name: str, *, limit: int = 16 << 20) -> str:
         return read_all(source, limit=limit).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"not UTF-8 at byte {error.start}", where=source.label) from error
+    finally:
+        source.close()
+
+
+def copy(folder: Folder, name: str, target: Path) -> None:
+    """Copy a file of a folder to `target`.
+
+    Raises:
+        FormatError: it cannot be read.
+        OSError: `target` cannot be written.
+    """
+    source = folder.open(name)
+    try:
+        with target.open("wb") as stream:
+            buffer = memoryview(bytearray(min(_PIECE, source.size)))
+            for start in range(0, source.size, _PIECE):
+                view = buffer[: min(_PIECE, source.size - start)]
+                source.read_into(view, start)
+                stream.write(view)
     finally:
         source.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import time
 
 # What flock says where a file system has no locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -57,6 +58,17 @@ def take(descriptor: int, *, shared: bool = False) -> bool | None:
             return None
         raise
     return True
+
+
+def wait(descriptor: int) -> bool:
+    """Take a lock on an open file, and wait as long as another one holds it. False where there are no locks.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    while (taken := take(descriptor)) is False:
+        time.sleep(0.01)
+    return bool(taken)
 
 
 def _take_on_windows(descriptor: int, *, shared: bool) -> bool | None:

@@ -12,7 +12,6 @@ import dataclasses
 import glob
 import os
 import re
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -242,15 +241,17 @@ def _temporary() -> Iterator[Path]:
 
 
 def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
-    names = select(local.LocalFolder(folder).names(), include=include)
+    source = local.LocalFolder(folder)
+    names = select(source.names(), include=include)
     if CONFIG_NAME not in names:
         raise FormatError("no adapter here", where=folder, expected=CONFIG_NAME)
     staged.mkdir()
     for name in names:
         try:
-            shutil.copyfile(folder / name, staged / name)
+            local.copy(source, name, staged / name)
         except OSError as error:
             raise VeraToolsError(f"could not be copied: {error.strerror}", where=folder / name) from error
+    source.check_unchanged()
 
 
 def _converted(
@@ -365,9 +366,9 @@ def _add_manifest(
         manifest = opened.manifest if ours else None
         if opened.manifest is None and opened.manifest_error is None and record is not None:
             manifest = describe(opened, record, base=model)
-        if manifest is not None:
-            (staged / MANIFEST_NAME).write_bytes(_known_manifest(remote, manifest) or manifest.to_json().encode())
-        return record, opened.config
+    if manifest is not None:
+        (staged / MANIFEST_NAME).write_bytes(_known_manifest(remote, manifest) or manifest.to_json().encode())
+    return record, opened.config
 
 
 def _add_card(

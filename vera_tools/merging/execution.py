@@ -142,6 +142,8 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
             origin = plan.base.files[name].source
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
+        for adapter in plan.adapters:
+            adapter.checkpoint.check_unchanged()
         work.file.close()
         confirm(work.part)
         staging.finish(work.shard, work.part, Journal(plan.digest, work.xxh3, work.base_sha256))

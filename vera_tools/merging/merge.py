@@ -205,6 +205,9 @@ def merge(
         proven = verification.verify(plan, stage.output, jobs=count, meter=meter) if verify and whole else None
         if whole:
             _write_others(plan, stage)
+            model.check_unchanged()
+            for adapter in adapters:
+                adapter.checkpoint.check_unchanged()
             stage.publish(overwrite=overwrite, sync=sync)
         for note in notes:
             warnings.warn(f"{output}: {note}", LoadingWarning, stacklevel=2)

@@ -86,8 +86,7 @@ class Staging:
         Raises:
             UsageError: something of that name has appeared meanwhile.
         """
-        atomic.refuse_existing(self.path, overwrite=overwrite)
-        atomic.publish(self.output, self.path, sync=sync)
+        atomic.publish(self.output, self.path, overwrite=overwrite, sync=sync)
         self.discard()
 
     def discard(self) -> None:
@@ -135,6 +134,8 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
             _take_up(folder, output, plan, resume=resume or finish, shared=shared)
             if not shared:  # what is in parts then belongs to processes that are no more
                 shutil.rmtree(folder / "parts", ignore_errors=True)
+                for unfinished in (folder / "journal").glob(".*.tmp"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
             for name in ("parts", "journal", "output"):
                 (folder / name).mkdir(exist_ok=True)
             try:

@@ -111,7 +111,12 @@ def record(
         resolved = resolve(opened, assumptions)
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
-    data = manifest.to_json().encode()
-    before = path.read_bytes() if path.exists() else None
-    atomic.write_bytes(path, data)
+        data = manifest.to_json().encode()
+        with atomic.errors(folder.path), atomic.alone(folder.path):  # nobody exchanges it in place meanwhile
+            opened.check_unchanged()
+            if model is not None:
+                model.check_unchanged()
+            before = path.read_bytes() if path.exists() else None
+            atomic.write_bytes(path, data)
+            folder.forget()
     return RecordReport(os.fspath(checkpoint), str(path), manifest, resolved, before is not None, before != data)

@@ -139,11 +139,11 @@ class Verifier:
             return Skipped(path, error.kind) if skipped else _invalid(path, "config.kind", error)
         except FormatError as error:
             return _invalid(path, "tensors.file", error)
-        with checkpoint:
-            try:
+        try:
+            with checkpoint:  # which says at its end whether it was changed meanwhile
                 return self._verify(path, checkpoint)
-            except FormatError as error:
-                return _invalid(path, "tensors.file", error)
+        except FormatError as error:
+            return _invalid(path, "tensors.file", error)
 
     def _verify(self, path: str, checkpoint: Checkpoint) -> CheckpointReport:
         found = [*checks.structure(checkpoint)]
@@ -172,7 +172,13 @@ class Verifier:
         key = checkpoint.config.projection_prng_key
         sha256 = {name: scans[ROOT + name].sha256 for name in PROJECTIONS}
         identity = (pair.shape, pair.dtype, *sha256.values())
-        identified = self._memory(("identify", key, *identity), lambda: identify_pair(pair, prng_key=key))
+
+        def unchanged(result: Result) -> Result:
+            """Nothing is remembered under a digest that was read of other bytes than the digest is of."""
+            checkpoint.check_unchanged()
+            return result
+
+        identified = self._memory(("identify", key, *identity), lambda: unchanged(identify_pair(pair, prng_key=key)))
         identified = with_digests(identified, sha256)
         verdict: Verdict = "reproducible" if identified.made_by(key) else "drift"
         origin = checkpoint.origin_of(sha256)
@@ -189,7 +195,7 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
-            held_by=self._memory(("held", *identity), lambda: _held_by(pair)),
+            held_by=self._memory(("held", *identity), lambda: unchanged(_held_by(pair))),
         )
         return CheckpointReport(
             path,
