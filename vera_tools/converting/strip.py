@@ -119,6 +119,7 @@ def strip_projections(
             for name in opened.weights.tensors
             if name not in (ROOT + "vera_A", ROOT + "vera_B")
         }
+        damage = _damage(opened)  # before the output appears: afterwards nothing is read any more
         with target.open() as folder:
             manifest = write_checkpoint(
                 folder,
@@ -131,7 +132,6 @@ def strip_projections(
             )
             size = (folder / WEIGHTS_NAME).stat().st_size
         fits = opened.widest == resolved.record.shape.out_max
-        damage = _damage(opened)
         loads = _loads(opened, resolved, fits=fits, whole=not damage)
         remedy = _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
         _warn(opened, resolved, loads, remedy, damage)
