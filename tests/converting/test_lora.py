@@ -23,7 +23,7 @@ from tests.adapters import (
     set_config,
     tensors_of,
 )
-from tests.command import run_cli, run_json, run_process
+from tests.command import run_process
 from tests.memory import traced_peak
 from tests.peers import base_model, distance
 from vera_tools import record, strip_projections, to_lora
@@ -185,24 +185,6 @@ def test_vectors_that_do_not_fit(checkpoint, tmp_path):
     with pytest.raises(CheckFailedError, match="do not fit the projections"):
         to_lora(source, tmp_path / "lora", base=base_of(source.name))
     assert not (tmp_path / "lora").exists()
-
-
-def test_what_vllm_would_say(tmp_path):
-    name = BERT
-    code, document = run_json(
-        "convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "a"
-    )
-    assert code == 0
-    assert document["vllm"]["max_lora_rank"] == 16
-    assert "saved modules (classifier, score)" in document["vllm"]["obstacles"][0]
-    name = KEPT
-    result = run_cli("convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "b")
-    assert result.returncode == 0
-    assert "takes it with --max-lora-rank 16" in result.stdout
-    name = GPT2
-    result = run_cli("convert", CHECKPOINTS / name, "--to", "lora", "--base", base_of(name), "-o", tmp_path / "c")
-    assert "trained biases" in result.stdout
-    assert "vera-tools merge" in result.stdout
 
 
 def test_seed_only_without_a_record(tmp_path):

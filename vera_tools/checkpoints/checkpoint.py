@@ -13,20 +13,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from vera_tools.checkpoints import keys, peft_values
 from vera_tools.checkpoints.base import BaseModel, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.keys import MODULES as MODULES
+from vera_tools.checkpoints.keys import ROOT as ROOT
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord
+from vera_tools.checkpoints.names import copied_from
 from vera_tools.checkpoints.placement import Linear, Placement, place
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
-from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-ROOT = "base_model."
-MODULES = "base_model.model."
 
 # Tensor name fragments of the adapters that are mistaken for VeRA, and their kinds.
 _FOREIGN = {
@@ -53,9 +54,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Config:
-    """adapter_config.json: its text, and what it says."""
+    """adapter_config.json: its text, how PEFT reads it, and what it says."""
 
     text: str
+    reading: peft_values.Reading
     parsed: VeraConfig
 
 
@@ -96,8 +98,9 @@ class Place:
         """
         if CONFIG_NAME not in self.names:
             return None
-        text = local.read_text(self.folder, CONFIG_NAME)
-        return Config(text, VeraConfig.from_json(text, where=self.folder.path_of(CONFIG_NAME)))
+        text, where = local.read_text(self.folder, CONFIG_NAME), self.folder.path_of(CONFIG_NAME)
+        reading = peft_values.read(text, where=where)
+        return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
 
 
 class Checkpoint(local.Closing):
@@ -108,7 +111,9 @@ class Checkpoint(local.Closing):
         folder: The folder it lies in.
         config: The parsed config.
         config_text: The text of adapter_config.json, or None where only a safetensors file is there.
-        weights: The open safetensors file.
+        reading: How PEFT reads that text.
+        weights: The open safetensors file, its tensors under the names that PEFT gives them.
+        keys: Which of them have other names in the file.
         manifest: The manifest beside it, or None.
         manifest_error: Why the manifest that is there cannot be used, or None.
     """
@@ -116,6 +121,7 @@ class Checkpoint(local.Closing):
     def __init__(self, place: Place, config: Config | None, *, allow_pickle: bool = False) -> None:
         self.label, self.folder = place.label, place.folder
         self.config_text = config.text if config else None
+        self.reading = config.reading if config else peft_values.Reading({})
         self.weights = _open_weights(place, allow_pickle=allow_pickle)
         try:
             self._refuse_other_kinds()
@@ -125,6 +131,7 @@ class Checkpoint(local.Closing):
             except FormatError as error:
                 self._embedded, self._embedded_error = None, error
             self.config = config.parsed if config else self._config_from_metadata()
+            self.keys = keys.put_right(self.weights, auto_mapping=self.config.auto_mapping)
         except BaseException:
             self.close()
             raise
@@ -176,11 +183,8 @@ class Checkpoint(local.Closing):
 
     @property
     def raw_config(self) -> dict[str, Any]:
-        """adapter_config.json as it was parsed, nothing filled in."""
-        if self.config_text is None:
-            return self.config.to_dict()
-        document: dict[str, Any] = parse_json(self.config_text, where=self.folder.path_of(CONFIG_NAME))
-        return document
+        """adapter_config.json with the values that PEFT takes its values for, nothing filled in."""
+        return self.config.to_dict() if self.config_text is None else dict(self.reading.document)
 
     @cached_property
     def projections(self) -> dict[str, TensorInfo]:
@@ -206,6 +210,24 @@ class Checkpoint(local.Closing):
         vectors = {info.name for layer in self.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info}
         pair = {info.name for info in self.projections.values()}
         return {name: info for name, info in self.weights.tensors.items() if name not in vectors | pair}
+
+    @cached_property
+    def unadapted(self) -> tuple[str, ...]:
+        """The modules that have vectors here although the config does not adapt them; PEFT drops those.
+
+        Raises:
+            FormatError: a regular expression takes too long.
+        """
+        return tuple(module for module in self.layers if not self.config.targets(module))
+
+    def is_copy(self, name: str) -> bool:
+        """Whether PEFT wrote this tensor beside the saved one that it loads instead (see `names.copied_from`)."""
+        return any(original in self.weights.tensors for original in copied_from(name))
+
+    @property
+    def is_odd(self) -> bool:
+        """Whether PEFT would have written its config or its tensors' names otherwise; what is written is put right."""
+        return self.reading.is_odd or bool(self.keys.odd)
 
     @property
     def widest(self) -> int:

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.checkpoints import expressions, names
+from vera_tools.checkpoints import expressions, names, peft_values
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 from vera_tools.files import atomic
-from vera_tools.files.strict_json import parse_json
 
 CONFIG_NAME = "adapter_config.json"
+#: What PEFT puts around an entry of layers_pattern, its group's name included.
+_IN_LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
 @dataclass(kw_only=True)
@@ -87,12 +88,16 @@ class VeraConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             # PEFT's own words, which code written for PEFT may look for.
             raise UsageError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        for name, expression in self._expressions():
+        for name, expression, within in self._expressions():
             try:
-                re.compile(expression)
-            except re.error as error:
+                re.compile(within.format(expression) if within else expression)
+            except (re.error, OverflowError, RecursionError) as error:
+                found = repr(expression)
                 raise UsageError(
-                    "is not a regular expression", where=name, expected=f"one ({error})", found=repr(expression)
+                    "is not a regular expression",
+                    where=name,
+                    expected=f"one ({error})",
+                    found=found if len(found) <= 60 else f"{found[:57]}...",
                 ) from error
 
     def to_dict(self) -> dict[str, Any]:
@@ -108,7 +113,7 @@ class VeraConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], *, where: str = CONFIG_NAME) -> VeraConfig:
-        """Check and take over a parsed adapter_config.json.
+        """Check and take over a parsed adapter_config.json, with the values that PEFT takes its values for.
 
         Raises:
             NotVeraError: an adapter of another kind.
@@ -116,6 +121,7 @@ class VeraConfig:
         """
         if not isinstance(data, dict):
             raise FormatError("not an adapter config", where=where, expected="a JSON object", found=schema.shown(data))
+        data = peft_values.meaning(data)
         kind = data.get("peft_type")
         if kind is not None and not isinstance(kind, str):
             raise FormatError(
@@ -164,12 +170,12 @@ class VeraConfig:
 
     @classmethod
     def from_json(cls, text: str, *, where: str = CONFIG_NAME) -> VeraConfig:
-        """Parse the text of an adapter_config.json.
+        """Parse the text of an adapter_config.json, as loosely as PEFT does: `peft_values.read` says how.
 
         Raises:
             FormatError: not JSON, or `from_dict`'s reasons.
         """
-        return cls.from_dict(parse_json(text, where=where), where=where)
+        return cls.from_dict(peft_values.read(text, where=where).document, where=where)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> VeraConfig:
@@ -180,7 +186,7 @@ class VeraConfig:
         """
         path = Path(folder) / CONFIG_NAME
         try:
-            text = path.read_text("utf-8-sig")
+            text = path.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise FormatError(f"cannot be read: {error}", where=path) from error
         return cls.from_json(text, where=str(path))
@@ -226,24 +232,24 @@ class VeraConfig:
         heads = names.TASK_HEADS.get(self.task_type or "", ())
         return tuple(dict.fromkeys([*(self.modules_to_save or ()), *heads]))
 
-    def _expressions(self) -> Iterator[tuple[str, str]]:
-        """The values that PEFT takes for regular expressions, with their fields' names."""
+    def _expressions(self) -> Iterator[tuple[str, str, str]]:
+        """The values that PEFT takes for regular expressions: the field's name, the value, what PEFT puts around it."""
         if isinstance(self.target_modules, str):
-            yield "target_modules", self.target_modules
-        yield from (("modules_to_save", name) for name in self.modules_to_save or ())
+            yield "target_modules", self.target_modules, ""
+        yield from (("modules_to_save", name, names.KEPT_FROM_ADAPTING) for name in self.modules_to_save or ())
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        yield from (("layers_pattern", pattern) for pattern in patterns)
+        yield from (("layers_pattern", pattern, _IN_LAYERS) for pattern in patterns)
 
     def _in_layers(self, module: str) -> bool:
         indices = self.layers_to_transform
         if indices is None or indices == []:
             return True
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        tried = [rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\." for pattern in patterns or ()]
-        for expression in tried if self.layers_pattern else [r".*?\.[^.]*\.(?P<index>\d+)\."]:
+        tried = [_IN_LAYERS.format(pattern) for pattern in patterns or ()]
+        for expression in tried if self.layers_pattern else [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
             found = expressions.match(expression, module, where=f"{CONFIG_NAME}: layers_pattern")
             if found is not None:
-                index = (found["index"] or "").lstrip(
+                index = (found["idx"] or "").lstrip(
                     "0"
                 ) or "0"  # as text: a name may hold more digits than an int takes
                 return index in map(str, [indices] if isinstance(indices, int) else indices)

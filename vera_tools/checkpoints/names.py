@@ -23,6 +23,9 @@ TASK_HEADS: dict[str, tuple[str, ...]] = {
     "QUESTION_ANS": ("qa_outputs",),
 }
 
+#: What PEFT puts around an entry of modules_to_save before it looks for it in a module's name.
+KEPT_FROM_ADAPTING = r"(^|.*\.){}($|\..*)"
+
 _EMBEDDING = re.compile(
     rf"(?:^|\.)({'|'.join(INPUT_EMBEDDINGS + OUTPUT_LAYERS + POSITION_EMBEDDINGS)})(\.base_layer)?\.weight$"
 )
@@ -31,6 +34,25 @@ _EMBEDDING = re.compile(
 def is_embedding(parameter: str) -> bool:
     """Whether this is the weight of an embedding or of an output layer, by its name."""
     return _EMBEDDING.search(parameter) is not None
+
+
+#: The two modules inside PEFT's wrapper of a saved module.
+_INSIDE_WRAPPER = re.compile(r"^(.*)\.(?:modules_to_save|original_module)\.(.+)$", re.DOTALL)
+
+
+def copied_from(parameter: str) -> tuple[str, ...]:
+    """The parameters of a saved module that this one may be a copy of, by its name; none where it is no copy.
+
+    PEFT's ``get_peft_model_state_dict`` adds whole embeddings (after their size was changed) and, with bias="all",
+    biases, under the names that they have inside the wrapper of a saved module: ``X.modules_to_save.weight``,
+    ``X.modules_to_save.default.bias`` and ``X.original_module.weight`` beside ``X.weight``. Loading takes ``X.weight``.
+    """
+    found = _INSIDE_WRAPPER.match(parameter)
+    if found is None:
+        return ()
+    module, rest = found.groups()
+    without_adapter = rest.partition(".")[2]
+    return (f"{module}.{rest}", *([f"{module}.{without_adapter}"] if without_adapter else []))
 
 
 def module_of(parameter: str) -> str:
@@ -62,4 +84,4 @@ def is_kept_from_adapting(module: str, saved: str, *, where: str) -> bool:
     Raises:
         FormatError: the expression takes too long.
     """
-    return expressions.match(rf"(^|.*\.){saved}($|\..*)", module, where=where) is not None
+    return expressions.match(KEPT_FROM_ADAPTING.format(saved), module, where=where) is not None

@@ -85,7 +85,8 @@ def _show(report: LoraReport, console: Console) -> None:
         f"{report.factor:.1f} times as large"
     )
     show_common(report, console)
-    for obstacle in report.vllm_obstacles:
+    for obstacle in report.vllm.obstacles:
         labelled(console, "vLLM", f"cannot take it: {obstacle}; use `vera-tools merge` instead")
-    if not report.vllm_obstacles:
-        labelled(console, "vLLM", f"takes it with --max-lora-rank {report.vllm_max_lora_rank}")
+    if not report.vllm.obstacles:
+        conditions = f", provided that {' and '.join(report.vllm.conditions)}" if report.vllm.conditions else ""
+        labelled(console, "vLLM", f"takes it with --max-lora-rank {report.vllm.max_lora_rank}{conditions}")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vera_tools.checkpoints import peft_values
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
@@ -23,6 +24,7 @@ from vera_tools.converting.output import (
     Destination,
     common,
     config_text,
+    corrections,
     foreign_metadata,
     refuse_half_a_pair,
 )
@@ -30,7 +32,6 @@ from vera_tools.dtypes import Array
 from vera_tools.errors import FormatError, NothingToDoError
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred
-from vera_tools.files.strict_json import parse_json
 
 Tensors = Mapping[str, Array | Deferred]
 
@@ -118,7 +119,7 @@ def embed_projections(
             origin=resolved.origin,
             byte_exact=restoration.weights,
             config_exact=restoration.config,
-            notes=restoration.notes,
+            notes=(*restoration.notes, *corrections(opened)),
         )
 
 
@@ -137,8 +138,8 @@ class _Restoration:
         if original is None:
             return cls()
         weights = _file_sha256(original, tensors) == original.sha256
-        before = parse_json(original.config, where="the original adapter_config.json")
-        config = {**before, "save_projection": False} == checkpoint.raw_config
+        before = peft_values.read(original.config, where="the original adapter_config.json")
+        config = not before.is_odd and {**before.document, "save_projection": False} == checkpoint.raw_config
         notes = []
         if not weights:
             notes.append("the tensors changed after stripping, so the original file does not come back byte for byte")

@@ -1,6 +1,10 @@
 """`from_foreign`: VeRA checkpoints in other programs' forms, brought into PEFT's where the mapping is exact.
 
-Two forms are known whose adapters are VeRA's to the letter and are only named otherwise:
+Three forms are known whose adapters are VeRA's to the letter and are only named otherwise:
+
+``peft``
+    PEFT's own, with names of tensors that a wrapper or a state dict saved by hand gave them, or a config that PEFT
+    does not read (see `checkpoints.keys` and `checkpoints.peft_values`).
 
 ``peft-draft``
     PEFT's own before 0.11: the config says ``init_vera_weights`` and has empty ``rank_pattern`` and ``alpha_pattern``,
@@ -22,14 +26,21 @@ import os
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vera_tools.checkpoints import destination
+from vera_tools.checkpoints import destination, peft_values
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.checkpoints.writing import write_checkpoint
-from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
+from vera_tools.converting.output import (
+    ConversionReport,
+    Destination,
+    common,
+    corrections,
+    foreign_metadata,
+    refuse_half_a_pair,
+)
 from vera_tools.errors import CheckFailedError, FormatError, NothingToDoError, NotVeraError, UsageError
 from vera_tools.files import atomic, local, opening
 from vera_tools.files.safetensors import Deferred, TensorFile
@@ -37,7 +48,7 @@ from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.identification import identify_pair
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 
-FORMATS = ("peft-draft", "anima")
+FORMATS = ("peft", "peft-draft", "anima")
 
 _SHARED = {"vera_A": "vera_shared_A", "vera_B": "vera_shared_B"}
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -93,14 +104,14 @@ def from_foreign(
     Args:
         checkpoint: A folder or a safetensors file.
         output: The folder to write.
-        format: "peft-draft" or "anima". Default: what its tensors and config look like.
+        format: "peft", "peft-draft" or "anima". Default: what its tensors and config look like.
         base: The base model; "anima" needs it for the modules' names, a seed-only draft for in_max.
         prng_key: The key, for "anima" where the file's metadata does not say it. Default: 0, the trainer's own.
         in_features: Largest in_features of the adapted layers, for a seed-only draft without a base.
         recipe: Name of the recipe of a seed-only draft. Default: PEFT's is assumed, with a warning.
         stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
-        in_place: Replace the checkpoint itself, in one step; for "peft-draft" only.
+        in_place: Replace the checkpoint itself, in one step; not for "anima".
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
 
@@ -115,7 +126,7 @@ def from_foreign(
         raise UsageError("not a format that can be brought in", expected=" or ".join(FORMATS), found=format)
     folder, name = opening.locate(checkpoint)
     if CONFIG_NAME not in folder.names():
-        if format == "peft-draft":
+        if format in ("peft", "peft-draft"):
             raise FormatError(f"there is no {CONFIG_NAME}", where=folder.label)
         if in_place:
             raise UsageError("a training state is not converted in place", where=os.fspath(checkpoint), hint="use -o")
@@ -133,7 +144,8 @@ def from_foreign(
         _refuse_by_name(opened.weights)
         config, names = _draft_config(opened), _draft_names(opened)
         renamed = sum(old != new for old, new in names.items())
-        if config == opened.raw_config and not renamed:
+        is_draft = renamed > 0 or config != opened.raw_config
+        if not is_draft and not opened.is_odd:
             raise NothingToDoError("it has PEFT's form already", where=opened.label)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         assumptions = Assumptions.stated(
@@ -147,17 +159,22 @@ def from_foreign(
             manifest = write_checkpoint(out, text, tensors, resolved.record, metadata=metadata, base=model)
             size = (out / WEIGHTS_NAME).stat().st_size
         return ForeignReport(
-            **common(opened, target, manifest, size), origin=resolved.origin, format="peft-draft", renamed=renamed
+            **common(opened, target, manifest, size),
+            origin=resolved.origin,
+            format="peft-draft" if is_draft else "peft",
+            renamed=renamed + len(opened.keys.odd),
+            notes=corrections(opened),
         )
 
 
 def _refuse_adapter_hub(folder: local.Folder) -> None:
-    config = parse_json(local.read_text(folder, CONFIG_NAME), where=folder.path_of(CONFIG_NAME))
+    where = folder.path_of(CONFIG_NAME)
+    config = peft_values.read(local.read_text(folder, CONFIG_NAME), where=where).document
     if isinstance(config, dict) and "peft_type" not in config and {"config", "model_class"} <= config.keys():
         raise NotVeraError(
             "no exact mapping to VeRA: adapter-hub draws its matrices from the global generator",
             kind="ADAPTER-HUB",
-            where=folder.path_of(CONFIG_NAME),
+            where=where,
         )
 
 

@@ -25,15 +25,19 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve, rows
 from vera_tools.checkpoints.writing import describe
-from vera_tools.converting import peft_lora
-from vera_tools.converting.output import ConversionReport, Destination, common, foreign_metadata, refuse_half_a_pair
+from vera_tools.converting import peft_lora, vllm
+from vera_tools.converting.output import (
+    ConversionReport,
+    Destination,
+    common,
+    corrections,
+    foreign_metadata,
+    refuse_half_a_pair,
+)
 from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred, TensorFile
-
-#: What vLLM's --max-lora-rank may be; adapters of any rank up to it are padded to it.
-VLLM_MAX_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 _BLOCK = 1 << 18  # elements of a product made at a time
 
@@ -47,8 +51,7 @@ class LoraReport(ConversionReport):
         dtype: Of lora_A and lora_B.
         layers: Number of adapted layers.
         factor: How many times larger the LoRA's weights file is.
-        vllm_max_lora_rank: The --max-lora-rank that vLLM needs, or None where it has none as high.
-        vllm_obstacles: What stops vLLM from taking it.
+        vllm: What vLLM makes of it.
         widths_assumed: in_features of the layers were taken from vera_A, for want of a base.
     """
 
@@ -58,8 +61,7 @@ class LoraReport(ConversionReport):
     dtype: str
     layers: int
     factor: float
-    vllm_max_lora_rank: int | None
-    vllm_obstacles: tuple[str, ...]
+    vllm: vllm.Service
     widths_assumed: bool
 
     def body(self) -> dict[str, Any]:
@@ -75,7 +77,11 @@ class LoraReport(ConversionReport):
                 "widths_assumed": self.widths_assumed,
             },
             "factor": self.factor,
-            "vllm": {"max_lora_rank": self.vllm_max_lora_rank, "obstacles": list(self.vllm_obstacles)},
+            "vllm": {
+                "max_lora_rank": self.vllm.max_lora_rank,
+                "obstacles": list(self.vllm.obstacles),
+                "conditions": list(self.vllm.conditions),
+            },
         }
 
 
@@ -140,7 +146,8 @@ def to_lora(
         with target.open(model) as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
             size = (folder / WEIGHTS_NAME).stat().st_size
-        rank = min((rank for rank in VLLM_MAX_RANKS if rank >= record.shape.r), default=None)
+        service = vllm.look(manifest.tensors, opened.layers, config, model)
+        rank = service.max_lora_rank
         padded = rank is not None and rank != record.shape.r
         notes = [f"rank {record.shape.r} is none of vLLM's, which pads it to {rank}"] if padded else []
         return LoraReport(
@@ -150,10 +157,9 @@ def to_lora(
             dtype=tensors.dtype,
             layers=len(opened.layers),
             factor=size / opened.weights.size,
-            vllm_max_lora_rank=rank,
-            vllm_obstacles=tuple(_vllm_obstacles(opened, record.shape.r)),
+            vllm=service,
             widths_assumed=widths_assumed,
-            notes=(*notes, *peft_lora.doubts(opened, kind)),
+            notes=(*notes, *peft_lora.doubts(opened, kind), *corrections(opened)),
         )
 
 
@@ -296,14 +302,3 @@ def _warn_of_widths(checkpoint: Checkpoint, record: ProjectionRecord, *, strict:
         AssumedShapeWarning,
         stacklevel=3,
     )
-
-
-def _vllm_obstacles(checkpoint: Checkpoint, r: int) -> Iterator[str]:
-    config = checkpoint.config
-    if r > VLLM_MAX_RANKS[-1]:
-        yield f"its rank {r} is above vLLM's highest, {VLLM_MAX_RANKS[-1]}"
-    biases = [name for name in checkpoint.other_tensors if name.endswith(".bias")]
-    if config.bias != "none":
-        yield f"it has trained biases (bias {config.bias!r}, {len(biases)} tensors), which vLLM refuses"
-    if config.modules_to_save:
-        yield f"it has saved modules ({', '.join(config.modules_to_save)}), which vLLM refuses"

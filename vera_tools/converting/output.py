@@ -174,10 +174,25 @@ def common(checkpoint: Checkpoint, target: Destination, manifest: Manifest, outp
 
 
 def config_text(checkpoint: Checkpoint, *, save_projection: bool) -> str:
-    """The text of adapter_config.json with this one key set; unchanged where it says so already."""
-    if checkpoint.config_text is not None and checkpoint.config.save_projection is save_projection:
+    """The text of adapter_config.json with this one key set; unchanged where it says so already, as PEFT writes it."""
+    unchanged = checkpoint.config.save_projection is save_projection and not checkpoint.reading.is_odd
+    if checkpoint.config_text is not None and unchanged:
         return checkpoint.config_text
     return json.dumps({**checkpoint.raw_config, "save_projection": save_projection}, indent=2) + "\n"
+
+
+def corrections(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """What is written otherwise than it was read, because PEFT reads it otherwise or not at all; one sentence each."""
+    notes = []
+    if odd := checkpoint.keys.odd:
+        notes.append(f"{len(odd)} tensors have PEFT's names now, {odd[0].found} is {odd[0].meant}")
+    if repeated := checkpoint.keys.repeated:
+        notes.append(f"{len(repeated)} tensors stood in the file twice, {repeated[0]} for one")
+    if checkpoint.reading.is_odd:
+        reading = checkpoint.reading
+        why = (*reading.refused, *reading.refused_before_21, *reading.tolerated)[0]
+        notes.append(f"adapter_config.json was put right: {why}")
+    return tuple(notes)
 
 
 def foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:

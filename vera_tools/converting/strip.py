@@ -17,6 +17,7 @@ from vera_tools.converting.output import (
     Destination,
     common,
     config_text,
+    corrections,
     foreign_metadata,
     refuse_half_a_pair,
 )
@@ -138,6 +139,7 @@ def strip_projections(
         return StripReport(
             **common(opened, target, manifest, size),
             origin=resolved.origin,
+            notes=corrections(opened),
             saved_bytes=opened.weights.size - size,
             factor=opened.weights.size / size,
             identification=found,
@@ -172,12 +174,17 @@ def _refusal(checkpoint: Checkpoint, found: Identification) -> CheckFailedError:
 
 
 def _original(checkpoint: Checkpoint) -> Original | None:
-    """What embedding needs to give the file back; a pickle cannot be given back."""
-    if not checkpoint.weights.label.endswith(".safetensors"):
+    """What embedding needs to give the file back; a pickle cannot be given back, and names that are not PEFT's are not.
+
+    A config that PEFT would have written otherwise comes back put right.
+    """
+    if checkpoint.keys.odd or not checkpoint.weights.label.endswith(".safetensors"):
         return None
     return Original(
         header=base64.b64encode(checkpoint.weights.header).decode(),
-        config=checkpoint.config_text or checkpoint.config.to_json(),
+        config=checkpoint.config.to_json()
+        if checkpoint.config_text is None
+        else config_text(checkpoint, save_projection=checkpoint.config.save_projection),
         sha256=checkpoint.weights.file_sha256(),
     )
 

@@ -19,7 +19,7 @@ import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,7 @@ class TensorFile(Closing):
             source.close()
             raise
         self.data_start = 8 + len(self.header)
+        self._entries = dict(self.tensors)  # under the names that they have in the file
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
@@ -123,6 +124,11 @@ class TensorFile(Closing):
     def size(self) -> int:
         """Bytes of the whole file."""
         return self._source.size
+
+    def rename(self, names: Mapping[str, str | None]) -> None:
+        """Call the tensors otherwise from here on: their names in the file to others, or to None to leave one out."""
+        renamed = {new: replace(self.tensors[old], name=new) for old, new in names.items() if new is not None}
+        self.tensors = dict(sorted(renamed.items(), key=lambda item: (item[1].start, item[1].stop)))
 
     def read(self, name: str) -> Array:
         """One whole tensor, little-endian, C-contiguous; bfloat16 and float8 in ml_dtypes' numpy dtypes.
@@ -167,7 +173,7 @@ class TensorFile(Closing):
     def file_sha256(self) -> str:
         """sha256 over the whole file."""
         digest = hashlib.sha256(struct.pack("<Q", len(self.header)) + self.header)
-        for info in self.tensors.values():  # without hole or overlap, so together they are the rest of the file
+        for info in self._entries.values():  # without hole or overlap, so together they are the rest of the file
             for chunk in self.chunks(info):
                 digest.update(chunk)
         return digest.hexdigest()
@@ -182,13 +188,13 @@ class TensorFile(Closing):
             theirs = safetensors_library.read(self.header, self.size)
         except FormatError as error:
             return error.what
-        ours = {name: (info.dtype, info.shape) for name, info in self.tensors.items()}
+        ours = {name: (info.dtype, info.shape) for name, info in self._entries.items()}
         for name in [*ours, *theirs.tensors]:
             if ours.get(name) != theirs.tensors.get(name):
                 found, read = (_in_words(tensors.get(name)) for tensors in (theirs.tensors, ours))
                 return f"{safetensors_library.LIBRARY} finds {found} under {name}, where {read} was read"
-        filled = [name for name, info in self.tensors.items() if info.nbytes]
-        if [name for name in theirs.tensors if self.tensors[name].nbytes] != filled:
+        filled = [name for name, info in self._entries.items() if info.nbytes]
+        if [name for name in theirs.tensors if self._entries[name].nbytes] != filled:
             return f"{safetensors_library.LIBRARY} finds the tensors in another order"
         return None if theirs.metadata == self.metadata else f"{safetensors_library.LIBRARY} finds other metadata"
 

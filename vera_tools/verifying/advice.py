@@ -142,10 +142,12 @@ def _list(names: Sequence[str], *, last: str = "and") -> str:
 #: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
 REMEDIES: Mapping[str, tuple[str, str]] = {
     "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
+    "config.peft": ("write a config that PEFT reads", "vera-tools convert {path} --from auto -o OUT"),
     "config.schema": ("correct adapter_config.json, or copy it again from where it was trained", "{again}"),
     "config.save_projection": ("copy it again from where it was trained, with its vera_A and vera_B", "{again}"),
     "tensors.file": ("copy or download the file again; if the original is broken too, save it anew", "{again}"),
     "tensors.official": ("save it again with the safetensors library, which PEFT reads with", "{again}"),
+    "tensors.names": ("write the names that PEFT looks for", "vera-tools convert {path} --from auto -o OUT"),
     "tensors.layers": ("save it again from the trained model: vectors are missing", "{again}"),
     "tensors.shapes": ("save it again, alone in its model: PEFT saves one pair for all adapters", "{again}"),
     "tensors.out_max": ("save it again, alone in its model: PEFT saves one pair for all adapters", "{again}"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 CHECK_IDS = {
     "config.schema": "adapter_config.json against its schema: every key that PEFT knows has a value that PEFT takes",
+    "config.peft": "PEFT reads adapter_config.json as it stands",
     "config.kind": "the kind of adapter",
     "config.key": "a key wider than 32 bits, of which only the low 32 matter",
     "config.save_projection": "what the config says is stored against what is",
     "tensors.file": "the safetensors file: header, extents, dtypes",
     "tensors.official": "the safetensors library, which PEFT reads with, finds the same tensors in the file",
+    "tensors.names": "every tensor has the name that PEFT looks for",
     "tensors.layers": "every adapted layer has both vectors; every target module has a layer",
     "tensors.shapes": "r, in_max, out_max and the vectors fit each other",
     "tensors.out_max": "vera_B has as many rows as the longest vera_lambda_b has elements",

@@ -180,11 +180,12 @@ def _dtypes(checkpoint: Checkpoint) -> Check:
 
 
 def _unexpected(checkpoint: Checkpoint) -> Check:
-    config = checkpoint.config
-    outside = [module for module in checkpoint.layers if not config.targets(module)]
+    outside = checkpoint.unadapted
     embeddings: list[str] = []
     unknown: list[str] = []
     for name in checkpoint.other_tensors:
+        if checkpoint.is_copy(name):
+            continue
         if not _is_expected(name.removeprefix(MODULES), checkpoint) or not name.startswith(MODULES):
             (embeddings if is_embedding(name) else unknown).append(name)
     if outside or unknown:

@@ -123,6 +123,8 @@ def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
     wrong: list[str] = []
     held = set()
     for name, info in checkpoint.other_tensors.items():
+        if checkpoint.is_copy(name):
+            continue
         parameter = name.removeprefix(MODULES)
         path = parameter.replace(".base_layer.", ".")
         place = placement.parameter(path)

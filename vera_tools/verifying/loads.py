@@ -11,8 +11,8 @@ Three facts about PEFT decide every row (each was seen by running it):
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from vera_tools.dtypes import HALVES
@@ -67,6 +67,9 @@ class Trained:
         assumed: That they were trained with was assumed or stated, so that no loader is known to be right or wrong.
         whole: Nothing else of the adapter is damaged or missing: else no loader computes what was trained.
         held_by: The dtypes to which the stored values can be cast without a change to any of them.
+        obstacles: By loader, why it does not compute with this adapter, whatever its projections are: one clause, of
+            which the loader is the subject.
+        unknown_before_14: Keys of the config for which PEFT before 0.14 refuses it.
     """
 
     stored: bool
@@ -78,6 +81,8 @@ class Trained:
     fits: bool = True
     assumed: bool = False
     whole: bool = True
+    obstacles: Mapping[str, str] = field(default_factory=dict)
+    unknown_before_14: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in reports, which hold the recipes already."""
@@ -91,14 +96,17 @@ class Trained:
             "fits": self.fits,
             "assumed": self.assumed,
             "whole": self.whole,
+            "obstacles": dict(self.obstacles),
+            "unknown_before_14": list(self.unknown_before_14),
         }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any], recipes: tuple[Recipe, ...]) -> Trained:
         """The inverse of `to_dict`, for data that a schema has passed, and the recipes that stand beside it."""
-        others = {key: value for key, value in data.items() if key not in ("made", "held_by")}
+        others = {key: value for key, value in data.items() if key != "made"}
         made = {True: recipes, False: (), None: None}[data["made"]]
-        return cls(**others, recipes=made, held_by=frozenset(data["held_by"]))
+        others |= {"held_by": frozenset(data["held_by"]), "unknown_before_14": tuple(data["unknown_before_14"])}
+        return cls(**others, recipes=made)
 
 
 def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
@@ -115,11 +123,16 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
         for rounding in ROUNDINGS:
             for base_dtype in BASE_DTYPES:
                 exact, why = _row(trained, loader, options, rounding, base_dtype)
-                if trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
+                obstacle = trained.obstacles.get(loader)
+                if obstacle is not None:
+                    exact, why = False, obstacle
+                elif trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
                     exact, why = None, f"{why}, if the recorded pair is the trained one, which nothing proves"
+                elif exact and loader == OLD_PEFT and trained.unknown_before_14:
+                    why += f"; before 0.14 it refuses the config for its key {trained.unknown_before_14[0]!r}"
                 if not trained.whole:
                     exact, why = False, f"{why}; but the adapter is damaged or incomplete, as the failed checks say"
-                cites = rows.citation(rounding) if redraws else None
+                cites = rows.citation(rounding) if redraws and obstacle is None else None
                 table.append(Load(loader, options, rounding, base_dtype, exact, why, cites))
     return tuple(table)
 

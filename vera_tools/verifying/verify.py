@@ -29,7 +29,7 @@ from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress
-from vera_tools.verifying import checks, fit, recorded, registry
+from vera_tools.verifying import acceptance, checks, fit, recorded, registry
 from vera_tools.verifying.checks import Scan
 from vera_tools.verifying.findings import DAMAGE, MATCH, VERDICTS, Check, Verdict
 from vera_tools.verifying.gates import LoadSpec
@@ -146,7 +146,7 @@ class Verifier:
             return _invalid(path, "tensors.file", error)
 
     def _verify(self, path: str, checkpoint: Checkpoint) -> CheckpointReport:
-        found = [*checks.structure(checkpoint)]
+        found = [*acceptance.accepted(checkpoint), *checks.structure(checkpoint)]
         broken = {"tensors.shapes", "tensors.dtypes"}
         if len(checkpoint.projections) == 1 or not checkpoint.layers or _failed(found, broken):
             return CheckpointReport(
@@ -195,6 +195,8 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
+            obstacles=acceptance.obstacles(checkpoint),
+            unknown_before_14=checkpoint.reading.unknown_before_14,
             held_by=self._memory(("held", *identity), lambda: unchanged(_held_by(pair))),
         )
         return CheckpointReport(
@@ -244,6 +246,8 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
+            obstacles=acceptance.obstacles(checkpoint),
+            unknown_before_14=checkpoint.reading.unknown_before_14,
         )
         return CheckpointReport(
             path,

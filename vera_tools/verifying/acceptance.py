@@ -1,0 +1,84 @@
+"""Whether PEFT takes a checkpoint at all: the checks of its config and of its tensors' names, and what loaders do.
+
+A name that PEFT does not look for is dropped in silence, or with a warning about missing keys, and the model then
+computes without that tensor. So what is said here also decides the loader table's rows of PEFT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.keys import DEFAULT
+from vera_tools.verifying.checks import some
+from vera_tools.verifying.findings import Check
+from vera_tools.verifying.loads import OLD_PEFT, PEFT
+
+_REMEDY = "`vera-tools convert --from auto` writes what PEFT reads"
+
+
+def accepted(checkpoint: Checkpoint) -> Iterator[Check]:
+    """The checks `config.peft` and `tensors.names`."""
+    yield _config(checkpoint)
+    yield _names(checkpoint)
+
+
+def obstacles(checkpoint: Checkpoint) -> dict[str, str]:
+    """What keeps a loader from computing with this adapter, whatever its projections are; by loader.
+
+    Raises:
+        FormatError: a regular expression takes too long.
+    """
+    found: dict[str, str] = {}
+    reading = checkpoint.reading
+    if outside := checkpoint.unadapted:
+        why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
+        found[OLD_PEFT] = found[PEFT] = why
+    if odd := checkpoint.keys.odd:
+        found[OLD_PEFT] = f"does not know {_count(len(odd), 'name')}, {odd[0].found} for one"
+        if not checkpoint.keys.taken_by_peft_21():
+            found[PEFT] = found[OLD_PEFT]
+    if reading.refused:
+        found[OLD_PEFT] = found[PEFT] = f"refuses the config: {reading.refused[0]}"
+    elif reading.refused_before_21:
+        found[OLD_PEFT] = f"refuses the config: {reading.refused_before_21[0]}"
+    return found
+
+
+def _config(checkpoint: Checkpoint) -> Check:
+    reading = checkpoint.reading
+    if reading.refused:
+        return Check("config.peft", "fail", f"PEFT cannot read it: {some(reading.refused)}; {_REMEDY}")
+    odd = (*reading.refused_before_21, *reading.tolerated)
+    if odd:
+        return Check("config.peft", "warn", f"PEFT reads it all the same: {some(odd)}")
+    if reading.unknown_before_14:
+        message = f"PEFT reads it; before 0.14 it refused keys that it does not know: {some(reading.unknown_before_14)}"
+        return Check("config.peft", "pass", message)
+    return Check("config.peft", "pass", "PEFT reads it")
+
+
+def _names(checkpoint: Checkpoint) -> Check:
+    odd = checkpoint.keys.odd
+    total = len(checkpoint.weights.tensors) + len(checkpoint.keys.repeated)
+    if not odd:
+        return Check("tensors.names", "pass", f"{total} names, none that PEFT would have written otherwise")
+    adapters = sorted({entry.adapter for entry in odd if entry.adapter})
+    only_adapter = all(entry.adapter for entry in odd)
+    if checkpoint.keys.taken_by_peft_21():
+        does = f"PEFT takes them from 0.21 on, as long as the adapter is loaded as {DEFAULT!r}, and before does not"
+    elif checkpoint.keys.of_a_layer:
+        does = "PEFT looks for the projections under base_model.vera_A and base_model.vera_B, and refuses the file"
+    elif only_adapter and not any(entry.saved for entry in odd):
+        does = f"PEFT takes them from 0.21 on where it loads the adapter as {adapters[0]!r}, and nowhere else"
+    elif only_adapter:
+        does = "PEFT looks for the saved modules under other names and fails"
+    else:
+        does = "PEFT drops them, and then computes without them, or refuses the file where the projections are meant"
+    one = f"{odd[0].found} for {odd[0].meant}"
+    message = f"{_count(len(odd), 'name')} of {total} are not PEFT's, {one}; {does}; {_REMEDY}"
+    return Check("tensors.names", "fail", message)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)
