@@ -328,7 +328,7 @@ def _lora(loaded: Any, base: Path, live: Live, out: Path) -> Judged:
         return refusal(code, reason)
     other = _loaded_adapter(loaded, out, live)
     if other.startswith(("does not load", "misses keys")):
-        return BADLY, other, 0
+        return (BADLY, other, 0) if live.peft == RIGHT else (PEFT_OFF, other, 0)
     return (WRONG, other, 0) if other else (RIGHT, "", 0)
 
 

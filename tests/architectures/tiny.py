@@ -45,6 +45,9 @@ _KEPT = re.compile(
     r"|tubelet|frames|sample|_token|num_queries|conv|vocab|type_vocab|downsampl|merge|pool|hop|fft|bins|codebook|block_size)"
 )
 
+#: Model types that rotate by time, height and width.
+_SECTIONS = re.compile(r"vl|4v|46v|omni|glm_image|glm_ocr|qwen3_asr")
+
 Recipe = Callable[[str, int], int]
 
 
@@ -168,11 +171,15 @@ def _rotary(small: dict[str, Any]) -> dict[str, Any]:
         small["head_dim"] = small["qk_rope_head_dim"]
     if {"qk_rope_head_dim", "qk_nope_head_dim", "qk_head_dim"} <= small.keys():
         small["qk_head_dim"] = (small["qk_rope_head_dim"] or 0) + (small["qk_nope_head_dim"] or 0)
-    for key in ("n_group", "topk_group", "num_expert_group", "n_groups_moe"):
+    for key in ("n_group", "topk_group", "n_groups"):
         if isinstance(small.get(key), int):
             small[key] = 1
+    if {"kv_lora_rank", "num_key_value_heads"} <= small.keys():  # keys and values are made for every head
+        small["num_key_value_heads"] = small["num_attention_heads"]
     rope = small.get("rope_parameters")
     heads, width = small.get("num_attention_heads"), small.get("hidden_size")
+    if isinstance(rope, dict) and _SECTIONS.search(str(small.get("model_type"))):
+        rope.setdefault("mrope_section", [16, 24, 24])  # what the model takes where the configuration does not say
     if isinstance(rope, dict) and "mrope_section" in rope and isinstance(heads, int) and isinstance(width, int):
         size = small.get("head_dim") or width // heads
         half = int(size * (rope.get("partial_rotary_factor") or 1.0)) // 2

@@ -99,6 +99,40 @@ def test_layers_beside_them_are_named_one_by_one(tmp_path):
     assert not loaded.peft_config["default"].target_parameters
 
 
+@pytest.fixture(scope="module")
+def renamed(tmp_path_factory):
+    """A model of which loading takes names of today for older ones, and PEFT's VeRA and LoRA on it."""
+    from peft import LoraConfig, VeraConfig, get_peft_model
+
+    from tests.architectures import tiny
+
+    folder = tmp_path_factory.mktemp("renamed")
+    _, model = tiny.model("DeepseekOcr2ForConditionalGeneration")
+    model.save_pretrained(folder / "base")
+    for name, config in (("vera", VeraConfig), ("lora", LoraConfig)):
+        fresh = type(model).from_pretrained(folder / "base")
+        targets = r".*language_model.*\.o_proj"
+        get_peft_model(fresh, config(r=4, target_modules=targets)).save_pretrained(folder / name)
+    return type(model), folder
+
+
+def test_peft_still_renames_what_is_named_as_today(renamed):
+    from peft import PeftModel
+
+    model_class, folder = renamed
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        PeftModel.from_pretrained(model_class.from_pretrained(folder / "base"), folder / "lora")
+    PeftModel.from_pretrained(model_class.from_pretrained(folder / "base"), folder / "vera")  # warns of nothing
+
+
+def test_a_layer_whose_name_peft_would_change_is_refused(renamed, tmp_path):
+    _, folder = renamed
+    result = run_cli("convert", folder / "vera", "--to", "lora", "-o", tmp_path / "lora", "--base", folder / "base")
+    assert result.returncode == 1
+    assert "model.language_model.layers.0.self_attn.o_proj: no LoRA that PEFT loads" in result.stderr
+    assert "found model.language_model.language_model.layers.0" in result.stderr
+
+
 def test_a_base_of_another_type_keeps_its_pattern(tmp_path):
     adapter, base = adapted("llama", tmp_path)
     set_pattern = json.loads((adapter / "adapter_config.json").read_text()) | {"target_modules": r".*_proj"}

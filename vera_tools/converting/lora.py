@@ -131,7 +131,7 @@ def to_lora(
         refuse_half_a_pair(opened)
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         kind = peft_lora.model_type(opened, model)
-        peft_lora.refuse_unloadable(opened, kind)
+        peft_lora.refuse_unloadable(opened, kind, opened.placement(model).architecture if model is not None else None)
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )

@@ -1,20 +1,25 @@
 """Where PEFT does not load a LoRA adapter as it is written, though it would load VeRA on the same layers.
 
-Two rules, both for LoRA alone, and both by the base's model type and the last part of a layer's name:
+Three rules, all for LoRA alone:
 
 - With transformers 5, whose mixtures of experts keep all experts in one parameter, PEFT takes LoRA on ``gate_proj`` or
   ``down_proj`` for LoRA on the experts as transformers 4 had them. It rewrites the targets to that parameter, on dense
   layers and shared experts too, and the adapter's own tensors lead nowhere
   (peft/utils/transformers_weight_conversion.py, `_convert_peft_config_moe`).
+- It renames the keys of LoRA as transformers renames those of older files on loading. Where such a renaming takes a
+  name of today for an older one, the key leads nowhere (`convert_peft_adapter_state_dict_for_transformers` there).
 - On a state space's ``out_proj`` and ``conv1d`` it refuses LoRA, because fast kernels read their weights past the
   module (peft/tuners/tuners_utils.py, `_check_lora_target_modules_mamba`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from vera_tools.architectures import data
+from vera_tools.architectures.architecture import Architecture
+from vera_tools.architectures.renaming import natural_order
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import CheckFailedError
@@ -70,8 +75,13 @@ def model_type(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:
     return None if entry is None else str(entry["model_type"])
 
 
-def refuse_unloadable(checkpoint: Checkpoint, kind: str | None) -> None:
-    """Stop where PEFT would not load the LoRA of these layers on a base of this model type.
+def refuse_unloadable(checkpoint: Checkpoint, kind: str | None, known: Architecture | None) -> None:
+    """Stop where PEFT would not load the LoRA of these layers on a base of this model type and class.
+
+    Args:
+        checkpoint: The VeRA adapter.
+        kind: The base's model type, where it is known.
+        known: The class that PEFT adapted, where it is known.
 
     Raises:
         CheckFailedError: it would not; the message names a layer and says what PEFT does.
@@ -86,6 +96,34 @@ def refuse_unloadable(checkpoint: Checkpoint, kind: str | None) -> None:
                 expected=f"no adapter on {', '.join(sorted(rule.targets))} of a model of type {kind}",
                 hint="merge it into its base: `vera-tools merge`",
             )
+
+    if known is None:
+        return
+    for module, name in _renamed(checkpoint, known):
+        raise CheckFailedError(
+            "no LoRA that PEFT loads: with transformers 5, PEFT takes this for a name of an older file",
+            where=f"{checkpoint.label}: {module}",
+            expected=f"a name that loading {known.name} leaves alone",
+            found=name,
+            hint="merge it into its base: `vera-tools merge`",
+        )
+
+
+def _renamed(checkpoint: Checkpoint, known: Architecture) -> Iterator[tuple[str, str]]:
+    """Layers whose keys PEFT renames, and to what."""
+    if (
+        known.model_type not in data.tables()["conversions"]
+    ):  # PEFT renames by the model type's own renamings or not at all
+        return
+    active: set[int] = set()
+    end = ".lora_A.default.weight"
+    for module in sorted(checkpoint.layers, key=natural_order):
+        name = module + end
+        for step in known.steps:
+            if not step.operations:
+                name, _ = step.apply(name, active)
+        if not (module + end).endswith(name):  # PEFT takes a prefix that was cut off as one that was missing
+            yield module, name.removesuffix(end)
 
 
 def doubts(checkpoint: Checkpoint, kind: str | None) -> tuple[str, ...]:
