@@ -61,7 +61,14 @@ __all__ = ["__version__", *_HOMES]
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vera_tools' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"vera_tools.{_HOMES[name]}"), name)
+    try:
+        value = getattr(importlib.import_module(f"vera_tools.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise ModuleNotFoundError(
+            f"vera_tools.{name} needs torch: pip install 'vera-tools[torch]'", name=error.name, path=error.path
+        ) from error
     globals()[name] = value
     return value
 

@@ -62,6 +62,12 @@ class Report(ABC):
         """0 all well; 1 drift, or a check failed; 3 unproven; 4 unreadable, malformed or not VeRA."""
         return 0
 
+    def __repr__(self) -> str:
+        """One line: what it reports on, and its exit code."""
+        named = [getattr(self, name, None) for name in ("path", "checkpoint", "output", "a")]
+        what = next((f" {value!r}" for value in named if isinstance(value, str)), "")
+        return f"<{type(self).__name__}{what}: exit code {self.exit_code}>"
+
     def to_dict(self) -> dict[str, Any]:
         """The JSON document, valid against ``schemas/<name>.v1.schema.json``; figures that are not finite are None."""
         document = {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **self.body()}

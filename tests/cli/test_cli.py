@@ -60,11 +60,11 @@ def test_unknown_option_is_usage(name):
 
 def test_errors_are_one_line_on_stderr_and_one_document_on_stdout(tmp_path):
     result = run_cli("inspect", tmp_path / "nothing")
-    assert result.returncode == 4
+    assert result.returncode == 2
     assert result.stdout == ""
     assert re.fullmatch(r"error: .*nothing: no such file or folder\n", result.stderr)
     result = run_cli("inspect", tmp_path / "nothing", "--json")
-    assert json.loads(result.stdout)["error"]["exit_code"] == 4
+    assert json.loads(result.stdout)["error"]["exit_code"] == 2
 
 
 def test_traceback_only_on_request(tmp_path):

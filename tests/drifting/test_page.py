@@ -13,6 +13,7 @@ import pytest
 
 from tests.machine import x86
 from vera_tools.drifting import page as drift_page
+from vera_tools.platforms.names import PLATFORMS
 
 pytestmark = pytest.mark.capability
 
@@ -81,6 +82,7 @@ def test_everything_is_said_in_words_too(page, report):
     text = Page(page).text
     for row in report.environments:
         assert row.gets in text
+        assert row.device != "cpu" or f"{row.platform} ({PLATFORMS[row.platform]})" in text
         for stream in row.streams.values():
             assert stream.label.removeprefix("mt19937-") in text
     assert "✓ exact" in text

@@ -90,7 +90,7 @@ def test_a_reference_is_a_folder_or_a_file_in_one(tmp_path, file):
     assert (folder.label, name) == (str(tmp_path), None)
     folder, name = locate(str(file))
     assert (folder.label, name) == (str(tmp_path), "data")
-    with pytest.raises(FormatError, match="gone: no such file or folder"):
+    with pytest.raises(UsageError, match="gone: no such file or folder"):
         locate(tmp_path / "gone")
 
 

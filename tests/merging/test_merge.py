@@ -433,7 +433,7 @@ class TestRefusals:
 
     def test_errors_of_the_command_line(self, base, adapter, tmp_path):
         code, document = run_json("merge", adapter, "--base", tmp_path / "nowhere", "-o", tmp_path / "out")
-        assert code == 4
+        assert code == 2
         assert "nowhere" in document["error"]["where"]
         assert (
             run_cli("merge", adapter, "--base", base, "-o", tmp_path / "out", "--max-shard-size", "x").returncode == 2

@@ -82,8 +82,8 @@ class Place:
         """What a CHECKPOINT argument stands for.
 
         Raises:
-            FormatError: nothing is there, or it may not be looked at.
-            UsageError: the name is empty.
+            FormatError: something else is there, or it may not be looked at.
+            UsageError: nothing is there, the name is empty, or its scheme is unknown.
         """
         folder, file = opening.locate(reference)
         names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
@@ -157,7 +157,7 @@ class Checkpoint(local.Closing):
         Raises:
             NotVeraError: an adapter of another kind.
             FormatError: unreadable or malformed.
-            UsageError: the name is empty.
+            UsageError: nothing is there, the name is empty, or its scheme is unknown.
         """
         place = Place.of(reference)
         return cls(place, place.read_config(), allow_pickle=allow_pickle)
@@ -417,9 +417,9 @@ def _open_weights(place: Place, *, allow_pickle: bool) -> TensorFile:
             hint="pass --allow-pickle to read it through torch's weights_only loader, or save it again with a PEFT "
             "that writes safetensors",
         )
-    raise FormatError(
-        "the weights are missing" if CONFIG_NAME in names else "not a checkpoint",
-        where=folder.label,
-        expected=WEIGHTS_NAME if CONFIG_NAME in names else f"{CONFIG_NAME} and {WEIGHTS_NAME}",
-        hint=None if CONFIG_NAME in names else "`vera-tools verify -R` finds the checkpoints below a folder",
-    )
+    if CONFIG_NAME in names:
+        raise FormatError("the weights are missing", where=folder.label, expected=WEIGHTS_NAME)
+    hint = "`vera-tools verify -R` finds the checkpoints below a folder"
+    if any(name == "config.json" or name.startswith("model") for name in folder.names()):
+        hint = "this looks like a base model: name the adapter, and the base with --base"
+    raise FormatError("not a checkpoint", where=folder.label, expected=f"{CONFIG_NAME} and {WEIGHTS_NAME}", hint=hint)

@@ -6,6 +6,7 @@ One module a command, loaded when it is called; what they share is in `shared`. 
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import io
@@ -16,7 +17,7 @@ from typing import Any, NoReturn
 import click
 
 from vera_tools._version import __version__
-from vera_tools.cli.shared import CLOSED, write_line
+from vera_tools.cli.shared import CLOSED, examples, write_line
 from vera_tools.errors import UsageError, VeraToolsError
 from vera_tools.report import error_document
 
@@ -38,7 +39,8 @@ COMMANDS = {
 }
 
 EPILOG = (
-    "Exit codes: 0 all well; 1 drift, or a check failed; 2 wrong usage; 3 unproven; 4 unreadable or not VeRA; 5 Hub."
+    "Exit codes: 0 all well; 1 drift, or a check failed; 2 wrong usage; 3 unproven or assumed; 4 unreadable or not "
+    "VeRA; 5 Hub.\n\n" + examples("verify my-adapter", "strip-projections my-adapter -o small")
 )
 
 
@@ -56,10 +58,30 @@ class LazyGroup(click.Group):
         command: click.Command = importlib.import_module(f"vera_tools.cli.{COMMANDS[name][0]}").command
         return command
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or say which one may be meant."""
+        if args[0] not in COMMANDS and not args[0].startswith("-"):
+            raise UsageError(f"there is no command {args[0]!r}", hint=_meant(args[0]))
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+def _meant(name: str) -> str:
+    """Which command a mistyped or shortened name may stand for."""
+    lower = name.lower()
+    meant = [command for command in COMMANDS if lower and command.startswith(lower)]
+    meant = (
+        meant
+        or difflib.get_close_matches(lower, COMMANDS, n=1)
+        or [c for c in COMMANDS if len(lower) > 2 and lower in c]
+    )
+    return f"did you mean `vera-tools {meant[0]}`?" if meant else "`vera-tools --help` lists them"
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
@@ -100,9 +122,12 @@ def _run(arguments: list[str]) -> int:
         return code if isinstance(code, int) else 0
     except VeraToolsError as error:
         return _fail(error, as_json=as_json)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())  # which is the help
+        return UsageError.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "vera-tools"
-        return _fail(UsageError(error.format_message(), hint=f"see `{command} --help`"), as_json=as_json)
+        return _fail(UsageError(error.format_message().rstrip("."), hint=f"see `{command} --help`"), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         write_line("interrupted")
         return 130

@@ -8,14 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools.cli.conversion import Where, destination_options, show_common
-from vera_tools.cli.shared import (
-    Output,
-    Resolving,
-    human_bytes,
-    labelled,
-    output_options,
-    resolving_options,
-)
+from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, labelled, output_options, resolving_options
 from vera_tools.converting.foreign import FORMATS, ForeignReport, from_foreign
 from vera_tools.converting.lora import LoraReport, to_lora
 from vera_tools.dtypes import FLOATS
@@ -25,7 +18,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("convert")
+@click.command(
+    "convert",
+    epilog=examples(
+        "convert my-adapter --to lora --base my-base -o my-lora",
+        "convert my-adapter --to lora --dtype bfloat16 -o my-lora-bf16",
+    ),
+)
 @click.argument("checkpoint")
 @click.option("--to", type=click.Choice(["lora"]), help="What to convert to.")
 @click.option("--from", "form", type=click.Choice(["auto", *FORMATS]), help="Another program's form to bring in.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from vera_tools.cli.shared import Output, base_option, in_features_option, output_options, strict_option
+from vera_tools.cli.shared import Output, base_option, examples, in_features_option, output_options, strict_option
 from vera_tools.comparing.diff import DiffReport, TensorDifference, diff
 from vera_tools.report import printable
 
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 _SHOWN = 10  # tensors and layers listed without -v
 
 
-@click.command("diff")
+@click.command(
+    "diff", epilog=examples("diff checkpoint-100 checkpoint-200", "diff my-adapter seed-only --base my-base")
+)
 @click.argument("a")
 @click.argument("b")
 @base_option

@@ -10,6 +10,7 @@ import click
 from vera_tools.cli.shared import (
     Output,
     base_option,
+    examples,
     in_features_option,
     labelled,
     output_options,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vera_tools.platforms.streams import Environment
 
 
-@click.command("drift")
+@click.command("drift", epilog=examples("drift", "drift --checkpoint my-adapter --device cpu --save drift.json"))
 @click.option(
     "--device",
     "devices",

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools.cli.conversion import Where, destination_options, show_common
-from vera_tools.cli.shared import (
-    Output,
-    Resolving,
-    human_bytes,
-    output_options,
-    resolving_options,
-)
+from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, output_options, resolving_options
 from vera_tools.converting.embed import EmbedReport, embed_projections
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("embed-projections")
+@click.command(
+    "embed-projections",
+    epilog=examples(
+        "embed-projections seed-only --base my-base -o whole", "embed-projections seed-only --base my-base --in-place"
+    ),
+)
 @click.argument("checkpoint")
 @destination_options
 @resolving_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools._version import __version__
-from vera_tools.cli.shared import Output, labelled, output_options
+from vera_tools.cli.shared import Output, examples, labelled, output_options
 from vera_tools.platforms.environment import EnvReport, describe
 from vera_tools.platforms.names import PLATFORMS
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("env")
+@click.command("env", epilog=examples("env", "env --json"))
 @output_options
 def command(output: Output) -> int:
     """Versions, CPU capability, which platform of the loader table this machine is, and what its torch draws.

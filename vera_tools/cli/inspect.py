@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools.cli.shared import Output, base_option, human_bytes, labelled, output_options
+from vera_tools.cli.shared import Output, base_option, examples, human_bytes, labelled, output_options
 from vera_tools.comparing.inspect import InspectReport, inspect
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("inspect")
+@click.command("inspect", epilog=examples("inspect my-adapter", "inspect my-adapter --base my-base --json"))
 @click.argument("checkpoint")
 @base_option
 @click.option("--allow-pickle", is_flag=True, help="Read a legacy adapter_model.bin (needs torch; weights_only).")

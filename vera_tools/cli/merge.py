@@ -10,6 +10,7 @@ import click
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
+    examples,
     human_bytes,
     labelled,
     output_options,
@@ -26,7 +27,13 @@ if TYPE_CHECKING:
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@click.command("merge")
+@click.command(
+    "merge",
+    epilog=examples(
+        "merge my-adapter --base my-base -o merged --verify",
+        "merge my-adapter checkpoint-200 --base my-base --weight 0.5 --weight 0.5 -o both",
+    ),
+)
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option(
     "--base", required=True, metavar="BASE", help="Base model: a folder, a safetensors file or hf://owner/name."

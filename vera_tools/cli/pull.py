@@ -10,6 +10,7 @@ from vera_tools.cli.client import client_output
 from vera_tools.cli.shared import (
     Output,
     base_option,
+    examples,
     in_features_option,
     labelled,
     output_options,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("pull")
+@click.command(
+    "pull", epilog=examples("pull you/my-adapter -o here", "pull hf://you/my-adapter@main -o pinned --base my-base")
+)
 @click.argument("repo")
 @click.option("-o", "--output", "target", required=True, metavar="OUT", help="Folder to write.")
 @click.option("--revision", metavar="REV", help="Branch, tag, commit or refs/pr/N.")

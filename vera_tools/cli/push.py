@@ -10,6 +10,7 @@ from vera_tools.cli.client import client_output
 from vera_tools.cli.shared import (
     Output,
     base_option,
+    examples,
     in_features_option,
     labelled,
     output_options,
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("push")
+@click.command(
+    "push", epilog=examples("push my-adapter you/my-adapter", "push my-adapter you/small-adapter --strip --private")
+)
 @click.argument("checkpoint")
 @click.argument("repo")
 @click.option("--strip", is_flag=True, help="Push it without vera_A and vera_B, if they are proven regenerable.")

@@ -6,20 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools.cli.shared import (
-    Output,
-    Resolving,
-    labelled,
-    output_options,
-    resolving_options,
-)
+from vera_tools.cli.shared import Output, Resolving, examples, labelled, output_options, resolving_options
 from vera_tools.verifying.record import RecordReport, record
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("record")
+@click.command("record", epilog=examples("record my-adapter", "record seed-only --base my-base"))
 @click.argument("checkpoint")
 @resolving_options
 @output_options

@@ -10,6 +10,7 @@ from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
     base_option,
+    examples,
     in_features_option,
     labelled,
     output_options,
@@ -23,7 +24,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("regenerate")
+@click.command(
+    "regenerate",
+    epilog=examples(
+        "regenerate --checkpoint my-adapter",
+        "regenerate --key 42 --rank 16 --in-features 64 --out-features 64 -o pair.safetensors",
+    ),
+)
 @click.option("--checkpoint", metavar="CHECKPOINT", help="Whose projections; or give a key and the shape.")
 @click.option("--key", type=int, metavar="K", help="projection_prng_key.")
 @click.option("--rank", type=click.IntRange(1), metavar="R", help="Rows of vera_A, columns of vera_B.")

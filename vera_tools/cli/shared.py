@@ -138,6 +138,11 @@ def write_line(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
+def examples(*lines: str) -> str:
+    """The end of a command's help: command lines that can be copied, and that a test runs."""
+    return "\b\nExamples:\n" + "\n".join(f"  vera-tools {line}" for line in lines)
+
+
 def output_options(function: Function) -> Function:
     """--json, -q and -v; the command receives an `Output` as its first argument, and its return value is the exit code.
 

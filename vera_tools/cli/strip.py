@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from vera_tools.cli.conversion import Where, destination_options, show_common
-from vera_tools.cli.shared import Output, human_bytes, labelled, output_options
+from vera_tools.cli.shared import Output, examples, human_bytes, labelled, output_options
 from vera_tools.converting.strip import StripReport, exact_in_peft, strip_projections
 from vera_tools.platforms import rows
 from vera_tools.verifying.loads import BASE_KINDS
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-@click.command("strip-projections")
+@click.command(
+    "strip-projections",
+    epilog=examples("strip-projections my-adapter -o small", "strip-projections -R registry --out-dir small-registry"),
+)
 @click.argument("checkpoint")
 @destination_options
 @click.option("--force", is_flag=True, help="Strip projections that no recipe gives, and lose them.")

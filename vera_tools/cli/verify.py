@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from vera_tools.cli.shared import Output, base_option, output_options
+from vera_tools.cli.shared import Output, base_option, examples, output_options
 from vera_tools.cli.verdicts import show
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
@@ -16,7 +16,9 @@ from vera_tools.verifying.findings import VERDICTS, Verdict
 from vera_tools.verifying.verify import verify
 
 
-@click.command("verify")
+@click.command(
+    "verify", epilog=examples("verify my-adapter --base my-base", "verify -R registry --jobs 4 --junit report.xml")
+)
 @click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
 @click.option(
     "-R", "--recursive", is_flag=True, help="Search the folders for checkpoints; count other adapters as skipped."
@@ -73,10 +75,11 @@ def command(
     A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder]; hf://owner/*
     stands for every adapter of an owner's, and - for a list on standard input, one a line.
     """
-    checkpoints = tuple(listed for path in checkpoints for listed in (_listed() if path == "-" else [path]))
+    listed = _listed() if "-" in checkpoints else []
+    checkpoints = tuple(path for path in checkpoints if path != "-")
     if log == "-" and output.json:
         raise UsageError("--json and --log - would both write to stdout")
-    many = recursive or len(checkpoints) > 1 or any("*" in path for path in checkpoints)
+    many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     with output.progress("verifying") if many else contextlib.nullcontext() as progress:
         report = verify(
             *checkpoints,
@@ -89,6 +92,7 @@ def command(
             allow_pickle=allow_pickle,
             log=sys.stdout if log == "-" else log,
             progress=progress,
+            listed=listed,
         )
     if junit:
         atomic.write_bytes(junit, report.to_junit().encode())

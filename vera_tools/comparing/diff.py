@@ -92,7 +92,7 @@ class LayerDifference:
         }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DiffReport(Report):
     """What differs between checkpoints A and B. The exit code is 0 only where config and tensors are equal.
 

@@ -25,7 +25,7 @@ class LayerSummary(Document):
     r: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class InspectReport(Report):
     """What is in a checkpoint.
 

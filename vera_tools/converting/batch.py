@@ -44,7 +44,7 @@ class BatchItem:
     error: VeraToolsError | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class BatchReport(Report):
     """What became of every checkpoint below a folder. The exit code is that of the most severe failure."""
 
@@ -107,12 +107,12 @@ def convert_all(
         progress: Called with each checkpoint.
 
     Raises:
-        FormatError: no such folder, or no checkpoint in it.
-        UsageError: `root` or `out_dir` is empty.
+        FormatError: no checkpoint in this folder.
+        UsageError: `root` or `out_dir` is empty, or `root` is not there.
     """
     if out_dir is not None and not os.fspath(out_dir):
         raise UsageError("the output is empty", hint="name the folder that the outputs go to")
-    opening.refuse_empty(root)
+    opening.require(root)
     top = Path(root)
     own = None if out_dir is None else Path(out_dir).resolve()
     # Listed before anything is written, so that outputs below the root are not taken for inputs.

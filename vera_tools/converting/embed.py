@@ -36,7 +36,7 @@ from vera_tools.files.safetensors import Deferred
 Tensors = Mapping[str, Array | Deferred]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class EmbedReport(ConversionReport):
     """What was embedded.
 

@@ -65,7 +65,7 @@ _REFUSED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ForeignReport(ConversionReport):
     """What was brought in.
 

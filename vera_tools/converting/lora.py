@@ -42,7 +42,7 @@ from vera_tools.files.safetensors import Deferred, TensorFile
 _BLOCK = 1 << 18  # elements of a product made at a time
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoraReport(ConversionReport):
     """What was converted to LoRA.
 

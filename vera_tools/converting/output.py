@@ -112,7 +112,7 @@ class Destination:
             check()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class ConversionReport(Report):
     """What every conversion reports.
 

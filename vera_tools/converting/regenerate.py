@@ -24,7 +24,7 @@ from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RegenerateReport(Report):
     """What was regenerated.
 

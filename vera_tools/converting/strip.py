@@ -37,7 +37,7 @@ _REMEDY = (
 _REMEDY_FOR_A_SHARED_PAIR = "vera-tools loads it exactly everywhere; PEFT needs the LoRA export"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StripReport(ConversionReport):
     """What was stripped.
 

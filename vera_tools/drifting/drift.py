@@ -96,7 +96,7 @@ class Sample:
     corner: Array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DriftReport(Report):
     """What was drawn where.
 

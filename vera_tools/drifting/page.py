@@ -15,6 +15,7 @@ from vera_tools._version import TOOL
 from vera_tools.drifting.drift import DriftReport, Sample
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
+from vera_tools.platforms.names import PLATFORMS
 from vera_tools.platforms.streams import Environment, Stream
 
 if TYPE_CHECKING:
@@ -132,9 +133,10 @@ def _matrix_row(row: Environment, dtypes: list[str]) -> str:
     kind = "" if row.native else ' class="forced"'
     name = _text(row.interpreter or "this interpreter")
     versions = f"torch {row.torch}, Python {row.python}, {row.machine}" if row.torch else row.error or ""
+    platform = f"<small>{row.platform} ({PLATFORMS[row.platform]})</small>" if row.platform else ""
     kernels = row.kernels if row.torch or row.native else f"{row.cpu_capability} (forced)"
     return (
-        f"<tr{kind}><th>{name}: {_text(kernels)}<small>{_text(versions)}</small>{_known(row)}</th>"
+        f"<tr{kind}><th>{name}: {_text(kernels)}<small>{_text(versions)}</small>{platform}{_known(row)}</th>"
         f"<td>{_verdict(row)}</td>{cells}<td>{_text(row.gets)}</td></tr>"
     )
 

@@ -41,7 +41,7 @@ from vera_tools.verifying.report import CheckpointReport
 from vera_tools.verifying.verify import verify
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PullReport(Report):
     """What was pulled.
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PushReport(Report):
     """What was pushed.
 

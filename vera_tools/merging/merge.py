@@ -28,7 +28,7 @@ from vera_tools.merging.plan import Plan, Shard, make, portion
 from vera_tools.report import Progress, Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class MergeReport(Report):
     """What was merged.
 

@@ -19,7 +19,7 @@ from vera_tools.report import Report
 PACKAGES = ("numpy", "torch", "peft", "transformers", "safetensors", "huggingface_hub")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class EnvReport(Report):
     """This machine.
 

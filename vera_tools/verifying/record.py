@@ -17,7 +17,7 @@ from vera_tools.files import atomic, local, opening
 from vera_tools.report import Report
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RecordReport(Report):
     """What was recorded.
 

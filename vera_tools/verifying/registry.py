@@ -26,7 +26,7 @@ from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 
 #: Verifies one: its report, or, where others are to be skipped, that it is none of ours.
-Verify = Callable[..., CheckpointReport | Skipped]
+Verify = Callable[..., Outcome]
 
 #: The kind of a repository that holds no adapter.
 NO_ADAPTER = "no adapter"
@@ -175,7 +175,7 @@ def _pinned(
     if earlier := known.get(path, commit):
         return earlier
     outcome = verify(str(replace(reference, revision=commit)), skip_others=skip_others)
-    named = outcome._replace(path=path) if isinstance(outcome, Skipped) else replace(outcome, path=path)
+    named = replace(outcome, path=path) if isinstance(outcome, CheckpointReport) else outcome._replace(path=path)
     return Result(path, commit, named)
 
 

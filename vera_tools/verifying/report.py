@@ -43,7 +43,7 @@ class Failed(NamedTuple):
         return HubError.exit_code if isinstance(self.error, HubError) else FormatError.exit_code
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CheckpointReport(Document):
     """One checkpoint's verdict.
 
@@ -72,6 +72,11 @@ class CheckpointReport(Document):
     trained: Trained | None = None
     scope: str = "nothing was proven"
     base: str | None = None
+
+    def __repr__(self) -> str:
+        """One line: the checkpoint, its verdict, and what failed."""
+        failed = "".join(f", FAILED {check.id}" for check in self.failed)
+        return f"<CheckpointReport {self.path!r}: {self.verdict}{failed}>"
 
     @property
     def ok(self) -> bool:
@@ -174,7 +179,7 @@ def _match(data: dict[str, Any]) -> Match:
     return Match(**{**data, "shape": shape, "places": tuple((row, column) for row, column in data["places"])})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class VerifyReport(Report):
     """The result of one call.
 
@@ -195,6 +200,11 @@ class VerifyReport(Report):
     failed: tuple[Failed, ...] = ()
     require_loads: tuple[LoadSpec, ...] = ()
     against_loads: LoadSpec | None = None
+
+    def __repr__(self) -> str:
+        """One line: how many checkpoints have each verdict, and the exit code."""
+        counts = ", ".join(f"{count} {name}" for name, count in self.summary.items() if count)
+        return f"<VerifyReport: {counts or 'nothing'}; exit code {self.exit_code}>"
 
     def answers(self, checkpoint: CheckpointReport) -> tuple[Answer, ...]:
         """Whether a checkpoint passes each gate of `require_loads`."""

@@ -53,6 +53,7 @@ def verify(
     allow_pickle: bool = False,
     log: str | os.PathLike[str] | TextIO | None = None,
     progress: Progress | None = None,
+    listed: Iterable[str | os.PathLike[str]] = (),
 ) -> VerifyReport:
     """Verify checkpoints.
 
@@ -73,15 +74,20 @@ def verify(
         allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
         log: A file to append a JSON line to as each is done. What it says of a commit on the Hub is not verified again.
         progress: Called after each checkpoint.
+        listed: Further checkpoints, from a list: one that is not there is reported as failed and stops nothing.
 
     Raises:
         FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
-        UsageError: no checkpoint given, one without a name, or an unknown `require`, `require_loads` or
-            `against_loads`.
+        UsageError: no checkpoint given, or one that is not there or has no name; an unknown `require`,
+            `require_loads` or `against_loads`.
         HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
     """
     if require not in VERDICTS:
         raise UsageError("unknown verdict to require", expected=" or ".join(VERDICTS), found=str(require))
+    for path in (*checkpoints, *([] if base is None else [base])):
+        if not registry.is_pattern(os.fspath(path)):
+            opening.require(path)
+    checkpoints += tuple(listed)
     if not checkpoints:
         raise UsageError("no checkpoint given")
     specs = tuple(map(LoadSpec.parse, [require_loads] if isinstance(require_loads, str) else require_loads))
@@ -123,8 +129,8 @@ class Verifier:
         self._base, self._allow_pickle, self._skip_others = base, allow_pickle, skip_others
         self._memory = _Once()
 
-    def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped:
-        """One checkpoint's report; or that it is another kind of adapter, where those are skipped."""
+    def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped | Failed:
+        """One checkpoint's report; that it is another kind of adapter, where those are skipped; or that it is gone."""
         try:
             place = Place.of(path)
             try:
@@ -137,6 +143,8 @@ class Verifier:
         except NotVeraError as error:
             skipped = skip_others or self._skip_others
             return Skipped(path, error.kind) if skipped else _invalid(path, "config.kind", error)
+        except UsageError as error:
+            return Failed(path, FormatError(error.what, where=error.where, expected=error.expected, hint=error.hint))
         except FormatError as error:
             return _invalid(path, "tensors.file", error)
         try:
