@@ -195,23 +195,29 @@ class TestLoaded:
 
 
 def test_an_adapter_that_was_there_before_the_import_is_live_while_it_is_untrained(tmp_path):
+    """Watched by nobody: trained and saved with its pair, trained and seed-only, untrained; watched from then on."""
     code = f"""
 import warnings; warnings.simplefilter("ignore")
 import peft, torch
 from transformers import LlamaConfig, LlamaForCausalLM
 shape = dict(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-models = []
-for kept in (True, False, False):
-    config = peft.VeraConfig(r=2, target_modules=["q_proj"], save_projection=kept)
-    models.append(peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**shape)), config))
-for model in models[:2]:
+def train(model):
     for parameter in model.parameters():
         if parameter.requires_grad: torch.nn.init.normal_(parameter)
+models = []
+for kept in (True, False, False, False, False):
+    config = peft.VeraConfig(r=2, target_modules=["q_proj"], save_projection=kept)
+    models.append(peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**shape)), config))
+for model in (*models[:2], models[3]): train(model)
 from vera_tools.nn.peft import save
+from vera_tools.nn.trainer import VeraCallback
+for model in models[3:]:
+    VeraCallback().on_init_end(None, None, None, model=model)
+    train(model)
 print(*(save(model, f"{tmp_path}/{{i}}").projections.origin for i, model in enumerate(models)))
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert result.stdout.split() == ["stored", "assumed", "live"], result.stderr
+    assert result.stdout.split() == ["stored", "assumed", "live", "assumed", "live"], result.stderr
 
 
 class TestWhatCannotBeRecorded:
