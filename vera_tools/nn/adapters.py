@@ -18,7 +18,7 @@ from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import targets
-from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.layer import VeraLinear, whole_shape
 from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
 from vera_tools.nn.saved_module import SavedModule
@@ -306,7 +306,7 @@ class Adapters(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Numbers of trainable and of all parameters; the projections are buffers and in neither."""
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.parameters()]
+        sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
     def _adapted(self) -> Iterator[VeraLinear | SavedModule]:

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
@@ -21,9 +21,9 @@ from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
-from vera_tools.nn import targets
+from vera_tools.nn import embeddings, targets
 from vera_tools.nn.adapters import Adapters
-from vera_tools.nn.layer import features
+from vera_tools.nn.layer import features, whole_shape
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.projections.pair import PROJECTIONS
@@ -62,6 +62,7 @@ def load(
         modules = targets.find(config, model.model)
         _check_names(checkpoint, model, config, modules)
         _check_shapes(checkpoint, config, modules)
+        _check_embeddings(checkpoint, model, modules)
         resolved, pair = projections(checkpoint, modules, strict=strict)
         tensors = {
             name: to_tensor(checkpoint.weights.read(name))
@@ -115,7 +116,15 @@ def projections(
     return resolved, arrays(checkpoint, resolved)
 
 
-def save(model: Adapters, folder: str, adapter_name: str, *, is_main_process: bool | None = None) -> None:
+def save(
+    model: Adapters,
+    folder: str,
+    adapter_name: str,
+    *,
+    is_main_process: bool | None = None,
+    state_dict: Mapping[str, Any] | None = None,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> None:
     """Write one adapter into a folder, which may hold other files.
 
     Args:
@@ -123,48 +132,106 @@ def save(model: Adapters, folder: str, adapter_name: str, *, is_main_process: bo
         folder: Where to; it is made where there is none.
         adapter_name: Which adapter.
         is_main_process: Whether this process writes. Default: the process of rank 0.
+        state_dict: The model's state dict, whose tensors are written in the place of the model's own. The projections
+            are buffers, whole in every process, and the model's.
+        save_embedding_layers: Write the base's embedding and output layer too (see `nn.embeddings`).
 
     Raises:
-        UsageError: save_projection is off, and no recipe makes these projections; or a tensor has no values.
+        UsageError: save_projection is off, and no recipe makes these projections; a tensor has no values; or it is not
+            in `state_dict`, or has another shape there, or the projections there are not the model's.
     """
     config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
     if config.task_type is None and config.auto_mapping is None:
         config.auto_mapping = _auto_mapping(model.model)
-    named = sorted(_named(model, adapter_name).items())
-    for name, tensor in named:
-        if tensor.device.type == "meta":
-            raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
-    tensors = {name: to_array(_whole(tensor)) for name, tensor in named}
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
         is_main_process = not together or distributed.get_rank() == 0
-    if is_main_process:
-        record = model.record_of(adapter_name)
-        if config.save_projection:
-            pair = model.stored_pair(adapter_name, record.dtype)
-            tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
-        else:
-            _check_seed_only(model, record, where=folder)
-        _write(Path(folder), config, tensors, record, _describe_base(model, config, adapter_name))
-    if together:
-        distributed.barrier()
+    parameters = _named(model, adapter_name)
+    for name, tensor in embeddings.saved(model.model, config, save_embedding_layers).items():
+        parameters[MODULES + name] = Named(f"model.{name}", tensor)
+    try:
+        if is_main_process:
+            _check_pair(model, adapter_name, state_dict or {})
+            values = {name: _values(name, own, state_dict) for name, own in sorted(parameters.items())}
+            tensors = {name: to_array(_whole(tensor)) for name, tensor in values.items()}
+            record = model.record_of(adapter_name)
+            if config.save_projection:
+                pair = model.stored_pair(adapter_name, record.dtype)
+                tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
+            else:
+                _check_seed_only(model, record, where=folder)
+            _write(Path(folder), config, tensors, record, _describe_base(model, config, adapter_name))
+        elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
+            spread = [(name, own) for name, own in sorted(parameters.items()) if hasattr(own.tensor, "full_tensor")]
+            for tensor in [_values(name, own, None) for name, own in spread]:
+                _whole(tensor)
+    finally:
+        # Also where the process that writes has failed: the others wait for it, or would for ever.
+        if together:
+            distributed.barrier()
 
 
-def _named(model: Adapters, adapter_name: str) -> dict[str, Tensor]:
+class Named(NamedTuple):
+    """A tensor of the model's, and its name in the model's state dict."""
+
+    key: str
+    tensor: Tensor
+
+
+def _named(model: Adapters, adapter_name: str) -> dict[str, Named]:
     """Every tensor of an adapter but the projections, by its name on disk."""
     config = model.peft_config[adapter_name]
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Named] = {}
     for name, layer in model.vera_layers().items():
         if adapter_name in layer.r:
-            tensors[f"{MODULES}{name}.vera_lambda_b"] = layer.vera_lambda_b[adapter_name]
-            tensors[f"{MODULES}{name}.vera_lambda_d"] = layer.vera_lambda_d[adapter_name]
+            for which in ("vera_lambda_b", "vera_lambda_d"):
+                vector = getattr(layer, which)[adapter_name]
+                tensors[f"{MODULES}{name}.{which}"] = Named(f"model.{name}.{which}.{adapter_name}", vector)
     for name, tensor in model.trained_biases(config.bias).items():
-        tensors[MODULES + name] = tensor
+        tensors[MODULES + name] = Named(f"model.{name}", tensor)
     for name, module in model.saved_modules().items():
         if adapter_name in module.modules_to_save:
-            state = module.modules_to_save[adapter_name].state_dict()
-            tensors |= {f"{MODULES}{name}.{key}": tensor for key, tensor in state.items()}
+            copy = f"model.{name}.modules_to_save.{adapter_name}"
+            for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
+                tensors[f"{MODULES}{name}.{key}"] = Named(f"{copy}.{key}", tensor)
     return tensors
+
+
+def _values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
+    """The values to write for a tensor: the model's, or those of a state dict."""
+    tensor: Tensor = own.tensor if given is None else given.get(own.key)  # type: ignore[assignment]
+    if tensor is None:
+        raise UsageError(
+            "is not in state_dict",
+            where=own.key,
+            hint="pass the whole state dict of this model; without frozen parameters, name the trained adapter in "
+            "selected_adapters",
+        )
+    if tensor.device.type == "meta":
+        raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
+    if given is not None and hasattr(tensor, "full_tensor"):
+        raise UsageError("is spread over processes", where=f"state_dict: {own.key}", hint="gather it first")
+    if tensor.shape != whole_shape(own.tensor):
+        raise UsageError(
+            "has no values here: another process holds them" if tensor.numel() == 0 else "has another shape",
+            where=name.removeprefix(MODULES) if given is None else f"state_dict: {own.key}",
+            expected=str(list(whole_shape(own.tensor))),
+            found=str(list(tensor.shape)),
+            hint="pass state_dict=accelerator.get_state_dict(model), called by all processes",
+        )
+    return tensor
+
+
+def _check_pair(model: Adapters, adapter_name: str, given: Mapping[str, Any]) -> None:
+    """Refuse a state dict of a time when the model had another pair: its vectors were trained with that one."""
+    for name, held in (("vera_A", model.vera_A), ("vera_B", model.vera_B)):
+        values = given.get(f"{name}.{adapter_name}")
+        if values is not None and not torch.equal(values.cpu().double(), held[adapter_name].cpu().double()):
+            raise UsageError(
+                "the projections are not the model's",
+                where=f"state_dict: {name}.{adapter_name}",
+                hint="load it into the model first",
+            )
 
 
 def _put(model: Adapters, adapter_name: str, tensors: dict[str, Tensor]) -> None:
@@ -188,6 +255,13 @@ def _put(model: Adapters, adapter_name: str, tensors: dict[str, Tensor]) -> None
     with torch.no_grad():
         for name, bias in model.trained_biases(model.peft_config[adapter_name].bias).items():
             bias.copy_(tensors.pop(MODULES + name))
+        for name, weight in embeddings.parameters(model.model).items():
+            if (values := tensors.pop(MODULES + name, None)) is not None:
+                if weight.device.type == "meta":  # which would take a copy without a word, and hold nothing
+                    where, _, key = name.rpartition(".")
+                    setattr(model.model.get_submodule(where), key, nn.Parameter(values, requires_grad=False))
+                else:
+                    weight.copy_(values)
 
 
 def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -208,6 +282,7 @@ def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, mo
     again = tuple(f"{MODULES}{name}.{part}." for name in saved for part in ("modules_to_save", "original_module"))
     pair = tuple(ROOT + name for name in PROJECTIONS)
     found = {name for name in checkpoint.weights.tensors if name not in pair and not name.startswith(again)}
+    found -= _embeddings(checkpoint, model, modules).keys() - expected
     problems = [
         f"{len(names)} tensors {what} ({', '.join(name.removeprefix(MODULES) for name in sorted(names)[:3])}"
         + (", ...)" if len(names) > 3 else ")")
@@ -223,6 +298,30 @@ def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, mo
             where=checkpoint.label,
             hint="it was made for another model class, or its config is not its own",
         )
+
+
+def _embeddings(checkpoint: Checkpoint, model: Adapters, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The base's embedding layers that the checkpoint brings, by their names on disk; before anything is adapted."""
+    found = {}
+    for name, tensor in embeddings.parameters(model.model).items():
+        layer, _, key = name.rpartition(".")
+        full = f"{MODULES}{layer}.base_layer.{key}" if layer in modules else MODULES + name
+        if full in checkpoint.weights.tensors:
+            found[full] = tensor
+    return found
+
+
+def _check_embeddings(checkpoint: Checkpoint, model: Adapters, modules: Mapping[str, nn.Module]) -> None:
+    for name, tensor in _embeddings(checkpoint, model, modules).items():
+        shape = checkpoint.weights.tensors[name].shape
+        if shape != tuple(whole_shape(tensor)):
+            raise CheckFailedError(
+                "the vocabulary is not as large as the one that the adapter was trained with",
+                where=f"{checkpoint.label}: {name}",
+                expected=str(list(shape)),
+                found=str(list(whole_shape(tensor))),
+                hint=f"call model.resize_token_embeddings({shape[0]}) first",
+            )
 
 
 def _check_shapes(checkpoint: Checkpoint, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -267,7 +366,7 @@ def _auto_mapping(base: nn.Module) -> dict[str, str]:
 
 def _describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> BaseRecord:
     weights = {
-        f"{name}.weight": TensorRecord(tuple(layer.weight.shape), dtype_name(layer.weight.dtype), None)
+        f"{name}.weight": TensorRecord(tuple(whole_shape(layer.weight)), dtype_name(layer.weight.dtype), None)
         for name, layer in model.vera_layers().items()
         if adapter_name in layer.r
     }

@@ -217,7 +217,7 @@ class VeraLinear(AdaptedModule):
             )
         if self.weight.device.type == "meta":
             raise UsageError("the weight is on the meta device: there is nothing to merge into", where=self.name)
-        if hasattr(self.weight, "full_tensor"):
+        if hasattr(self.weight, "full_tensor") or whole_shape(self.weight) != self.weight.shape:
             raise UsageError(
                 "the weight is spread over processes",
                 where=self.name,
@@ -303,6 +303,11 @@ def is_linear(module: nn.Module) -> bool:
 def features(module: nn.Module) -> tuple[int, int]:
     """in_features and out_features of a linear layer."""
     if is_conv1d(module):
-        weight: Tensor = module.weight  # type: ignore[assignment]
-        return weight.shape[0], weight.shape[1]
+        shape = whole_shape(module.weight)  # type: ignore[arg-type]
+        return shape[0], shape[1]
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """A parameter's shape, also where DeepSpeed's ZeRO-3 has spread it over processes and left an empty one here."""
+    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))

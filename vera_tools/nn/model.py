@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
@@ -151,6 +151,8 @@ class VeraModel(Adapters):
         save_directory: str | os.PathLike[str],
         selected_adapters: Sequence[str] | None = None,
         is_main_process: bool | None = None,
+        state_dict: Mapping[str, Any] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
         **options: Any,
     ) -> None:
         """Write adapters in PEFT's format, with a manifest.
@@ -162,18 +164,29 @@ class VeraModel(Adapters):
             save_directory: Where to.
             selected_adapters: Which adapters. Default: all.
             is_main_process: Whether this process writes. Default: the process of rank 0.
+            state_dict: The model's state dict, where it was gathered already (under DeepSpeed's ZeRO-3, for instance):
+                its vectors, biases and saved modules are written.
+            save_embedding_layers: Write the base's embedding and output layer too. "auto": where the vocabulary is not
+                as large as in the base's own config, or one of them is adapted.
             **options: PEFT's further arguments, `peft_arguments.SAVING`, with the values for which nothing is done
                 otherwise.
 
         Raises:
-            UsageError: no such adapter, save_projection is off for projections that no recipe makes, or an option that
-                is not supported.
+            UsageError: no such adapter, save_projection is off for projections that no recipe makes, a tensor has no
+                values here or is not in `state_dict`, or an option that is not supported.
         """
         peft_arguments.check(options, peft_arguments.SAVING)
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in self.check_known(names):
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            io.save(self, folder, name, is_main_process=is_main_process)
+            io.save(
+                self,
+                folder,
+                name,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                save_embedding_layers=save_embedding_layers,
+            )
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the base model's own would upload the base.
@@ -212,7 +225,7 @@ class VeraModel(Adapters):
         """Add adapters to the base weights; a copy of each weight is kept, for `unmerge_adapter`.
 
         Args:
-            adapter_names: Which adapters. Default: the active ones.
+            adapter_names: Which adapters. Default: those that are active in a layer.
             safe_merge: Refuse, and leave every weight as it was, where a merged one would not be finite.
 
         Raises:
@@ -221,7 +234,7 @@ class VeraModel(Adapters):
         """
         if self._disabled:
             raise UsageError("merged adapters would be computed, and adapters are disabled", hint="enable them first")
-        names = self._active if adapter_names is None else self.check_known(adapter_names)
+        names = None if adapter_names is None else self.check_known(adapter_names)
         self._check_merged(names, safe_merge=safe_merge)
         for layer in self.vera_layers().values():
             layer.merge(adapter_names=names)
@@ -234,20 +247,22 @@ class VeraModel(Adapters):
         Args:
             progressbar: Show one on stderr.
             safe_merge: As `merge_adapter`. Every merged weight is computed and checked first, then computed again.
-            adapter_names: Which adapters. Default: the active ones.
+            adapter_names: Which adapters. Default: those that are active in a layer.
 
         Raises:
             CheckFailedError: `safe_merge` refused.
             UsageError: no such adapter, or a weight cannot be merged into; it is named.
         """
-        names = self._active if adapter_names is None else self.check_known(adapter_names)
+        names = None if adapter_names is None else self.check_known(adapter_names)
         self._check_merged(names, safe_merge=safe_merge)
         layers = self.vera_layers()
         for name in _progress(layers, enabled=progressbar):
             layers[name].merge(adapter_names=names, keep_original=False)
             self._replace(name, layers[name].base_layer)
         for name, module in self.saved_modules().items():
-            module.active_adapters, module.disable_adapters = list(names), False
+            if names is not None:
+                module.active_adapters = names
+            module.disable_adapters = False
             self._replace(name, module.active_module)
         return self.model
 
@@ -260,9 +275,11 @@ class VeraModel(Adapters):
             self._replace(name, module.original_module)
         return self.model
 
-    def _check_merged(self, names: Sequence[str], *, safe_merge: bool) -> None:
+    def _check_merged(self, names: Sequence[str] | None, *, safe_merge: bool) -> None:
         for layer in self.vera_layers().values():
-            if new := [name for name in names if name in layer.r and name not in layer.merged_adapters]:
+            # As `layer.merge` takes them: a layer's own may have been chosen by its `set_adapter`.
+            wanted = layer.active_adapters if names is None else names
+            if new := [name for name in wanted if name in layer.r and name not in layer.merged_adapters]:
                 layer.check_mergeable()
                 if safe_merge:
                     layer.merged_weight(new, safe_merge=True)

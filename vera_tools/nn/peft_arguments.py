@@ -31,8 +31,6 @@ LOADING = {
 }
 SAVING = {
     "safe_serialization": _Argument((True,), "adapters are written as safetensors only"),
-    "save_embedding_layers": _Argument((False, "auto"), "name the embeddings in modules_to_save"),
-    "state_dict": _Argument(None),
 }
 
 

@@ -125,7 +125,7 @@ def saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in named_modules(model):
         if any(is_saved(name, wanted) for wanted in config.modules_to_save or []):
-            if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
                 raise UsageError("modules_to_save cannot be a container", where=name, found=type(module).__name__)
             if any(name.startswith(f"{outer}.") for outer in found):
                 continue

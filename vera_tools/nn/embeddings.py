@@ -1,0 +1,101 @@
+"""The base's embedding and output layer, which are saved with an adapter where the vocabulary was resized.
+
+They are the base's own, and are not trained; but the base that the adapter will be loaded onto does not have the rows
+that were added, nor their values.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.errors import VeraToolsWarning
+from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.saved_module import SavedModule
+
+#: Names that PEFT looks for in target_modules (``peft.utils.constants.EMBEDDING_LAYER_NAMES``).
+_NAMES = ("embed_tokens", "lm_head")
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of the embedding and of the output layer, by their names in the base; empty where it has none.
+
+    A tied head stands there under both names. A layer that an adapter saves whole is left out.
+    """
+    found: dict[str, Tensor] = {}
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        layer = _call(model, getter)
+        name = next((name for name, module in model.named_modules() if module is layer), None)
+        if name is None or layer is None or isinstance(layer, SavedModule):
+            continue
+        if isinstance(layer, VeraLinear):
+            name, layer = f"{name}.base_layer", layer.base_layer
+        found |= {f"{name}.{key}": tensor for key, tensor in layer.named_parameters()}
+    return found
+
+
+def saved(model: nn.Module, config: VeraConfig, wanted: bool | Literal["auto"]) -> dict[str, Tensor]:
+    """Those parameters that are saved with an adapter.
+
+    "auto" is PEFT's rule: all, where the vocabulary was resized; else those of a layer that is adapted.
+
+    Warns:
+        VeraToolsWarning: "auto" saves some; or nothing tells how large the base's vocabulary was; or there are none.
+    """
+    if not wanted:
+        return {}
+    found = parameters(model)
+    if wanted != "auto":
+        if not found:
+            _warn("save_embedding_layers: the model says of no layer that it is an embedding, so none is saved")
+        return found
+    why = _resized(model, config)
+    if why is None:
+        layers = [module.name for module in model.modules() if isinstance(module, VeraLinear)]
+        adapted = [name for name in layers if name.rpartition(".")[2] in _NAMES and config.targets(name)]
+        found = {name: tensor for name, tensor in found.items() if any(name.startswith(f"{a}.") for a in adapted)}
+        why = f"{' and '.join(adapted)} is adapted" if found else None
+    if why is None:
+        return {}
+    _warn(f"the embedding layers are saved too: {why}")
+    return found
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, VeraToolsWarning, stacklevel=6)
+
+
+def _resized(model: nn.Module, config: VeraConfig) -> str | None:
+    """What the vocabulary is and was, where the base's own config has another size."""
+    own: Any = getattr(model, "config", None)
+    size, base = getattr(own, "vocab_size", None), config.base_model_name_or_path
+    if not size or not base or not hasattr(type(own), "from_pretrained"):
+        return None
+    local = os.path.isdir(base)
+    if local and not os.path.exists(os.path.join(base, "config.json")):
+        return None
+    if not local and os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "ON", "YES", "TRUE"):
+        return None
+    try:
+        before = type(own).from_pretrained(base, revision=config.revision).vocab_size
+    except Exception as error:
+        message = (
+            f"whether the vocabulary was resized could not be found out, because the config of {base} cannot be read "
+            f"({error}); if it was, pass save_embedding_layers=True"
+        )
+        _warn(message)
+        return None
+    return f"the vocabulary is {size} and was {before} in {base}" if before != size else None
+
+
+def _call(model: nn.Module, getter: str) -> nn.Module | None:
+    method = getattr(model, getter, None)
+    try:
+        layer = method() if callable(method) else None
+    except NotImplementedError:  # transformers' base class has the method, and some models do not
+        return None
+    return layer if isinstance(layer, nn.Module) else None
