@@ -210,6 +210,18 @@ def test_a_layers_own_choice_of_adapters_is_merged_as_it_is_computed(tmp_path):
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=1e-5)
 
 
+def test_a_safe_merge_looks_at_a_layers_own_choice():
+    model = adapted()
+    model.add_adapter("second", VeraConfig(**OPTIONS))
+    layer = next(iter(model.vera_layers().values()))
+    layer.set_adapter(["second"])
+    with torch.no_grad():
+        layer.vera_lambda_b["second"].fill_(torch.nan)
+    with pytest.raises(CheckFailedError, match="NaNs detected"):
+        model.merge_adapter(safe_merge=True)
+    assert not any(layer.merged for layer in model.vera_layers().values())
+
+
 @pytest.mark.parametrize("kind", [nn.ParameterDict, nn.ParameterList])
 def test_a_container_of_parameters_is_no_module_to_save(kind):
     def base():
