@@ -12,6 +12,7 @@ import importlib
 import io
 import os
 import sys
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import click
@@ -116,7 +117,7 @@ def main(args: list[str] | None = None) -> NoReturn:
 
 
 def _run(arguments: list[str]) -> int:
-    as_json = "--json" in arguments
+    as_json = "--json" in arguments or "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
     try:
         code: Any = cli.main(args=arguments, prog_name="vera-tools", standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import click
 
+from vera_tools.cli import github
 from vera_tools.cli.shared import Output, base_option, examples, output_options
 from vera_tools.cli.verdicts import show
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
 from vera_tools.verifying.findings import VERDICTS, Verdict
+from vera_tools.verifying.report import VerifyReport
 from vera_tools.verifying.verify import verify
+
+FORMATS = ("human", "json", "jsonl", "github", "junit")
 
 
 @click.command(
@@ -44,6 +49,13 @@ from vera_tools.verifying.verify import verify
 )
 @click.option("--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML too.")
 @click.option(
+    "--format",
+    "form",
+    type=click.Choice(FORMATS),
+    help="How stdout has it; --json is short for json; jsonl is a line for each as it is done.  [default: human]",
+)
+@click.option("--failed-only", is_flag=True, help="Print the paths alone of those that are not good, one a line.")
+@click.option(
     "--jobs", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Checkpoints at a time."
 )
 @click.option("--allow-pickle", is_flag=True, help="Read legacy adapter_model.bin files (needs torch; weights_only).")
@@ -63,6 +75,8 @@ def command(
     require_loads: tuple[str, ...],
     against_loads: str | None,
     junit: Path | None,
+    form: str | None,
+    failed_only: bool,
     jobs: int,
     allow_pickle: bool,
     log: str | None,
@@ -77,8 +91,18 @@ def command(
     """
     listed = _listed() if "-" in checkpoints else []
     checkpoints = tuple(path for path in checkpoints if path != "-")
-    if log == "-" and output.json:
-        raise UsageError("--json and --log - would both write to stdout")
+    if output.json and form not in (None, "json"):
+        raise UsageError(f"--json and --format {form} would both write to stdout")
+    form = "json" if output.json else form or ("jsonl" if log == "-" else "human")
+    if log == "-" and form != "jsonl":
+        raise UsageError(f"--format {form} and --log - would both write to stdout", hint="name a file")
+    if form == "jsonl" and log not in (None, "-"):
+        raise UsageError("--format jsonl prints the lines that --log writes to a file", hint="pass one of the two")
+    if failed_only and form != "human":
+        raise UsageError("--failed-only prints paths alone, which is a form of its own")
+    if junit:
+        atomic.refuse_unwritable(junit)
+    output = replace(output, json=form == "json")
     many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     with output.progress("verifying") if many else contextlib.nullcontext() as progress:
         report = verify(
@@ -90,15 +114,32 @@ def command(
             against_loads=against_loads,
             jobs=jobs,
             allow_pickle=allow_pickle,
-            log=sys.stdout if log == "-" else log,
+            log=sys.stdout if form == "jsonl" else log,
             progress=progress,
             listed=listed,
         )
     if junit:
         atomic.write_bytes(junit, report.to_junit().encode())
-    if log == "-":
+    if form == "jsonl" or (output.quiet and form != "json"):
         return report.exit_code
-    return output.emit(report, lambda console: show(report, console, verbose=output.verbose))
+    if failed_only:
+        for path in _not_good(report):
+            print(path)
+    elif form == "junit":
+        print(report.to_junit(), end="")
+    elif form == "github":
+        for line in github.workflow_commands(report):
+            print(line)
+        github.write_summary(report)
+    else:
+        return output.emit(report, lambda console: show(report, console, verbose=output.verbose))
+    return report.exit_code
+
+
+def _not_good(report: VerifyReport) -> list[str]:
+    """The paths of those that are not good, as they were named, for another command to take."""
+    found = [checkpoint.path for checkpoint in report.checkpoints if report.exit_code_of(checkpoint)]
+    return [*found, *(path for path, _ in report.failed)]
 
 
 def _listed() -> list[str]:

@@ -187,6 +187,21 @@ def _no_exchange(path: Path) -> UsageError:
     )
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Find out before any work that an output file could not be written after it.
+
+    Raises:
+        UsageError: there is no folder for it, or nothing can be written there.
+    """
+    parent = path.parent
+    if not parent.is_dir():
+        raise UsageError("there is no folder to write it to", where=path, hint=f"make {parent} first")
+    try:  # asking for the rights says nothing of a file system that is read-only, full, or no disk at all
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
+
+
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
     """Raise UsageError where `path` exists and may not be replaced."""
     if not overwrite and os.path.lexists(path):

@@ -1,0 +1,121 @@
+"""verify's forms of output: lines, JUnit and annotations on stdout, paths alone, and outputs that cannot be written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, edit
+from tests.command import run_cli
+from vera_tools import schema
+
+
+@pytest.fixture
+def registry(tmp_path, monkeypatch):
+    """One that is good, one that drifts, one without a proof, one that cannot be read."""
+    for name, source in (("good", KEPT), ("drift", KEPT), ("seeds", SEED_ONLY), ("cut", KEPT)):
+        shutil.copytree(CHECKPOINTS / source, tmp_path / "r" / name)
+    edit(tmp_path / "r" / "drift", lambda tensors: tensors[PAIR[0]].__setitem__((1, 3), 0.5))
+    (tmp_path / "r" / "cut" / "adapter_model.safetensors").write_bytes(b"")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "r"
+
+
+def test_json_has_a_long_name(registry):
+    for arguments in (("--format", "json"), ("--format=json",), ("--json",), ("--json", "--format", "json")):
+        result = run_cli("verify", "r/good", *arguments)
+        assert result.returncode == 0
+        schema.validate(json.loads(result.stdout), "verify.v1", where="stdout")
+        result = run_cli("verify", "r/gone", *arguments)
+        assert json.loads(result.stdout)["error"]["exit_code"] == result.returncode == 2
+
+
+def test_lines(registry):
+    result = run_cli("verify", "-R", "r", "--format", "jsonl")
+    assert result.returncode == 4
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    for line in lines:
+        schema.validate(line, "verify-line.v1", where="line")
+        assert "loads" not in line["checkpoint"]
+    assert sorted(line["path"] for line in lines) == ["r/cut", "r/drift", "r/good", "r/seeds"]
+    assert max(map(len, result.stdout.splitlines())) < 6000
+
+
+def test_junit_on_stdout(registry):
+    result = run_cli("verify", "-R", "r", "--format", "junit", "--junit", "report.xml")
+    assert result.returncode == 4
+    assert result.stdout == (registry.parent / "report.xml").read_text()
+    assert len(ElementTree.fromstring(result.stdout)) == 4
+
+
+def test_github(registry, monkeypatch):
+    summary = registry.parent / "summary.md"
+    summary.write_text("before\n")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    result = run_cli("verify", "-R", "r", "--format", "github")
+    assert result.returncode == 4
+    lines = result.stdout.splitlines()
+    assert [line.split("::")[1] for line in lines] == [
+        "error title=FAILED tensors.file",
+        "error title=DRIFT",
+        "warning title=UNPROVEN",
+    ]
+    assert lines[1] == (
+        "::error title=DRIFT::r/drift: vera_A differs from what key 101 gives in 1 place: [1, 3]; "
+        "next: vera-tools verify r/drift"
+    )
+    text = summary.read_text()
+    assert text.startswith("before\n### vera-tools verify\n")
+    assert "4 checkpoints: 1 reproducible, 1 unproven, 1 drift, 1 invalid, 1 failed checks" in text
+    assert "| r/drift | DRIFT | vera\\_A differs" in text
+    assert "r/good" not in text
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(registry / "no" / "such"))
+    assert run_cli("verify", "r/good", "--format", "github").returncode == 2
+
+
+def test_a_name_begins_no_command_of_githubs(registry, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(registry.parent / "summary.md"))
+    hostile = "x\n::set-output name=a::b%0A::error::|<b>`"
+    (registry / "drift").rename(registry / hostile)
+    lines = run_cli("verify", registry / hostile, "--format", "github").stdout.splitlines()
+    assert len(lines) == 1
+    assert "%250A" in lines[0]
+    rows = [line for line in (registry.parent / "summary.md").read_text().splitlines() if "set-output" in line]
+    assert len(rows) == 1
+    assert "\\|&lt;b>\\`" in rows[0]
+
+
+def test_paths_alone(registry):
+    result = run_cli("verify", "-R", "r", "--failed-only")
+    assert (result.returncode, result.stdout) == (4, "r/cut\nr/drift\nr/seeds\n")
+    result = run_cli("verify", "-R", "r", "--failed-only", "--require", "unproven")
+    assert result.stdout == "r/cut\nr/drift\n"
+    assert run_cli("verify", "r/good", "--failed-only").stdout == ""
+    assert run_cli("verify", "-", "--failed-only", input="r/good\nr/gone\n").stdout == "r/gone\n"
+
+
+def test_two_forms_on_one_stdout_are_refused(registry):
+    for arguments in (
+        ("--json", "--format", "junit"),
+        ("--format", "junit", "--log", "-"),
+        ("--json", "--log", "-"),
+        ("--failed-only", "--json"),
+        ("--failed-only", "--log", "-"),
+        ("--format", "jsonl", "--log", "log.jsonl"),
+    ):
+        assert run_cli("verify", "r/good", *arguments).returncode == 2
+
+
+def test_an_output_that_cannot_be_written_is_found_before_work(registry, monkeypatch):
+    monkeypatch.setattr("vera_tools.cli.verify.verify", lambda *_, **__: pytest.fail("work was begun"))
+    for path, words in (("no/such/report.xml", "no folder to write it to"), ("r", "is a directory")):
+        result = run_cli("verify", "r/good", "--junit", path)
+        assert result.returncode == 2
+        assert words in result.stderr
+    if os.name == "posix":
+        result = run_cli("verify", "r/good", "--junit", "/proc/report.xml")
+        assert result.returncode == 2
