@@ -80,7 +80,10 @@ class Destination:
         path = destination.refuse_output(output, overwrite=overwrite, inputs=(here, base))
         others = [name for name in others if not name.startswith(".")]  # git's and the system's
         left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
-        return cls(path, False, overwrite, tuple(n for n in others if n not in left_out), left_out, checkpoint)
+        carried_over = tuple(name for name in others if name not in left_out)
+        for name in (*own.intersection(checkpoint.folder.names()), *carried_over):
+            checkpoint.folder.refuse_leaving(name)
+        return cls(path, False, overwrite, carried_over, left_out, checkpoint)
 
     @contextlib.contextmanager
     def open(self, base: BaseModel | None = None) -> Iterator[Path]:

@@ -94,6 +94,9 @@ class HubFolder:
         inside.__dict__.pop("files", None)
         return inside
 
+    def refuse_leaving(self, name: str) -> None:
+        """There are no links."""
+
     def check_unchanged(self, at: Path | None = None) -> None:
         """A commit does not change."""
 

@@ -59,6 +59,9 @@ class Folder(Protocol):
     def folder(self, name: str) -> Folder | None:
         """A folder in it, or None where there is none."""
 
+    def refuse_leaving(self, name: str) -> None:
+        """Raise `FormatError` where the file is a link that leads out of the folder."""
+
     def check_unchanged(self, at: Path | None = None) -> None:
         """Raise `FormatError` where a file that was opened is not the same any more; `at` is where it lies by now."""
 
@@ -281,6 +284,26 @@ class LocalFolder:
         inside._root, inside._read = self._root, self._read
         return inside
 
+    def refuse_leaving(self, name: str) -> None:
+        """Refuse a link that leads out of the folder, where what it leads to would be taken for the folder's own.
+
+        The folder is the one that was opened first. The Hub's cache keeps every file as a link to a blob of the same
+        repository; those are no links in this sense.
+
+        Raises:
+            FormatError: the file, or a folder on the way to it, is such a link.
+        """
+        path = self.path / name
+        root, real = Path(os.path.realpath(self._root)), Path(os.path.realpath(path))
+        if real.is_relative_to(root) or real.parent == _blobs(root):
+            return
+        raise FormatError(
+            "this link leads out of the folder",
+            where=self.path_of(name),
+            found=str(real),
+            hint="put a copy of the file in its place, or remove it",
+        )
+
     def check_unchanged(self, at: Path | None = None) -> None:
         """Refuse to go on where a file that was read is not the same any more, or another one lies under its name.
 
@@ -303,6 +326,15 @@ class LocalFolder:
     def forget(self) -> None:
         """Take what was read for settled: nothing of it is checked again."""
         self._read.clear()
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Where the Hub's cache keeps the files of a snapshot, ``models--OWNER--NAME/snapshots/COMMIT``, or None."""
+    for inside, snapshots in zip((folder, *folder.parents), folder.parents, strict=False):
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and repository.name.startswith("models--") and len(inside.name) == 40:
+            return repository / "blobs"
+    return None
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
@@ -378,11 +410,12 @@ def copy(folder: Folder, name: str, target: Path) -> None:
     """Copy a file of a folder to `target`.
 
     Raises:
-        FormatError: it cannot be read.
+        FormatError: it cannot be read, or is a link that leads out of the folder.
         OSError: `target` cannot be written.
     """
     source = folder.open(name)
     try:
+        folder.refuse_leaving(name)
         with target.open("wb") as stream:
             buffer = memoryview(bytearray(min(_PIECE, source.size)))
             for start in range(0, source.size, _PIECE):

@@ -282,6 +282,7 @@ def _write_others(plan: Plan, stage: staging.Staging) -> None:
         path.parent.mkdir(exist_ok=True)
         other = folder.open(path.name)
         try:
+            folder.refuse_leaving(path.name)
             with OutputFile(path) as target:
                 copy_range(other, 0, other.size, target, 0)
         finally:

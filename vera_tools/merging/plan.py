@@ -230,6 +230,12 @@ def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
     for inner in _FOLDERS:
         if folder := base.folder.folder(inner):
             copied |= {f"{inner}/{name}": folder for name in folder.names()}
+    # What the result takes over must be the base's own. Its weights, which must be weights, may lie anywhere.
+    for name in names:
+        if not name.endswith(_WEIGHTS):
+            base.folder.refuse_leaving(name)
+    for path, folder in copied.items():
+        folder.refuse_leaving(path.rpartition("/")[2])
     return copied
 
 
