@@ -1,5 +1,18 @@
-"""``python -m vera_tools``."""
+"""``vera-tools``, and ``python -m vera_tools``."""
 
-from vera_tools.cli import main
+import sys
 
-main()
+
+def main() -> None:
+    """Run the command line. An interrupt ends it with 130, while it is still being imported too."""
+    try:
+        from vera_tools.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -61,7 +61,7 @@ class Output:
         amount = bars.DownloadColumn() if unit == "bytes" else bars.MofNCompleteColumn()
         rate: tuple[bars.ProgressColumn, ...] = (bars.TransferSpeedColumn(),) if unit == "bytes" else ()
         columns = (
-            bars.TextColumn("{task.description}"),
+            bars.TextColumn("{task.description}", markup=False),
             bars.BarColumn(),
             amount,
             *rate,

@@ -7,6 +7,7 @@ written anew only where a key that the Hub needs is missing. This module does no
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,9 +15,11 @@ from vera_tools import schema
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
+from vera_tools.files import markup
 from vera_tools.files.hub_client import Reference
 from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.report import printable
 from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import CheckpointReport
 
@@ -87,17 +90,10 @@ def split(text: str) -> tuple[dict[str, Any], str]:
     Raises:
         FormatError: the metadata is not a YAML mapping.
     """
-    import yaml
-
     match = _FRONT_MATTER.match(text)
     if match is None:
         return {}, text
-    try:
-        metadata = yaml.safe_load(match["yaml"])
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", None)
-        where = "README.md: metadata" if line is None else f"README.md: line {line + 2}"
-        raise FormatError(f"not YAML: {getattr(error, 'problem', error)}", where=where) from error
+    metadata = markup.yaml(match["yaml"], where="README.md", first=2)
     if metadata is None:
         metadata = {}
     if not isinstance(metadata, dict):
@@ -158,7 +154,7 @@ def _section(
         "`vera_A` and `vera_B` are random, frozen and shared by all layers. "
         + _origin(record, stored=verification.projections_stored is True),
         _facts(config, base_model, record, verification),
-        f"Check it yourself: `vera-tools verify {reference}`",
+        f"Check it yourself: {markup.code(f'vera-tools verify {shlex.quote(reference)}')}",
         "### Which loaders compute with exactly these projections",
         _loaders(verification.loads),
         "### Loading it",
@@ -166,7 +162,7 @@ def _section(
         "### Everywhere else",
         "transformers' own `load_adapter` refuses VeRA, and so do servers that know LoRA only. The adapter is exactly "
         f"a LoRA of rank {config.r}, which they take:",
-        f"```sh\nvera-tools convert {reference} --to lora -o lora\n```",
+        markup.code_block(f"vera-tools convert {shlex.quote(reference)} --to lora -o lora", "sh"),
         END,
     ]
     return "\n\n".join(part for part in parts if part)
@@ -178,7 +174,7 @@ def _origin(record: ProjectionRecord | None, *, stored: bool) -> str:
         return where + (", and nothing says yet what made them." if not stored else ".")
     if record.recipe is None:
         return where + "; no known recipe makes them."
-    made = f"the key `{record.recipe.prng_key}` under the recipe `{record.recipe.name}`"
+    made = f"the key `{record.recipe.prng_key}` under the recipe {markup.code(record.recipe.name)}"
     if record.assumed:
         return f"{where}; {made} is {record.origin} to make them, and nothing proves it."
     return f"{where}, and proven to be, bit for bit, what {made} makes."
@@ -187,15 +183,18 @@ def _origin(record: ProjectionRecord | None, *, stored: bool) -> str:
 def _facts(
     config: VeraConfig, base_model: str | None, record: ProjectionRecord | None, verification: CheckpointReport
 ) -> str:
+    # A name on the Hub has no character that Markdown knows, but the underscore, which does nothing within a word.
     facts = [("Base model", f"[{base_model}](https://huggingface.co/{base_model})" if base_model else "not named")]
     facts += [("Rank", f"{config.r}"), ("Key", f"`{config.projection_prng_key}` (`projection_prng_key`)")]
     if record:
-        recipe = f"`{record.recipe.name}`" if record.recipe else "none known"
+        recipe = markup.code(record.recipe.name) if record.recipe else "none known"
         facts.append(("Recipe", recipe + (f" ({record.origin})" if record.assumed else "")))
         for name in PROJECTIONS:
             shape = list(record.shape.of(name))
-            facts.append((f"`{name}`", f"{shape}, {record.dtype}, sha256 `{record.sha256[name]}`"))
-    facts.append(("Verified", f"{verification.verdict}; {verification.scope}"))
+            facts.append(
+                (f"`{name}`", f"{shape}, {markup.markdown(record.dtype)}, sha256 {markup.code(record.sha256[name])}")
+            )
+    facts.append(("Verified", f"{verification.verdict}; {printable(verification.scope)}"))
     return "\n".join(["| | |", "|---|---|", *(f"| {label} | {text} |" for label, text in facts)])
 
 
@@ -235,25 +234,26 @@ def _word(exact: bool | None) -> str:
 def _loading(reference: str, config: VeraConfig, base_model: str | None) -> str:
     _, model_class = TASKS.get(config.task_type or "", ("", "AutoModel"))
     parsed = Reference.parse(reference)
-    within = f', subfolder="{parsed.subfolder}"' if parsed.subfolder else ""
-    revision = f', revision="{config.revision}"' if config.revision else ""
-    base = f'"{base_model}"' if base_model else '"the base model"'
-    return "\n".join(
-        [
-            "```python",
-            f"from transformers import {model_class}",
-            "",
-            f"base = {model_class}.from_pretrained({base}{revision})",
-            "",
-            "# with PEFT",
-            "from peft import PeftModel",
-            "",
-            f'model = PeftModel.from_pretrained(base, "{parsed.repo}"{within})',
-            "",
-            "# or with vera-tools, which is exact on every platform",
-            "from vera_tools import VeraModel",
-            "",
-            f'model = VeraModel.from_pretrained(base, "{reference}")',
-            "```",
-        ]
+    within = f", subfolder={markup.python(parsed.subfolder)}" if parsed.subfolder else ""
+    revision = f", revision={markup.python(config.revision)}" if config.revision else ""
+    base = markup.python(base_model or "the base model")
+    return markup.code_block(
+        "\n".join(
+            [
+                f"from transformers import {model_class}",
+                "",
+                f"base = {model_class}.from_pretrained({base}{revision})",
+                "",
+                "# with PEFT",
+                "from peft import PeftModel",
+                "",
+                f"model = PeftModel.from_pretrained(base, {markup.python(parsed.repo)}{within})",
+                "",
+                "# or with vera-tools, which is exact on every platform",
+                "from vera_tools import VeraModel",
+                "",
+                f"model = VeraModel.from_pretrained(base, {markup.python(reference)})",
+            ]
+        ),
+        "python",
     )

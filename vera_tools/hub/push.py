@@ -245,8 +245,6 @@ def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
     names = select(source.names(), include=include)
     if CONFIG_NAME not in names:
         raise FormatError("no adapter here", where=folder, expected=CONFIG_NAME)
-    for name in names:
-        source.refuse_leaving(name)
     staged.mkdir()
     for name in names:
         try:

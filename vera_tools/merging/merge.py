@@ -184,6 +184,7 @@ def merge(
         plan = make(_placement(model, adapters), adapters, dtype=dtype, max_shard_size=max_shard_size)
         notes = task_heads.notes(plan)
         mine = portion(plan.shards, part)
+        _texts(plan, {})  # what cannot be written is refused before the weights are
         for adapter in adapters:
             adapter.load()
         stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=part is not None, finish=finish))
@@ -291,12 +292,32 @@ def _write_others(plan: Plan, stage: staging.Staging) -> None:
     for shard in plan.shards:
         journal = stage.journal(shard)
         digests |= journal.base_sha256 if journal else {}
+    for text_name, content in _texts(plan, digests).items():
+        (stage.output / text_name).write_bytes(content)
+
+
+def _texts(plan: Plan, base_sha256: dict[str, str]) -> dict[str, bytes]:
+    """Every file that is made of text, by its name.
+
+    Raises:
+        FormatError: the base's model card cannot be read.
+        UsageError: a name that was given is no text.
+    """
     texts = {
         plan.index_name: plan.index,
         "config.json": plan.config,
-        record.RECORD_NAME: json.dumps(record.merge_record(plan, digests), indent=2, ensure_ascii=False) + "\n",
+        record.RECORD_NAME: json.dumps(record.merge_record(plan, base_sha256), indent=2, ensure_ascii=False) + "\n",
         record.CARD_NAME: record.model_card(plan),
     }
-    for text_name, text in texts.items():
-        if text_name is not None and text is not None:
-            (stage.output / text_name).write_bytes(text.encode())
+    encoded = {}
+    for name, text in texts.items():
+        if name is not None and text is not None:
+            try:
+                encoded[name] = text.encode()
+            except UnicodeEncodeError as error:
+                found = ascii(error.object[max(error.start - 30, 0) : error.end])
+                hint = "rename it, or name it by another path"
+                raise UsageError(
+                    f"a name is not UTF-8, and {name} could not hold it", found=found, hint=hint
+                ) from error
+    return encoded

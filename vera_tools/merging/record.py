@@ -11,11 +11,10 @@ from typing import Any
 
 from vera_tools._version import TOOL
 from vera_tools.checkpoints.manifest import ProjectionRecord
-from vera_tools.files import local
+from vera_tools.files import local, markup
 from vera_tools.files.hub_client import name_of
 from vera_tools.merging.entries import Kind
 from vera_tools.merging.plan import Plan
-from vera_tools.report import printable
 
 RECORD_NAME = "vera_merge.json"
 CARD_NAME = "README.md"
@@ -96,35 +95,35 @@ def model_card(plan: Plan) -> str:
     known = name_of(name) or name_of(plan.base.label)  # the Hub refuses a card that names anything else
     front = [f"base_model: {json.dumps(known)}", "base_model_relation: merge"] if known else []
     front += ["library_name: transformers", "tags:", "- vera", "- merge", *_kept(plan)]
-    lines = ["---", *front, "---", "", f"# {name}, merged with VeRA", ""]
-    lines += [f"The weights of `{name}` with these VeRA adapters added to them, in float32 and rounded once:", ""]
+    lines = ["---", *front, "---", "", f"# {markup.markdown(name)}, merged with VeRA", ""]
+    lines += [
+        f"The weights of {markup.code(name)} with these VeRA adapters added to them, in float32 and rounded once:",
+        "",
+    ]
     lines += ["| adapter | weight | r | projections | sha256 of its weights |", "|---|---|---|---|---|"]
     for adapter in plan.adapters:
         record = adapter.resolved.record
         recipe = record.recipe.name if record.recipe else "stored, made by no known recipe"
-        label = printable(adapter.label).replace("|", r"\|")  # which would end the cell, even in code
-        cells = [f"`{label}`", f"{adapter.weight:g}", str(record.shape.r)]
+        cells = [markup.code(adapter.label), f"{adapter.weight:g}", str(record.shape.r)]
         cells += [recipe + (" (assumed)" if record.assumed else ""), f"`{adapter.sha256}`"]
         lines.append(f"| {' | '.join(cells)} |")
     counts = [f"{len(names)} {kind}" for kind in KINDS if (names := plan.names(kind))]
     rest = "" if plan.dtype else "; every other one is the base's, byte for byte"
     lines += ["", f"Tensors: {', '.join(counts)}{rest}. `{RECORD_NAME}` holds the digests of what went in."]
-    lines += [f"Written by {TOOL['name']} {TOOL['version']}. To do it again:", "", "```", redo(plan), "```", ""]
+    lines += [f"Written by {TOOL['name']} {TOOL['version']}. To do it again:", "", markup.code_block(redo(plan)), ""]
     return "\n".join(lines)
 
 
 def _kept(plan: Plan) -> list[str]:
+    import yaml
+
     if CARD_NAME not in plan.base.folder.names() or "config.json" not in plan.base.folder.names():
         return []
     match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", local.read_text(plan.base.folder, CARD_NAME), re.DOTALL)
-    lines: list[str] = []
-    keeping = False
-    for line in match[1].splitlines() if match else ():
-        if re.match(r"[A-Za-z_]", line):
-            keeping = line.split(":")[0] in _KEPT_KEYS
-        if keeping:
-            lines.append(line)
-    return lines
+    where = plan.base.folder.path_of(CARD_NAME)
+    metadata = markup.yaml(match[1], where=where, first=2) if match else {}
+    kept = {key: metadata[key] for key in _KEPT_KEYS if key in metadata} if isinstance(metadata, dict) else {}
+    return yaml.safe_dump(kept, sort_keys=False, allow_unicode=True, width=10**6).splitlines() if kept else []
 
 
 def _sha256(data: bytes) -> str:
