@@ -6,7 +6,9 @@ holds for ever, so that a second run verifies only what is new, has moved, or co
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
+import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from vera_tools._version import TOOL
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.errors import FormatError, HubError, UsageError
 from vera_tools.files import hub_client as hub
-from vera_tools.files import opening
+from vera_tools.files import locking, opening
 from vera_tools.files.hub_client import Reference
 from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
@@ -190,7 +192,10 @@ def _may_be_assumed(report: CheckpointReport) -> bool:
 
 
 class _Log:
-    """The log file or stream. A line that was cut off by a crash is dropped."""
+    """The log file or stream. A line that was cut off by a crash is dropped.
+
+    Several runs may share a file: it is opened, locked and closed again for each line, which is written at once.
+    """
 
     def __init__(self, target: str | os.PathLike[str] | TextIO | None, base: str | None) -> None:
         self._base = base
@@ -204,13 +209,10 @@ class _Log:
             return
         self._path = Path(target)
         try:
-            data = self._path.read_bytes() if self._path.exists() else b""
-            whole = data[: data.rfind(b"\n") + 1]
+            with self._alone(self._path) as stream:
+                whole = stream.read()
             for number, line in enumerate(whole.splitlines(), start=1):
                 self._remember(line, where=f"{self._path}: line {number}")
-            self._stream = self._path.open("r+" if self._path.exists() else "w", encoding="utf-8", newline="\n")
-            self._stream.seek(len(whole))
-            self._stream.truncate()
         except OSError as error:
             raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
 
@@ -218,8 +220,7 @@ class _Log:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._stream and self._path:
-            self._stream.close()
+        """The file is closed after each line."""
 
     def get(self, path: str, commit: str) -> Result | None:
         """What is known of a checkpoint at this commit."""
@@ -227,9 +228,31 @@ class _Log:
 
     def write(self, result: Result) -> None:
         """Append a result, unless it comes from here."""
-        if self._stream and (result.commit is None or self.get(result.path, result.commit) is not result):
-            self._stream.write(json.dumps({**result.to_dict(), "base": self._base}, allow_nan=False) + "\n")
+        if result.commit is not None and self.get(result.path, result.commit) is result:
+            return
+        line = json.dumps({**result.to_dict(), "base": self._base}, allow_nan=False) + "\n"
+        if self._path:
+            with self._alone(self._path) as stream:
+                stream.seek(0, os.SEEK_END)
+                stream.write(line.encode())
+        elif self._stream:
+            self._stream.write(line)
             self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _alone(path: Path) -> Iterator[io.FileIO]:
+        """The file, from its beginning and with whole lines only, for as long as no other run may touch it."""
+        with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+") as stream:
+            locking.wait(stream.fileno())
+            size = stream.seek(0, os.SEEK_END)
+            if size:
+                stream.seek(size - 1)
+                if stream.read(1) != b"\n":  # nobody is writing it, so nobody will end this line
+                    stream.seek(0)
+                    stream.truncate(stream.readall().rfind(b"\n") + 1)
+            stream.seek(0)
+            yield stream
 
     def _remember(self, line: bytes, *, where: str) -> None:
         data = parse_json(line.decode("utf-8", "replace"), where=where)
