@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import transformers
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import vera_tools
 from tests.merging import live
@@ -100,3 +100,41 @@ def test_two_modules_that_are_one_tensor_in_the_file(tmp_path):
     inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
     live.check("Dinov2Model", tmp_path, inputs=inputs, target_modules=["gate_proj", "q_proj"])
     assert any("weights_in" in name for name in load_file(tmp_path / "out/model.safetensors"))
+
+
+# ---- adapters that contradict themselves, or the base
+
+
+def without_the_head(folder):
+    path = folder / "adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if "classifier" not in name}, path)
+
+
+def with_fewer_layers(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "layers_to_transform": [0]}))
+
+
+def with_more_targets(folder):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "target_modules": ["query", "key"]}))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_the_head, "trained, but not in the file: classifier.bias, classifier.weight"),
+        (with_fewer_layers, "not in target_modules: bert.encoder.layer.1.attention.self.query"),
+        (with_more_targets, "for which there are no vectors: bert.encoder.layer.0.attention.self.key"),
+    ],
+)
+def test_what_verify_says_peft_would_load_otherwise_is_refused(change, words, tmp_path):
+    model_class = live.save_base("BertForSequenceClassification", tmp_path / "base")
+    model = model_class.from_pretrained(tmp_path / "base")
+    live.train(model, tmp_path / "adapter", target_modules=["query"], task_type="SEQ_CLS")
+    change(tmp_path / "adapter")
+    with pytest.raises(CheckFailedError, match=words):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = vera_tools.verify(tmp_path / "adapter", base=tmp_path / "base")
+    assert report.exit_code == 1

@@ -18,7 +18,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
-from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
+from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
 from vera_tools.merging import execution, record, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
@@ -26,6 +26,10 @@ from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
 from vera_tools.merging.plan import Plan, Shard, make, portion
 from vera_tools.report import Progress, Report
+from vera_tools.verifying import checks, fit
+
+# Checks of `verify --base` that say whether PEFT would make of the adapter what a merge makes of it.
+_REFUSED = ("tensors.saved", "tensors.unexpected", "base.modules", "base.parameters")
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,6 +186,8 @@ def merge(
             resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(_placement(model, adapters), adapters, dtype=dtype, max_shard_size=max_shard_size)
+        for adapter in adapters:
+            _refuse_contradictions(adapter.checkpoint, model)
         notes = task_heads.notes(plan)
         mine = portion(plan.shards, part)
         _texts(plan, {})  # what cannot be written is refused before the weights are
@@ -240,6 +246,21 @@ def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
         return checkpoints[0].placement(base)
     modules = dict.fromkeys(module for checkpoint in checkpoints for module in checkpoint.layers)
     return place(base, [checkpoint.config for checkpoint in checkpoints], modules)
+
+
+def _refuse_contradictions(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuse an adapter that `verify --base` says PEFT would load as something else than what its file holds.
+
+    Raises:
+        CheckFailedError: a check failed; the message is its own.
+    """
+    for check in (*checks.structure(checkpoint), *fit.against_base(checkpoint, base)):
+        if check.status == "fail" and check.id in _REFUSED:
+            raise CheckFailedError(
+                check.message,
+                where=checkpoint.label,
+                hint=f"this is {check.id} of `vera-tools verify --base`: the config and the file contradict each other",
+            )
 
 
 def _check_arguments(
