@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import vera_tools
 from tests.merging import live
-from vera_tools.errors import CheckFailedError
+from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
@@ -138,3 +138,57 @@ def test_what_verify_says_peft_would_load_otherwise_is_refused(change, words, tm
     assert not (tmp_path / "out").exists()
     report = vera_tools.verify(tmp_path / "adapter", base=tmp_path / "base")
     assert report.exit_code == 1
+
+
+# ---- a vocabulary that was resized
+
+
+def train_resized(tmp_path, saved, tied):
+    config = transformers.LlamaConfig(**live.LLAMA, tie_word_embeddings=tied)
+    model_class = live.save_base("LlamaForCausalLM", tmp_path / "base", config)
+    model = model_class.from_pretrained(tmp_path / "base")
+    model.resize_token_embeddings(70)
+    options = {"target_modules": ["q_proj"], "modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    return model_class, live.outputs(live.train(model, tmp_path / "adapter", **options))
+
+
+@pytest.mark.parametrize(("saved", "tied"), [(["embed_tokens", "lm_head"], False), (None, True), (None, False)])
+@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
+def test_tables_of_a_resized_vocabulary(saved, tied, tmp_path):
+    model_class, expected = train_resized(tmp_path, saved, tied)
+    with pytest.raises(CheckFailedError, match="merge with --resize-vocabulary"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+    options = {"resize_vocabulary": True, "verify": True}
+    vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", **options)
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 70
+    assert "--resize-vocabulary" in json.loads((tmp_path / "out/vera_merge.json").read_text())["redo"]
+    found = live.outputs(model_class.from_pretrained(tmp_path / "out"))
+    assert found.shape == expected.shape == (1, 8, 70)
+    assert abs(found - expected).max() <= 2e-5 * abs(expected).max()
+
+
+def test_a_resized_table_that_is_not_in_the_adapter(tmp_path):
+    train_resized(tmp_path, ["embed_tokens", "lm_head"], tied=False)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name: t for name, t in load_file(path).items() if "lm_head" not in name}, path)
+    with pytest.raises(CheckFailedError, match=r"not hold every table .*expected a saved tensor of 70 rows"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", resize_vocabulary=True)
+
+
+def test_the_adapters_own_tokenizer(tmp_path):
+    model_class = live.save_base("LlamaForCausalLM", tmp_path / "base")
+    live.train(model_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj"])
+    arguments = {"base": tmp_path / "base", "overwrite": True, "output": tmp_path / "out"}
+    with pytest.raises(UsageError, match="no adapter brings a tokenizer"):
+        vera_tools.merge(tmp_path / "adapter", tokenizer="adapter", **arguments)
+    for folder, text in (("base", "old"), ("adapter", "new")):
+        (tmp_path / folder / "chat_template.jinja").write_text(text)
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    with pytest.warns(LoadingWarning, match=r"a tokenizer of its own \(chat_template.jinja\)"):
+        report = vera_tools.merge(tmp_path / "adapter", **arguments)
+    assert "--tokenizer adapter" in report.notes[0]
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "old"
+    report = vera_tools.merge(tmp_path / "adapter", tokenizer="adapter", **arguments)
+    assert report.notes == ()
+    assert (tmp_path / "out/chat_template.jinja").read_text() == "new"
+    assert not (tmp_path / "out/tokenizer.json").exists()

@@ -46,6 +46,13 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 @click.option(
     "--max-shard-size", metavar="SIZE", help="New files of at most SIZE, e.g. 5GB. Default: the base's files."
 )
+@click.option("--resize-vocabulary", is_flag=True, help="Make BASE's tables as large as those that the adapter saved.")
+@click.option(
+    "--tokenizer",
+    type=click.Choice(["base", "adapter"]),
+    default="base",
+    help="Whose tokenizer and chat template go with the result. Default: base.",
+)
 @click.option("--verify", is_flag=True, help="Read the result back and prove it before it appears.")
 @click.option("--resume", is_flag=True, help="Go on from the files that an interrupted merge has finished.")
 @click.option(
@@ -71,6 +78,8 @@ def command(
     weights: tuple[float, ...],
     dtype: str | None,
     max_shard_size: str | None,
+    resize_vocabulary: bool,
+    tokenizer: str,
     verify: bool,
     resume: bool,
     part: str | None,
@@ -96,6 +105,8 @@ def command(
             weights=weights or None,
             dtype=dtype,
             max_shard_size=parse_size(max_shard_size) if max_shard_size else None,
+            resize_vocabulary=resize_vocabulary,
+            tokenizer=tokenizer,
             recipe=recipe_options.name,
             stored_dtype=recipe_options.stored_dtype or "float32",
             strict=strict,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Layer
-from vera_tools.checkpoints.names import is_embedding, lies_in_saved
+from vera_tools.checkpoints.names import copied_from, is_embedding, lies_in_saved
 from vera_tools.checkpoints.placement import Linear, Part, Placement, shape_of
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
@@ -29,9 +28,6 @@ _PACKED = (
     ".weight_scale",
     ".weight_scale_inv",
 )
-
-# With bias="all" PEFT saves the biases of a saved module again, under the names of its wrapper in memory.
-_WRAPPED = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -159,15 +155,15 @@ def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str,
         where = f"{checkpoint.weights.label}: {full}"
         if not full.startswith(MODULES):
             raise FormatError("not a tensor of a VeRA adapter", where=where)
+        if checkpoint.is_copy(full):
+            continue  # PEFT loads the tensor that it is a copy of
+        if copied_from(full):
+            raise FormatError("a copy of a saved tensor that is itself missing", where=where)
         path = full.removeprefix(MODULES).replace(".base_layer.", ".")
-        if _WRAPPED.search(path) and not placement.parts(placement.parameter(path)):
-            if MODULES + _WRAPPED.sub("", path) not in checkpoint.other_tensors:
-                raise FormatError("a copy of a saved tensor that is itself missing", where=where)
-            continue
         name = placement.parameter(path)
         parts = placement.parts(name)
         if parts:
-            _check_shape(shape_of(parts), info, name, where=where, resize=resize)
+            _check_shape(shape_of(parts), info, name, where=where, resize=resize and adapter.weight == 1)
         elif not any(lies_in_saved(path, saved) for saved in config.saved_modules) and ".base_layer." not in full:
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",

@@ -24,7 +24,7 @@ from vera_tools.merging import execution, record, staging, task_heads, verificat
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
-from vera_tools.merging.plan import Plan, Shard, make, portion
+from vera_tools.merging.plan import Options, Plan, Shard, make, portion
 from vera_tools.report import Progress, Report
 from vera_tools.verifying import checks, fit
 
@@ -53,7 +53,7 @@ class MergeReport(Report):
         bytes_total: Bytes of the result's weights.
         seconds: From the call to its end.
         verified: What reading back has proven, or None.
-        notes: What remains to be set in the result's config.json.
+        notes: What remains to be set in the result's config.json, and what else is to be known of it.
     """
 
     name: ClassVar[str] = "merge"
@@ -120,6 +120,8 @@ def merge(
     weights: Sequence[float] | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    resize_vocabulary: bool = False,
+    tokenizer: str = "base",
     recipe: str | None = None,
     stored_dtype: str = "float32",
     strict: bool = False,
@@ -147,6 +149,9 @@ def merge(
         weights: One for each adapter, in their order. Default: 1 for all.
         dtype: Cast every floating-point tensor to "float32", "float16" or "bfloat16". Default: each keeps its own.
         max_shard_size: Lay the weights out in new files of at most so many bytes. Default: the base's files.
+        resize_vocabulary: Make the base's embedding and output layer, and its vocab_size, as large as those that the
+            adapter saved. Default: refuse where they differ.
+        tokenizer: Whose tokenizer and chat templates go with the result: "base" or "adapter".
         recipe: Name of the recipe of seed-only checkpoints with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype that an assumed pair was kept in.
         strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
@@ -171,6 +176,7 @@ def merge(
         VeraToolsError: the file system refused, or the disk has too little room.
     """
     started = time.perf_counter()
+    options = Options(dtype, max_shard_size, resize_vocabulary, tokenizer)
     references = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
     part = part or shard
@@ -185,10 +191,10 @@ def merge(
             opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
             resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
-        plan = make(_placement(model, adapters), adapters, dtype=dtype, max_shard_size=max_shard_size)
+        plan = make(_placement(model, adapters), adapters, options)
         for adapter in adapters:
             _refuse_contradictions(adapter.checkpoint, model)
-        notes = task_heads.notes(plan)
+        notes = [*task_heads.notes(plan), *plan.notes]
         mine = portion(plan.shards, part)
         _texts(plan, {})  # what cannot be written is refused before the weights are
         for adapter in adapters:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vera_tools._version import __version__
@@ -14,6 +14,7 @@ from vera_tools.checkpoints.placement import Placement
 from vera_tools.errors import UsageError
 from vera_tools.files import local
 from vera_tools.files.safetensors import TensorFile, encode_header, layout
+from vera_tools.merging import tokenizer, vocabulary
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import collect
 from vera_tools.merging.entries import Entry, Kind, entries
@@ -39,8 +40,6 @@ _WEIGHTS = (
     ".mlmodel",
     ".tmp",
 )
-# Where transformers keeps the chat templates of a tokenizer that has several.
-_FOLDERS = ("additional_chat_templates",)
 _NOT_COPIED = ("README.md", "vera_merge.json", ".gitattributes", "adapter_config.json", "vera_manifest.json")
 
 
@@ -69,6 +68,34 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Options:
+    """What a merge may do besides.
+
+    Attributes:
+        dtype: Cast every floating-point tensor to it.
+        max_shard_size: Lay the tensors out in new files of at most so many bytes; None keeps the base's files.
+        resize_vocabulary: Make the base's tables as large as those that the adapters saved.
+        tokenizer: "base" or "adapter": whose goes with the result.
+
+    Raises:
+        UsageError: an unknown dtype or tokenizer, or a size below 1.
+    """
+
+    dtype: str | None = None
+    max_shard_size: int | None = None
+    resize_vocabulary: bool = False
+    tokenizer: str = "base"
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in TARGETS:
+            raise UsageError("weights cannot be cast to this", expected=" or ".join(TARGETS), found=self.dtype)
+        if self.max_shard_size is not None and self.max_shard_size < 1:
+            raise UsageError("a shard needs room", expected="at least 1 byte", found=str(self.max_shard_size))
+        if self.tokenizer not in ("base", "adapter"):
+            raise UsageError("whose tokenizer is not known", expected="base or adapter", found=self.tokenizer)
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a merge writes.
 
@@ -80,8 +107,8 @@ class Plan:
         index: The index as text.
         copied_files: The base's other files, copied as they stand: path in the output to the folder it comes from.
         config: The text of config.json where it changes, else None.
-        dtype: What floating-point tensors are cast to, or None.
-        max_shard_size: Bytes, or None where the base's files are kept.
+        options: What it was asked for.
+        notes: What is to be said of it.
         digest: Identifies base, adapters, options and tool; a merge in several steps must have the same in each.
     """
 
@@ -92,8 +119,8 @@ class Plan:
     index: str | None
     copied_files: dict[str, local.Folder]
     config: str | None
-    dtype: str | None
-    max_shard_size: int | None
+    options: Options
+    notes: tuple[str, ...]
     digest: str
 
     @property
@@ -111,44 +138,42 @@ class Plan:
         return sorted(entry.info.name for entry in self.entries if entry.kind == kind)
 
 
-def make(
-    placement: Placement, adapters: Sequence[Adapter], *, dtype: str | None = None, max_shard_size: int | None = None
-) -> Plan:
+def make(placement: Placement, adapters: Sequence[Adapter], options: Options) -> Plan:
     """Plan the merge of `adapters`.
 
     Args:
         placement: Where their modules lie in the base.
         adapters: The open adapters.
-        dtype: Cast every floating-point tensor to it.
-        max_shard_size: Lay the tensors out in new files of at most so many bytes.
+        options: What else is to be done.
 
     Raises:
-        CheckFailedError, FormatError, UsageError: see `changes.collect`.
-        UsageError: an unknown dtype, or a size below 1.
+        CheckFailedError, FormatError, UsageError: see `changes.collect`, `tying.untying`, `vocabulary.resized` and
+            `tokenizer.choose`.
     """
-    if dtype is not None and dtype not in TARGETS:
-        raise UsageError("weights cannot be cast to this", expected=" or ".join(TARGETS), found=dtype)
-    if max_shard_size is not None and max_shard_size < 1:
-        raise UsageError("a shard needs room", expected="at least 1 byte", found=str(max_shard_size))
-    base = placement.base
-    tying = untying(placement, collect(placement, adapters))
-    files = entries(placement, tying, dtype)
-    if max_shard_size is None:
+    base, resize = placement.base, options.resize_vocabulary
+    tying = untying(placement, collect(placement, adapters, resize=resize))
+    sizes = vocabulary.resized(placement, tying.changes) if resize else None
+    config = tying.config or base.config
+    if sizes is not None:
+        config = vocabulary.with_size(config, *sizes, where=base.label)
+    files = entries(placement, tying, options.dtype)
+    if options.max_shard_size is None:
         shards = [_keep_layout(base.files[name], name, entries) for name, entries in files.items()]
     else:
-        shards = _lay_out(files, base, max_shard_size)
-    index_name, index = _index(base, shards, resharded=max_shard_size is not None)
+        shards = _lay_out(files, base, options.max_shard_size)
+    index_name, index = _index(base, shards, resharded=options.max_shard_size is not None)
+    copied, notes = tokenizer.choose(_copied_files(base), adapters, options.tokenizer)
     return Plan(
         placement,
         tuple(adapters),
         tuple(shards),
         index_name,
         index,
-        _copied_files(base),
-        _config(tying.config or base.config, base, dtype=dtype),
-        dtype,
-        max_shard_size,
-        _digest(base, adapters, dtype=dtype, max_shard_size=max_shard_size),
+        copied,
+        _config(config, base, dtype=options.dtype),
+        options,
+        tuple(notes),
+        _digest(base, adapters, options),
     )
 
 
@@ -227,9 +252,7 @@ def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
     if "config.json" not in names:
         return {}  # a lone file among others, which need not belong to it
     copied = {name: base.folder for name in names if not name.endswith(_WEIGHTS) and name not in _NOT_COPIED}
-    for inner in _FOLDERS:
-        if folder := base.folder.folder(inner):
-            copied |= {f"{inner}/{name}": folder for name in folder.names()}
+    copied |= tokenizer.own_files(base.folder)
     # What the result takes over must be the base's own. Its weights, which must be weights, may lie anywhere.
     for name in names:
         if not name.endswith(_WEIGHTS):
@@ -261,7 +284,7 @@ def _set_dtype(config: dict[str, Any], dtype: str) -> None:
             _set_dtype(config[key], dtype)
 
 
-def _digest(base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None, max_shard_size: int | None) -> str:
+def _digest(base: BaseModel, adapters: Sequence[Adapter], options: Options) -> str:
     files = {
         name: [file.size, file.source.version, hashlib.sha256(file.header).hexdigest()]
         for name, file in base.files.items()
@@ -274,7 +297,6 @@ def _digest(base: BaseModel, adapters: Sequence[Adapter], *, dtype: str | None, 
             [adapter.sha256, adapter.weight, adapter.resolved.record.sha256, adapter.checkpoint.raw_config]
             for adapter in adapters
         ],
-        "dtype": dtype,
-        "max_shard_size": max_shard_size,
+        "options": asdict(options),
     }
     return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

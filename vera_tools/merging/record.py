@@ -49,8 +49,8 @@ def merge_record(plan: Plan, base_sha256: Mapping[str, str]) -> dict[str, Any]:
             },
         },
         "adapters": [adapter.to_dict() for adapter in plan.adapters],
-        "dtype": plan.dtype,
-        "max_shard_size": plan.max_shard_size,
+        "dtype": plan.options.dtype,
+        "max_shard_size": plan.options.max_shard_size,
         "tensors": {kind: plan.names(kind) for kind in KINDS},
         "redo": redo(plan),
     }
@@ -71,10 +71,14 @@ def redo(plan: Plan) -> str:
             break
     if any(adapter.pickled for adapter in plan.adapters):
         words.append("--allow-pickle")
-    if plan.dtype:
-        words += ["--dtype", plan.dtype]
-    if plan.max_shard_size:
-        words += ["--max-shard-size", str(plan.max_shard_size)]
+    if plan.options.dtype:
+        words += ["--dtype", plan.options.dtype]
+    if plan.options.max_shard_size:
+        words += ["--max-shard-size", str(plan.options.max_shard_size)]
+    if plan.options.resize_vocabulary:
+        words.append("--resize-vocabulary")
+    if plan.options.tokenizer != "base":
+        words += ["--tokenizer", plan.options.tokenizer]
     return shlex.join([*words, "-o", "OUT"])
 
 
@@ -108,7 +112,7 @@ def model_card(plan: Plan) -> str:
         cells += [recipe + (" (assumed)" if record.assumed else ""), f"`{adapter.sha256}`"]
         lines.append(f"| {' | '.join(cells)} |")
     counts = [f"{len(names)} {kind}" for kind in KINDS if (names := plan.names(kind))]
-    rest = "" if plan.dtype else "; every other one is the base's, byte for byte"
+    rest = "" if plan.options.dtype else "; every other one is the base's, byte for byte"
     lines += ["", f"Tensors: {', '.join(counts)}{rest}. `{RECORD_NAME}` holds the digests of what went in."]
     lines += [f"Written by {TOOL['name']} {TOOL['version']}. To do it again:", "", markup.code_block(redo(plan)), ""]
     return "\n".join(lines)
