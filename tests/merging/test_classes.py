@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,9 @@ from safetensors.numpy import load_file, save_file
 
 import vera_tools
 from tests.merging import live
+from vera_tools.architectures import witness
 from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError
+from vera_tools.merging import plan, tying
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings.*:UserWarning"),
@@ -192,3 +195,51 @@ def test_the_adapters_own_tokenizer(tmp_path):
     assert report.notes == ()
     assert (tmp_path / "out/chat_template.jinja").read_text() == "new"
     assert not (tmp_path / "out/tokenizer.json").exists()
+
+
+# ---- the proof that the result loads
+
+
+def prepared(tmp_path, **options):
+    model_class = live.save_base("BertForMaskedLM", tmp_path / "base")
+    options = {"target_modules": ["query"], "modules_to_save": ["word_embeddings"], **options}
+    live.train(model_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter", **options)
+    return {"base": tmp_path / "base", "output": tmp_path / "out", "verify": True}
+
+
+def test_what_is_proven_of_loading(tmp_path):
+    report = vera_tools.merge(tmp_path / "adapter", **prepared(tmp_path))
+    found = report.to_dict()["loading"]
+    assert (found["class"], found["known_by"]) == ("BertForMaskedLM", "data of transformers 5.23.0")
+    assert found["parameters"] == len(transformers.BertForMaskedLM.from_pretrained(tmp_path / "out").state_dict())
+    assert found["asked"] is None
+
+
+@pytest.mark.usefixtures("asks")
+def test_the_installed_transformers_is_asked(tmp_path, monkeypatch):
+    arguments = prepared(tmp_path)
+    report = vera_tools.merge(tmp_path / "adapter", **arguments)
+    assert report.loading.asked == f"transformers {transformers.__version__}"
+    answer = witness.ask_transformers(json.loads((tmp_path / "out/config.json").read_text()), "BertForMaskedLM")
+    name = "cls.predictions.decoder.weight"
+    changes = {
+        "tensors unexpected": {key: shape for key, shape in answer.parameters.items() if key != name},
+        "loads no tensor of this shape": {**answer.parameters, name: (65, 32)},
+    }
+    for words, parameters in changes.items():
+        other = dataclasses.replace(answer, parameters=parameters)
+        monkeypatch.setattr(witness, "ask_transformers", lambda *_, other=other: other)
+        with pytest.raises(CheckFailedError, match=words):
+            vera_tools.merge(tmp_path / "adapter", **{**arguments, "output": tmp_path / "other"})
+        assert not (tmp_path / "other").exists()
+
+
+def test_a_plan_that_leaves_a_tied_parameter_out_is_found(tmp_path, monkeypatch):
+    arguments = prepared(tmp_path)
+    real = tying.untying
+    monkeypatch.setattr(plan, "untying", lambda *inputs: dataclasses.replace(real(*inputs), added={}))
+    with pytest.raises(CheckFailedError, match="the result would lack a parameter"):
+        vera_tools.merge(tmp_path / "adapter", **arguments)
+    monkeypatch.setattr(plan, "untying", lambda *inputs: dataclasses.replace(real(*inputs), added={}, config=None))
+    with pytest.raises(CheckFailedError, match="would load another tensor than was planned"):
+        vera_tools.merge(tmp_path / "adapter", **arguments)

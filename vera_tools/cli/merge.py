@@ -181,3 +181,10 @@ def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
             f"all {proven.elements:,} elements within float32 summation error, {proven.off:,} of them not the nearest"
         )
         labelled(console, "verified", found + (near if proven.off else exact))
+        if report.loading.asked:
+            name = report.loading.model_class or "the class"
+            taken = f"{report.loading.asked} builds {name} and takes every tensor, none missing, none unexpected"
+            labelled(console, "loads", taken)
+    if report.loading.known_by == "names alone" or verbose:
+        name = report.loading.model_class or "a class that config.json does not name"
+        labelled(console, "class", f"{name}, known by {report.loading.known_by}")

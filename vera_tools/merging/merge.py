@@ -20,7 +20,7 @@ from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
-from vera_tools.merging import execution, record, staging, task_heads, verification
+from vera_tools.merging import execution, loading, record, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
@@ -53,6 +53,7 @@ class MergeReport(Report):
         bytes_total: Bytes of the result's weights.
         seconds: From the call to its end.
         verified: What reading back has proven, or None.
+        loading: What was proven of how it loads.
         notes: What remains to be set in the result's config.json, and what else is to be known of it.
     """
 
@@ -74,6 +75,7 @@ class MergeReport(Report):
     bytes_total: int
     seconds: float
     verified: verification.Verification | None
+    loading: loading.Loading
     notes: tuple[str, ...]
 
     def body(self) -> dict[str, Any]:
@@ -108,6 +110,7 @@ class MergeReport(Report):
                 "off": proven.off,
                 "sha256": proven.sha256,
             },
+            "loading": self.loading.to_dict(),
             "notes": list(self.notes),
         }
 
@@ -194,6 +197,7 @@ def merge(
         plan = make(_placement(model, adapters), adapters, options)
         for adapter in adapters:
             _refuse_contradictions(adapter.checkpoint, model)
+        loads = loading.prove(plan)
         notes = [*task_heads.notes(plan), *plan.notes]
         mine = portion(plan.shards, part)
         _texts(plan, {})  # what cannot be written is refused before the weights are
@@ -216,6 +220,7 @@ def merge(
         meter = execution.Meter(progress, expected)
         execution.write_shards(plan, todo, stage, jobs=count, allow_nonfinite=allow_nonfinite, meter=meter)
         proven = verification.verify(plan, stage.output, jobs=count, meter=meter) if verify and whole else None
+        loads = loading.ask(plan, loads) if proven is not None else loads
         if whole:
             _write_others(plan, stage)
             model.check_unchanged()
@@ -241,6 +246,7 @@ def merge(
             bytes_total=sum(item.size for item in plan.shards),
             seconds=time.perf_counter() - started,
             verified=proven,
+            loading=loads,
             notes=tuple(notes),
         )
 

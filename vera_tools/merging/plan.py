@@ -16,7 +16,7 @@ from vera_tools.files import local
 from vera_tools.files.safetensors import TensorFile, encode_header, layout
 from vera_tools.merging import tokenizer, vocabulary
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.changes import collect
+from vera_tools.merging.changes import Change, collect
 from vera_tools.merging.entries import Entry, Kind, entries
 from vera_tools.merging.tying import untying
 
@@ -101,6 +101,7 @@ class Plan:
 
     Attributes:
         placement: Where the adapters' modules lie in the base.
+        changes: What becomes of the class's parameters.
         adapters: In the order in which they were named.
         shards: The files of the result.
         index_name: Name of the index file, or None where the base has none and one file holds everything.
@@ -113,6 +114,7 @@ class Plan:
     """
 
     placement: Placement
+    changes: Mapping[str, Change]
     adapters: tuple[Adapter, ...]
     shards: tuple[Shard, ...]
     index_name: str | None
@@ -165,6 +167,7 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
     copied, notes = tokenizer.choose(_copied_files(base), adapters, options.tokenizer)
     return Plan(
         placement,
+        tying.changes,
         tuple(adapters),
         tuple(shards),
         index_name,

@@ -37,8 +37,8 @@ def resized(placement: Placement, changes: Mapping[str, Change]) -> tuple[int, i
         raise CheckFailedError("tables are resized from or to several sizes", where=base.label, found=found)
     ((old_size, new_size),) = sizes
     for name in _tables(placement, old_size):
-        change = changes.get(name)
-        if not isinstance(change, Replacement) or new_size not in change.tensor.shape:
+        saved = changes.get(name)
+        if not isinstance(saved, Replacement) or new_size not in saved.tensor.shape:
             raise CheckFailedError(
                 "the adapter does not hold every table of the resized vocabulary",
                 where=f"{base.label}: {name}",

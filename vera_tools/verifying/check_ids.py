@@ -32,6 +32,7 @@ CHECK_IDS = {
     "manifest.config": "adapter_config.json says what was recorded",
     "manifest.metadata": "the file's metadata is the recorded one",
     "manifest.recipe": "the stored pair is what the recorded recipe gives",
+    "base.class": "the class of models that the base is read as is known, and takes its tensors",
     "base.modules": "every adapted module exists in the base and fits, and none is left out",
     "base.pair": "in_max and out_max follow from the base",
     "base.parameters": "biases and saved modules fit the base's parameters",

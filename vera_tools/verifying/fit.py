@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vera_tools.architectures import data
 from vera_tools.architectures.architecture import LINEAR
 from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
@@ -24,6 +25,7 @@ def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     except VeraToolsError as error:
         yield Check("base.modules", "fail", str(error))
         return
+    yield _class(checkpoint, base)
     missing = _not_adapted(checkpoint, base)
     if missing:
         message = f"the config adapts modules of the base for which there are no vectors: {some(missing)}"
@@ -49,6 +51,23 @@ def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     yield from _dtype(checkpoint, base)
     yield _parameters(checkpoint, base)
     yield from _recorded_base(checkpoint, base)
+
+
+def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
+    """What the base's tensors are to the class of models that PEFT adapted."""
+    placement = checkpoint.placement(base)
+    known, layout = placement.architecture, placement.layout
+    if not known.is_known:
+        name = known.name or "the class of the base, which config.json does not name"
+        message = f"nothing is known of {name}: modules are taken for what the names of its tensors say"
+        return Check("base.class", "warn", message)
+    who = f"{known.name} ({known.origin})"
+    unexpected, missing = layout.unexpected, layout.missing or ()
+    if (unexpected or missing) and known.name == data.class_for(base.config):
+        parts = [f"does not take {some(unexpected)}"] if unexpected else []
+        parts += [f"does not find {some(missing)}"] if missing else []
+        return Check("base.class", "warn", f"{who} {' and '.join(parts)}: this may be a base of another class")
+    return Check("base.class", "pass", f"{who} takes {len(base.tensors) - len(unexpected)} tensors of the base")
 
 
 def _dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
