@@ -307,6 +307,19 @@ def test_layers_that_compute_otherwise_are_named():
     assert known("LlamaForCausalLM").computes_otherwise("model.layers.0.self_attn.o_proj") is None
 
 
+def test_ties_by_patterns_are_found_from_either_side():
+    """A file holds the decoder's alone, or the encoder's."""
+    tie = Tie("model", r"encoder.text.layers\.(?:[^.]+\.)*weight", r"decoder.layers\.(?:[^.]+\.)*weight")
+    source, target = "model.decoder.layers.3.q.weight", "model.encoder.text.layers.3.q.weight"
+    assert tie.source_of(target) == source
+    assert tie.target_of(source) == target
+    assert tie.target_of("model.decoder.norm.weight") is None
+    assert tie.target_of("model.encoder.text.layers.3.q.weight") is None
+    named = Tie("", "lm_head", "model.embed_tokens")
+    assert named.target_of("model.embed_tokens.weight") == "lm_head.weight"
+    assert Tie("", r"box.(?![0])\d+", "box.0").target_of("box.0.weight") is None
+
+
 # ---- the installed transformers
 
 

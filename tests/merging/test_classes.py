@@ -82,6 +82,28 @@ def test_a_square_linear_head_beside_conv1d(tmp_path):
     live.check("GPT2ForTokenClassification", tmp_path, target_modules=["c_proj", "classifier"])
 
 
+def test_a_layer_that_is_never_called_stays_as_it_is(tmp_path):
+    """SigLIP's pooling head: torch.nn.MultiheadAttention reads the weight of its output layer past PEFT's."""
+    config = transformers.SiglipVisionConfig(**live.VISION)
+    model_class = live.save_base("SiglipVisionModel", tmp_path / "base", config)
+    torch.manual_seed(2)
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16)}
+    adapted = live.train(
+        model_class.from_pretrained(tmp_path / "base"), tmp_path / "adapter", target_modules=["q_proj", "out_proj"]
+    )
+    with pytest.warns(LoadingWarning, match=r"head\.attention\.out_proj: adapted, and left as in the base"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    changed = {name for name in before if not (before[name] == after[name]).all()}
+    assert {name for name in before if name.endswith("out_proj.weight")} - changed == {
+        name for name in before if name.endswith("head.attention.out_proj.weight")
+    }
+    with torch.no_grad():
+        expected = adapted.eval()(**inputs).pooler_output
+        found = model_class.from_pretrained(tmp_path / "out").eval()(**inputs).pooler_output
+    assert abs(found - expected).max() <= 2e-5 * abs(expected).max()
+
+
 # ---- names
 
 

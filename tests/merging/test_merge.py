@@ -173,6 +173,19 @@ class TestNames:
         found = weights(tmp_path / "half")["score.weight"]
         assert np.array_equal(found, (0.25 * head.astype(np.float64)).astype(np.float16))
 
+    def test_a_square_weight_of_a_class_that_nobody_knows(self, tmp_path):
+        """Its neighbour lies the other way round than fan_in_fan_out says, so that it may lie so too."""
+        shapes = {"h.0.c": (48, 32), "h.0.d": (32, 32)}
+        base = make_base(tmp_path / "base", shapes, transposed=True)
+        for fan_in_fan_out in (False, True):
+            adapter = make_adapter(tmp_path / "adapter", shapes, config={"fan_in_fan_out": fan_in_fan_out})
+            if fan_in_fan_out:
+                assert len(vera_tools.merge(adapter, base=base, output=tmp_path / "out").merged) == 2
+            else:
+                with pytest.raises(CheckFailedError, match="which way round this square weight is stored"):
+                    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+            shutil.rmtree(adapter)
+
     def test_a_head_that_the_base_lacks_is_added(self, tmp_path):
         head = np.ones((2, 32), np.float32)
         base = make_base(tmp_path / "base", files=2)

@@ -46,11 +46,24 @@ class Tie:
             return None
         if re.fullmatch(r"[\w.]+", self.source):
             return inside + self.source + rest[match.end() :]
-        # Both are one expression behind different names: what differs is exchanged.
+        ours, theirs = self._exchanged
+        return inside + theirs + rest.removeprefix(ours)
+
+    def target_of(self, parameter: str) -> str | None:
+        """The parameter that is tied to `parameter` by this; None where there is none, or its name does not follow."""
+        inside = f"{self.module}." if self.module else ""
+        ours, theirs = (self.target, self.source) if self.names else self._exchanged
+        if not parameter.startswith(inside + theirs):
+            return None
+        target = inside + ours + parameter.removeprefix(inside + theirs)
+        return target if self.source_of(target) == parameter else None
+
+    @property
+    def _exchanged(self) -> tuple[str, str]:
+        """Where both are one expression behind different names: what differs."""
         pairs = zip(reversed(self.target), reversed(self.source), strict=False)
         same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        ours, theirs = self.target[: len(self.target) - same], self.source[: len(self.source) - same]
-        return inside + theirs + rest.removeprefix(ours)
+        return self.target[: len(self.target) - same], self.source[: len(self.source) - same]
 
     @property
     def names(self) -> tuple[str, str] | None:
@@ -212,7 +225,8 @@ class Architecture:
         """
         names = dict.fromkeys(parameters)
         for tie in self.ties:
-            names.update(dict.fromkeys(tie.names or ()))
+            targets = [tie.target_of(name) for name in names] if tie.names is None else tie.names
+            names.update(dict.fromkeys(name for name in targets if name is not None))
         groups: dict[str, list[str]] = {}
         for name in names:
             source = self.tied_to(name)

@@ -37,6 +37,8 @@ _ANY = ("CausalLM", "Seq2SeqLM", "ImageTextToText", "MaskedLM", "SequenceClassif
 
 # Classes of linear layers that compute W x + b in words of their own.
 _AS_USUAL = ("FalconLinear",)
+# What stands for the class of a layer whose weight is read and which is never called.
+_NOT_CALLED = "MultiheadAttention"
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class Linear:
         in_features: Columns of the linear map.
         out_features: Rows of the linear map.
         transposed: The weight is stored as (in, out), as GPT-2's Conv1D does.
+        is_called: Its output is used. That of the output layer of torch.nn.MultiheadAttention is not: its weight is
+            read past the layer, so that an adapter there changes nothing.
     """
 
     module: str
@@ -66,6 +70,7 @@ class Linear:
     in_features: int
     out_features: int
     transposed: bool
+    is_called: bool = True
 
     @property
     def weight(self) -> str:
@@ -187,13 +192,15 @@ class Placement:
             )
         if transposed and not all(part.piece.is_whole or part.piece.transposed for part in parts):
             raise CheckFailedError("a Conv1D that is a part of a tensor", where=where, hint="merge with PEFT")
-        return Linear(module, parameter, parts, columns, rows, transposed)
+        name = parameter.removesuffix(".weight")
+        called = self.architecture.computes_otherwise(name) != _NOT_CALLED
+        return Linear(module, parameter, parts, columns, rows, transposed, called)
 
     def _transposed(self, module: str, parameter: str, shape: tuple[int, ...], out_features: int) -> bool:
         """Whether the parameter is (in, out): as its kind says, else as its shape does."""
         name, known = parameter.removesuffix(".weight"), self.architecture
         other = known.computes_otherwise(name) if known.is_known else None
-        if other is not None and other not in _AS_USUAL:
+        if other is not None and other not in (*_AS_USUAL, _NOT_CALLED):
             raise CheckFailedError(
                 f"a {other} does not compute W x + b, so an adapter of it is not a change of its weight",
                 where=f"{self.base.label}: {name}",
@@ -297,7 +304,8 @@ def own_class(base: BaseModel) -> Architecture | None:
 def known_class(base: BaseModel, name: str) -> Architecture | None:
     """What is known of a class under the base's configuration.
 
-    From the installed transformers, where the data lacks the class or was made from another one; else from the data.
+    From the installed transformers, where the data lacks the class, or a part of it, or was made from another one; else
+    from the data.
     """
     if name not in base.known:
         base.known[name] = known_under(base.config, name)
@@ -311,7 +319,8 @@ def known_under(config: data.Config, name: str) -> Architecture | None:
         return None
     if "auto_map" in config and found is None:
         return None  # code of the base's own, which nothing here runs
-    if found is not None and f"transformers {_installed()}" in (data.origin(), "transformers "):
+    as_made = f"transformers {_installed()}" in (data.origin(), "transformers ")
+    if found is not None and as_made and not (found.varying or found.unknown):
         return found
     if not witness.is_there() or (found is not None and int((_installed() or "0").partition(".")[0]) < 5):
         return found

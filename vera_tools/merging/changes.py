@@ -97,10 +97,14 @@ def collect(placement: Placement, adapters: Sequence[Adapter], *, resize: bool =
         for layer in adapter.checkpoint.layers.values():
             linear = _linear(placement, adapter, layer)
             lambda_b, lambda_d = adapter.vectors(layer, in_features=linear.in_features)
+            if not linear.is_called:
+                continue  # see `without_effect`
             products = found.setdefault(linear.parameter, [])
             if isinstance(products, Replacement):
                 raise _conflict(adapter, linear.parameter, products.adapter)
             products += [Product(adapter, linear, lambda_b, lambda_d, part) for part in linear.parts]
+        if not placement.architecture.is_known:
+            _refuse_unproven(placement, adapter)
         for name, saved in _saved(placement, adapter, resize=resize).items():
             earlier = found.get(name)
             if _is_equal(placement, name, saved):
@@ -109,6 +113,35 @@ def collect(placement: Placement, adapters: Sequence[Adapter], *, resize: bool =
                 raise _conflict(adapter, name, (earlier[0] if isinstance(earlier, list) else earlier).adapter)
             found[name] = saved
     return {name: tuple(change) if isinstance(change, list) else change for name, change in found.items()}
+
+
+def _refuse_unproven(placement: Placement, adapter: Adapter) -> None:
+    """Of a class that is not known, refuse square weights where the others say that layers are stored both ways.
+
+    PEFT saves one fan_in_fan_out for all, that of the layer it made last.
+    """
+    linears = adapter.checkpoint.linears(placement.base)
+    square = [linear for linear in linears if linear.in_features == linear.out_features]
+    ways = {linear.transposed for linear in linears if linear.in_features != linear.out_features}
+    if square and ways and ways != {adapter.checkpoint.config.fan_in_fan_out}:
+        raise CheckFailedError(
+            "nothing says which way round this square weight is stored",
+            where=f"{placement.base.label}: {square[0].weight}",
+            expected="a class of transformers, or weights that all lie as fan_in_fan_out says",
+            hint="install the transformers that has the class beside vera-tools, or merge with PEFT",
+        )
+
+
+def without_effect(placement: Placement, adapters: Sequence[Adapter]) -> list[str]:
+    """What is to be said of adapted modules whose weight stays as it is, because the live model computes so too."""
+    linears = (linear for adapter in adapters for linear in adapter.checkpoint.linears(placement.base))
+    idle = sorted({linear.module for linear in linears if not linear.is_called})
+    if not idle:
+        return []
+    return [
+        f"{', '.join(idle)}: adapted, and left as in the base: torch.nn.MultiheadAttention reads the weight of its "
+        "output layer and never calls it, so the adapter does nothing in the live model; merge_and_unload adds it"
+    ]
 
 
 def _conflict(adapter: Adapter, name: str, other: Adapter) -> UsageError:

@@ -16,7 +16,7 @@ from vera_tools.files import local
 from vera_tools.files.safetensors import TensorFile, encode_header, layout
 from vera_tools.merging import tokenizer, vocabulary
 from vera_tools.merging.adapters import Adapter
-from vera_tools.merging.changes import Change, collect
+from vera_tools.merging.changes import Change, collect, without_effect
 from vera_tools.merging.entries import Entry, Kind, entries
 from vera_tools.merging.tying import untying
 
@@ -175,7 +175,7 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         copied,
         _config(config, base, dtype=options.dtype),
         options,
-        tuple(notes),
+        (*notes, *without_effect(placement, adapters)),
         _digest(base, adapters, options),
     )
 
