@@ -115,6 +115,19 @@ class HubError(VeraToolsError):
     exit_code = 5
 
 
+def escaped(error: Exception, *, where: str) -> FormatError:
+    """What is said of one of many where something else than an error of ours came up while it was worked on.
+
+    Input that nobody thought of ends in such errors: nested too deeply, too large, not to be encoded. The others of the
+    many go on.
+    """
+    return FormatError(
+        f"cannot be worked on: {type(error).__name__}: {str(error)[:200] or 'no message'}",
+        where=where,
+        hint="if the file is sound, please report it, with the traceback that VERA_TOOLS_DEBUG=1 shows",
+    )
+
+
 class VeraToolsWarning(UserWarning):
     """Base of all warnings."""
 

@@ -208,8 +208,8 @@ class Checkpoint(local.Closing):
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Whatever is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
         vectors = {info.name for layer in self.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info}
-        pair = {info.name for info in self.projections.values()}
-        return {name: info for name, info in self.weights.tensors.items() if name not in vectors | pair}
+        known = vectors | {info.name for info in self.projections.values()}
+        return {name: info for name, info in self.weights.tensors.items() if name not in known}
 
     @cached_property
     def unadapted(self) -> tuple[str, ...]:
@@ -218,6 +218,7 @@ class Checkpoint(local.Closing):
         Raises:
             FormatError: a regular expression takes too long.
         """
+        self.config.prepare(self.layers)
         return tuple(module for module in self.layers if not self.config.targets(module))
 
     def is_copy(self, name: str) -> bool:
@@ -384,19 +385,30 @@ def find(root: Path) -> Iterator[Path]:
     if not local.is_folder(root):
         raise FormatError("no such folder", where=root)
     seen: set[str] = set()
-    closed: list[Path] = []
-    for folder, subfolders, files in os.walk(root, onerror=lambda e: closed.append(Path(e.filename)), followlinks=True):
-        yield from closed
-        closed.clear()
+    waiting = [root]  # as a list, because Python's own walk gives up on folders that are nested a thousand deep
+    while waiting:
+        folder = waiting.pop()
         real = os.path.realpath(folder)
         if real in seen:
-            subfolders.clear()
             continue
         seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if CONFIG_NAME in files:
-            yield Path(folder)
-    yield from closed
+        try:
+            with os.scandir(folder) as entries:
+                names = {entry.name: _is_folder(entry) for entry in entries}
+        except OSError:
+            yield folder
+            continue
+        if CONFIG_NAME in names and not names[CONFIG_NAME]:
+            yield folder
+        inside = (name for name, is_folder in names.items() if is_folder and not name.startswith("."))
+        waiting += [folder / name for name in sorted(inside, reverse=True)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or through a folder that may not be entered
+        return False
 
 
 def _open_weights(place: Place, *, allow_pickle: bool) -> TensorFile:

@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,21 @@ class VeraConfig:
         if module in self.target_modules:
             return True
         return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
+
+    def prepare(self, modules: Collection[str]) -> None:
+        """Evaluate what may take long of the regular expressions for these modules, all at once.
+
+        Raises:
+            FormatError: they take too long.
+        """
+        end = time.monotonic() + expressions.BUDGET
+        for name, expression, within in self._expressions():
+            where, whole = f"{CONFIG_NAME}: {name}", not within
+            if whole and expression == "all-linear":
+                continue
+            if time.monotonic() > end:
+                raise expressions.too_long(where, expression, f"all within {expressions.BUDGET:g} s")
+            expressions.prepare(within.format(expression) if within else expression, modules, where=where, whole=whole)
 
     def keeps_from_adapting(self, module: str) -> bool:
         """Whether a saved module covers this one, so that PEFT does not adapt it.

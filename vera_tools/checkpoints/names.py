@@ -71,8 +71,12 @@ def is_saved(module: str, saved: str) -> bool:
 
 def lies_in_saved(parameter: str, saved: str) -> bool:
     """Whether a parameter lies in a module that an entry of modules_to_save means (see `is_saved`)."""
-    parts = parameter.split(".")
-    return any(is_saved(".".join(parts[:n]), saved) for n in range(1, len(parts)))
+    dot = parameter.find(".")
+    while dot != -1:
+        if parameter.endswith(saved, 0, dot):  # `is_saved`, without a copy of each leading part
+            return True
+        dot = parameter.find(".", dot + 1)
+    return False
 
 
 def is_kept_from_adapting(module: str, saved: str, *, where: str) -> bool:

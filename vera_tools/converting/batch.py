@@ -13,7 +13,7 @@ from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.converting.output import ConversionReport
-from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.files import opening
 from vera_tools.report import Progress, Report, worst
 
@@ -140,6 +140,10 @@ def _convert_one(folder: Path, output: Path | None, convert: Convert, *, overwri
         return BatchItem(path, to, "skipped", error=error)
     except VeraToolsError as error:
         return BatchItem(path, to, "failed", error=error)
+    except Exception as error:
+        if os.environ.get("VERA_TOOLS_DEBUG") == "1":
+            raise
+        return BatchItem(path, to, "failed", error=escaped(error, where=path))
 
 
 def _is_up_to_date(folder: Path, output: Path) -> bool:

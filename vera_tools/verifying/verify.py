@@ -21,7 +21,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import ASSUMED, Origin, ProjectionRecord
 from vera_tools.checkpoints.resolution import refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
-from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.files import opening
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import same_key
@@ -130,7 +130,20 @@ class Verifier:
         self._memory = _Once()
 
     def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped | Failed:
-        """One checkpoint's report; that it is another kind of adapter, where those are skipped; or that it is gone."""
+        """One checkpoint's report; that it is another kind of adapter, where those are skipped; or that it is gone.
+
+        Whatever else a checkpoint's content brings up makes it invalid: it is one of many.
+        """
+        try:
+            return self._verify_one(path, skip_others=skip_others)
+        except VeraToolsError:
+            raise
+        except Exception as error:
+            if os.environ.get("VERA_TOOLS_DEBUG") == "1":
+                raise
+            return _invalid(path, "tensors.file", escaped(error, where=path))
+
+    def _verify_one(self, path: str, *, skip_others: bool) -> CheckpointReport | Skipped | Failed:
         try:
             place = Place.of(path)
             try:
