@@ -78,6 +78,25 @@ def test_square_conv1d(tmp_path):
     check(transformers.GPT2LMHeadModel, tmp_path / "base", tmp_path, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors:UserWarning")
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_a_layer_without_rows(dtype, tmp_path):
+    """MobileBERT's head projects to what its embeddings are narrower by: to nothing, where they are not."""
+    torch.manual_seed(0)
+    config = transformers.MobileBertConfig(
+        vocab_size=64, hidden_size=32, embedding_size=32, intra_bottleneck_size=16, num_hidden_layers=1,
+        num_attention_heads=2, intermediate_size=32,
+    )  # fmt: skip
+    model = transformers.MobileBertForMaskedLM(config)
+    model.save_pretrained(tmp_path / "base")
+    expected = adapt(model, tmp_path / "adapter", target_modules=["query", "value", "cls.predictions.dense"])
+    base, out = tmp_path / "base", tmp_path / "out"
+    vera_tools.merge(tmp_path / "adapter", base=base, output=out, verify=True, dtype=dtype)
+    if dtype is None:
+        merged = transformers.MobileBertForMaskedLM.from_pretrained(out)
+        assert np.abs(logits(merged) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
 def test_gpt2_whose_base_was_saved_without_its_head(tmp_path):
     model = transformers.GPT2LMHeadModel(gpt2())
     model.transformer.save_pretrained(tmp_path / "base")

@@ -74,7 +74,7 @@ def sum_to_half(
             differs = workspace.array("differs", sums.shape, np.bool_)
             round_both(either, out=out[strip], differs=differs)
             found.append(np.flatnonzero(differs) + start * columns)
-        rows, places = np.divmod(np.concatenate(found), columns)
+        rows, places = np.divmod(np.concatenate([np.zeros(0, np.intp), *found]), max(columns, 1))
         # A second look at the few whose result is open: now each by its own error and not by the largest.
         sums = total[rows, places]
         margin = error[rows] + np.abs(sums) * _LAST_BITS

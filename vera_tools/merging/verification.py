@@ -230,7 +230,10 @@ class _Bound:
         dtype: np.dtype[np.floating] = np.dtype(np.float32) if in_float32 else np.dtype(np.float64)
         self._unit = 4 * UNITS[dtype]
         steps = [change.spread(change.left(start, stop)) for start, stop in _steps(change.shape[0])]
-        self._rows = np.concatenate(steps) * (2 * change.error_share(dtype))  # what it is compared with errs too
+        # A layer may have no rows at all: PEFT adapts those of a configuration that leaves nothing over for it.
+        self._rows = np.concatenate([np.zeros(0), *steps]) * (
+            2 * change.error_share(dtype)
+        )  # what it is compared with errs too
 
     def of(self, position: int, exact: Array) -> Array:
         """The bound for a block that starts at element `position`, flattened."""
