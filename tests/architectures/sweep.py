@@ -2,6 +2,7 @@
 
     python -m tests.architectures.sweep --out sweep.jsonl             # all, two hours on one core; goes on where it was
     python -m tests.architectures.sweep --out s.jsonl --only '^Bert'  # some
+    python -m tests.architectures.sweep --out sweep.jsonl --table     # and write what docs/architectures.md shows
 
 A line of JSON for each class goes into the file as it is done. Each class has a process of its own, forked from one
 that has imported torch and transformers, with a limit of time and memory.
@@ -42,6 +43,7 @@ def main(arguments: list[str]) -> int:
         "--out", type=Path, required=True, metavar="FILE", help="JSON lines; what it holds is not run again"
     )
     parser.add_argument("--again", default="", metavar="REGEX", help="run classes again that have such an outcome")
+    parser.add_argument("--table", action="store_true", help="write the table that docs/architectures.md shows, too")
     options = parser.parse_args(arguments)
     judging.quiet()
     done = read(options.out)
@@ -57,6 +59,10 @@ def main(arguments: list[str]) -> int:
             print(f"{number}/{len(names)} {_summary(document)}", flush=True)
     documents = [one for name, one in read(options.out).items() if re.search(options.only, name)]
     print(counts(documents))
+    if options.table:
+        from tests.architectures import table
+
+        table.write(documents)
     return 0
 
 
