@@ -49,7 +49,7 @@ def stripped(name: str, folder: Path) -> Path:
     ],
 )
 def test_the_sentence_names_loaders_and_platforms_that_people_know(name, stored, seed_only, tmp_path):
-    silent = "; elsewhere PEFT silently computes with others."
+    silent = "; elsewhere PEFT silently uses other projections."
     assert one(CHECKPOINTS / name).safety == f"Safe to load with {stored}{silent}"
     assert one(stripped(name, tmp_path / "s")).safety == f"Safe to load with {seed_only}{silent}"
 

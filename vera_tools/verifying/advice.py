@@ -73,7 +73,7 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
     if not where:
         return "Not safe to load with any loader: none computes with the trained vera_A and vera_B."
     exact = {loader for loader in NAMES if _cells(loads, loader) == EVERYWHERE}
-    silent = "" if exact == set(NAMES) else "; elsewhere PEFT silently computes with others"
+    silent = "" if exact == set(NAMES) else "; elsewhere PEFT silently uses other projections"
     return f"Safe to load with {where}{silent}."
 
 
