@@ -88,7 +88,8 @@ class Delta:
     def __init__(
         self, factors: Sequence[Factor], *, transposed: bool, dtype: np.dtype[np.floating], workspace: Workspace
     ) -> None:
-        self._factors, self._transposed, self._dtype, self._workspace = factors, transposed, dtype, workspace
+        self.dtype = dtype
+        self._factors, self._transposed, self._workspace = factors, transposed, workspace
         self._rank = sum(factor.lambda_d.size for factor in factors)
         outs, ins = factors[0].lambda_b.size, factors[0].vera_A.shape[1]
         self.shape = (ins, outs) if transposed else (outs, ins)
@@ -185,28 +186,28 @@ class Delta:
 
     def product(self, left: Array, *, out: Array) -> Array:
         """Rows of the change whose rows of the left matrix are `left`, written into `out`."""
-        np.matmul(left[:, :PANEL], self._right[:PANEL], out=out)
-        for start in range(PANEL, self._rank, PANEL):
-            panel = slice(start, start + PANEL)
-            out += np.matmul(
-                left[:, panel], self._right[panel], out=self._workspace.array("panel", out.shape, out.dtype)
-            )
+        panel = PANEL if self.dtype == np.float32 else self._rank
+        np.matmul(left[:, :panel], self._right[:panel], out=out)
+        for start in range(panel, self._rank, panel):
+            ranks = slice(start, start + panel)
+            part = self._workspace.array("panel", out.shape, self.dtype)
+            np.add(out, np.matmul(left[:, ranks], self._right[ranks], out=part), out=out)
         return out
 
     def _out_side(self, start: int, stop: int, use: str) -> Array:
-        matrix, done = self._workspace.array(use, (stop - start, self._rank), self._dtype), 0
+        matrix, done = self._workspace.array(use, (stop - start, self._rank), self.dtype), 0
         for factor in self._factors:
             part = matrix[:, done : done + factor.lambda_d.size]
             rows = factor.vera_B_at(slice(start, stop))
-            np.multiply(rows, factor.lambda_b[start:stop, None], out=part, dtype=self._dtype)
+            np.multiply(rows, factor.lambda_b[start:stop, None], out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 
     def _in_side(self, start: int, stop: int, use: str) -> Array:
-        matrix, done = self._workspace.array(use, (self._rank, stop - start), self._dtype), 0
+        matrix, done = self._workspace.array(use, (self._rank, stop - start), self.dtype), 0
         for factor in self._factors:
             part = matrix[done : done + factor.lambda_d.size]
-            np.multiply(factor.vera_A[:, start:stop], factor.lambda_d[:, None], out=part, dtype=self._dtype)
+            np.multiply(factor.vera_A[:, start:stop], factor.lambda_d[:, None], out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 

@@ -13,7 +13,7 @@ from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import Delta, accumulator, row_blocks
 from vera_tools.merging.entries import Cast, Computed, Merged, Origin, Patched, Replaced
-from vera_tools.merging.rounding import check_finite, decide, largest, rounded, sum_to_half
+from vera_tools.merging.rounding import STRIP, check_finite, decide, largest, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def _merged(
         if entry.info.dtype in HALVES and not exact:
             settled = _in_float32(change, weight, entry, start=start, workspace=workspace) if in_float32 else None
             if settled is None:
-                in_float32 = False
-                settled = _in_float64(weight, entry, start=start, workspace=workspace)
+                if change.dtype == np.float32:
+                    in_float32, change = False, delta(entry, dtype=np.dtype(np.float64), workspace=workspace)
+                settled = _in_float64(change, weight, entry, start=start, workspace=workspace)
             yield settled
         else:
             total = change.rows(start, stop, out=workspace.array("total", weight.shape, dtype))
@@ -118,23 +119,28 @@ def _in_float32(
     return result, _fits(bound, entry.info.dtype)
 
 
-def _in_float64(weight: Array, entry: Merged, *, start: int, workspace: Workspace) -> tuple[Array, bool]:
+def _in_float64(change: Delta, weight: Array, entry: Merged, *, start: int, workspace: Workspace) -> tuple[Array, bool]:
     """The same by way of float64, whatever the numbers are; NaN and infinity come out where they go in."""
-    change = delta(entry, dtype=np.dtype(np.float64), workspace=Workspace())
     left = change.left(start, start + len(weight))
     spread, bound = _largest_sums(change, left, weight)
-    with np.errstate(over="ignore", invalid="ignore"):
-        sums = change.product(left, out=np.empty(weight.shape))
-        sums += weight.astype(np.float64)
-        errors = spread * change.error_share(np.dtype(np.float64))
     result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
-    if np.isfinite(bound):  # rounded to float32 they tell which of them are near a middle, at a fraction of the cost
-        total = sums.astype(np.float32)
-        error = errors.astype(np.float32) + np.float32(2.0**-148)
-        rows, places = sum_to_half(total, None, error=error, bound=bound, out=result, workspace=workspace)
-    else:
-        rows, places = np.divmod(np.arange(weight.size), weight.shape[1])
-    result[rows, places] = _decided(change, weight, entry, sums[rows, places], errors[rows], (rows, places), start)
+    step = max(1, STRIP // weight.shape[1])
+    for done in range(0, len(weight), step):
+        strip = slice(done, done + step)
+        stored, out = weight[strip], result[strip]
+        with np.errstate(over="ignore", invalid="ignore"):
+            sums = change.product(left[strip], out=workspace.array("sums", stored.shape, np.float64))
+            sums += stored
+            errors = spread[strip] * change.error_share(np.dtype(np.float64))
+        if np.isfinite(bound):  # rounded to float32 they tell which are near a middle, at a fraction of the cost
+            total = workspace.array("total", stored.shape, np.float32)
+            np.copyto(total, sums, casting="same_kind")
+            error = errors.astype(np.float32) + np.float32(2.0**-148)
+            rows, places = sum_to_half(total, None, error=error, bound=bound, out=out, workspace=workspace)
+        else:
+            rows, places = np.divmod(np.arange(stored.size), stored.shape[1])
+        chosen = sums[rows, places]
+        out[rows, places] = _decided(change, stored, entry, chosen, errors[rows], (rows, places), start + done)
     return result, _fits(bound, entry.info.dtype)
 
 

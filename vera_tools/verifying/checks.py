@@ -72,7 +72,9 @@ def _key(checkpoint: Checkpoint) -> Check:
     key = checkpoint.config.projection_prng_key
     if key == seed(key):
         return Check("config.key", "pass", f"projection_prng_key {key}")
-    message = f"of projection_prng_key {key} only the low 32 bits matter: it is the same as {seed(key)}"
+    message = (
+        f"of projection_prng_key {key} only the low 32 bits matter, which is harmless: it is the same as {seed(key)}"
+    )
     return Check("config.key", "warn", message)
 
 
