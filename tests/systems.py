@@ -257,10 +257,11 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 
 
 def _renameatx_np(from_folder: int, a: bytes, to_folder: int, b: bytes, flags: int) -> int:
-    """macOS's renameatx_np(2) with RENAME_SWAP (2), between paths from the working folder, AT_FDCWD (-2)."""
-    assert (from_folder, to_folder, flags) == (-2, -2, 2)
+    """macOS's renameatx_np(2), between paths from the working folder, AT_FDCWD (-2)."""
+    assert (from_folder, to_folder) == (-2, -2)
+    linux = {2: 2, 4: 1}[flags]  # RENAME_SWAP is RENAME_EXCHANGE there, and RENAME_EXCL is RENAME_NOREPLACE
     _count("renameatx_np")
-    result: int = _CDLL(None, use_errno=True).renameat2(-100, a, -100, b, 2)
+    result: int = _CDLL(None, use_errno=True).renameat2(-100, a, -100, b, linux)
     return result
 
 

@@ -39,7 +39,7 @@ def write_summary(report: VerifyReport) -> None:
     if not path:
         return
     try:
-        with Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
+        with Path(path).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write("\n".join(_summary(report)) + "\n")
     except OSError as error:
         raise UsageError(f"the step summary cannot be written: {error.strerror}", where=path) from error

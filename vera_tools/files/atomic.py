@@ -197,7 +197,9 @@ def refuse_unwritable(path: Path) -> None:
     if not parent.is_dir():
         raise UsageError("there is no folder to write it to", where=path, hint=f"make {parent} first")
     try:  # asking for the rights says nothing of a file system that is read-only, full, or no disk at all
-        tempfile.TemporaryFile(dir=parent).close()
+        descriptor, name = tempfile.mkstemp(dir=parent)
+        os.close(descriptor)  # before it goes: Windows removes no open file
+        os.unlink(name)
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
 
