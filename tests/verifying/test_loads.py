@@ -233,7 +233,7 @@ def test_integer_weights_are_not_cast_to():
     ("recipe", "rounding", "base_dtype", "words"),
     [
         (Recipe(prng_key=3), "fused", "float32", "draws the same pair from the key"),
-        (Recipe(prng_key=3), "separate", "float32", "such a machine rounds otherwise (separate, trained with fused)"),
+        (Recipe(prng_key=3), "separate", "float32", "such a machine rounds otherwise than the one that trained it"),
         (Recipe(prng_key=3), "fused", "bfloat16", "rounded through bfloat16 where it was trained unrounded"),
         (
             Recipe(prng_key=3, rounded_through="bfloat16"),

@@ -207,7 +207,7 @@ def _difference(made: Recipe, wanted: Recipe) -> str:
         return f"the trained one was drawn in {made.drawn_dtype}"
     reasons = []
     if made.rounding != wanted.rounding:
-        reasons.append(f"such a machine rounds otherwise ({wanted.rounding}, trained with {made.rounding})")
+        reasons.append("such a machine rounds otherwise than the one that trained it")
     if made.rounded_through != wanted.rounded_through:
         here = f"rounded through {wanted.rounded_through}" if wanted.rounded_through else "not rounded"
         then = f"through {made.rounded_through}" if made.rounded_through else "unrounded"
