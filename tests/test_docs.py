@@ -22,7 +22,7 @@ from vera_tools._version import __version__
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
-    if "```console" in path.read_text()
+    if "```console" in path.read_text("utf-8")
 )
 
 
@@ -54,7 +54,7 @@ def test_console_blocks_are_true(document, tmp_path):
         if (ROOT / name).exists():
             (place / name).symlink_to(ROOT / name)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "COLUMNS": "80"}
-    text = (ROOT / document).read_text()
+    text = (ROOT / document).read_text("utf-8")
     for command in re.findall(r"^<!-- before: (.*?) -->$", text, re.MULTILINE):
         subprocess.run(["bash", "-euc", command], cwd=place, env=environment, check=True)
     for command, expected in steps(text):
@@ -73,7 +73,7 @@ def test_console_blocks_are_true(document, tmp_path):
 
 def test_commands_for_a_fresh_machine():
     """README's two commands make and use a virtual environment; .ci/run finds the second one."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
     assert all("python3 -m venv .venv" in block for block in blocks[:2])
     assert "<!-- the test command -->\n```bash\n" in text
@@ -82,12 +82,14 @@ def test_commands_for_a_fresh_machine():
 
 def test_links_lead_somewhere():
     for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")):
-        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text("utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
 
 
 def test_the_limits_in_security_md_are_those_of_the_code():
-    rows = re.findall(r"^\| .* \| ([\d,]+) \w+ \| `(.+)\.(\w+)` \|$", (ROOT / "SECURITY.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| .* \| ([\d,]+) \w+ \| `(.+)\.(\w+)` \|$", (ROOT / "SECURITY.md").read_text("utf-8"), re.MULTILINE
+    )
     assert len(rows) == 4
     for number, module, name in rows:
         assert getattr(importlib.import_module(module), name) == int(number.replace(",", "")), name
@@ -95,15 +97,15 @@ def test_the_limits_in_security_md_are_those_of_the_code():
 
 def test_every_decision_is_in_the_list():
     folder = ROOT / "docs" / "decisions"
-    listed = re.findall(r"^(\d+)\. \[(.+)\]\((.+)\)$", (folder / "README.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^(\d+)\. \[(.+)\]\((.+)\)$", (folder / "README.md").read_text("utf-8"), re.MULTILINE)
     assert [name for *_, name in listed] == sorted(path.name for path in folder.glob("[0-9]*.md"))
     for number, title, name in listed:
         assert name.startswith(f"{int(number):04d}-")
-        assert (folder / name).read_text().startswith(f"# {number}. {title}\n")
+        assert (folder / name).read_text("utf-8").startswith(f"# {number}. {title}\n")
 
 
 def test_the_version_stands_in_one_place():
     """As RELEASE.md says: what cites, builds or installs vera-tools reads it there or does without."""
     for name in ("pyproject.toml", "CITATION.cff", "README.md", "CONTRIBUTING.md", "noxfile.py"):
-        text = (ROOT / name).read_text()
+        text = (ROOT / name).read_text("utf-8")
         assert not re.search(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])", text), name

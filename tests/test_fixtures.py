@@ -89,7 +89,7 @@ def test_every_committed_checkpoint_has_a_line_in_the_generator():
 
 
 def test_the_readme_says_what_everything_is():
-    text = (FIXTURES / "README.md").read_text()
+    text = (FIXTURES / "README.md").read_text("utf-8")
     for path in FIXTURES.iterdir():
         if path.name not in ("README.md", "__pycache__"):
             assert f"`{path.name}" in text or f"`{path.name}/" in text, path.name

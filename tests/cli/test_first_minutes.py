@@ -63,7 +63,14 @@ def test_every_help_has_two_examples_that_work(name, desk, request, monkeypatch)
     for arguments in found:
         assert arguments[0] == name or not name
         result = run_cli(*arguments)
-        assert result.returncode == (1 if name == "diff" else 0), (arguments, result.stdout, result.stderr)
+        expected = 0
+        if name == "diff":
+            expected = 1
+        elif name == "drift":  # the truth on a machine without AVX2
+            from tests.projections import torch_draws
+
+            expected = int(torch_draws.rounding() != "fused")
+        assert result.returncode == expected, (arguments, result.stdout, result.stderr)
         assert "error:" not in result.stderr
 
 

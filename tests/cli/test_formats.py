@@ -84,7 +84,7 @@ def test_a_name_begins_no_command_of_githubs(registry, monkeypatch):
     lines = run_cli("verify", registry / hostile, "--format", "github").stdout.splitlines()
     assert len(lines) == 1
     assert "%250A" in lines[0]
-    rows = [line for line in (registry.parent / "summary.md").read_text().splitlines() if "set-output" in line]
+    rows = [line for line in (registry.parent / "summary.md").read_text("utf-8").splitlines() if "set-output" in line]
     assert len(rows) == 1
     assert "\\|&lt;b>\\`" in rows[0]
 

@@ -191,7 +191,7 @@ class TestProbes:
 
     def test_a_probe_that_hangs_is_a_row_and_its_children_end(self, tmp_path):
         mark = tmp_path / "pid"
-        hang = script(tmp_path / "hang", f"sleep 40 & echo $! > {mark}; wait")
+        hang = script(tmp_path / "hang", f"sleep 40 & echo $! > '{mark}'; wait")
         start = time.monotonic()
         answer = environments.ask(environments.python(hang), [], dtypes=[], timeout=3)
         assert time.monotonic() - start < 20
@@ -234,7 +234,7 @@ class TestProbes:
         monkeypatch.setenv("PATH", str(tmp_path))
         with pytest.raises(UsageError, match="uv"):
             drift(torch=["2.6.0"])
-        uv = script(tmp_path / "uv", f'echo "$@" > {tmp_path}/said; shift 8; exec {PYTHON} "$@"')
+        uv = script(tmp_path / "uv", f'echo "$@" > "{tmp_path}/said"; shift 8; exec {PYTHON} "$@"')
         interpreter = environments.torch_release("2.6.0")
         assert interpreter.command[0] == str(uv)
         answer = environments.ask(interpreter, [(1, 2, 3, 4)], dtypes=["float32"], timeout=60)

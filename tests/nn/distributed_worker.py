@@ -101,8 +101,9 @@ def run_peft(out: Path, rank: int) -> dict[str, object]:
     found["fsdp"] = vera_peft.save(model, out / "peft-fsdp", state_dict=state) is not None
 
     held = model.base_model.vera_A
+    whole = held["default"]
     for name, placement in (("replicated", Replicate()), ("spread", Shard(0))):
-        held["default"] = distribute_tensor(fresh().vera_A["default"], mesh, [placement])
+        held["default"] = distribute_tensor(whole, mesh, [placement])
         if rank == 0:
             try:
                 found[name] = vera_peft.record(model, out / "peft-fsdp").projections.origin

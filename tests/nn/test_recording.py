@@ -302,7 +302,7 @@ def test_two_adapters_each_with_a_pair_of_its_own(tmp_path):
 def test_the_documented_loop_with_accelerate(tmp_path, monkeypatch):
     from accelerate import Accelerator
 
-    guide = (ROOT / "docs" / "training.md").read_text()
+    guide = (ROOT / "docs" / "training.md").read_text("utf-8")
     (code,) = re.findall(r"```python\n(from vera_tools.nn import peft as vera_peft.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     accelerator = Accelerator(cpu=True)

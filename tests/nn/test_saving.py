@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from tests import ROOT
-from tests.adapters import WEIGHTS
+from tests.adapters import PAIR, WEIGHTS
 from tests.nn.models import OPTIONS, VOCABULARY, Tiny, adapted, fresh, llama, logits, peft_model, randomise, some_ids
 from tests.peers import QUIET_PEERS, load_peft
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
@@ -26,7 +26,10 @@ def same_files(one, other):
     first, second = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        if name in PAIR:  # which bits PEFT draws depends on the machine, and is no matter here
+            assert (first[name].shape, first[name].dtype) == (second[name].shape, second[name].dtype)
+        else:
+            torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
     return first
 
 
