@@ -384,15 +384,15 @@ def find(root: Path) -> Iterator[Path]:
     """
     if not local.is_folder(root):
         raise FormatError("no such folder", where=root)
-    seen: set[str] = set()
+    seen: set[object] = set()
     waiting = [root]  # as a list, because Python's own walk gives up on folders that are nested a thousand deep
     while waiting:
         folder = waiting.pop()
-        real = os.path.realpath(folder)
-        if real in seen:
-            continue
-        seen.add(real)
         try:
+            itself = _identity(folder)
+            if itself in seen:
+                continue
+            seen.add(itself)
             with os.scandir(folder) as entries:
                 names = {entry.name: _is_folder(entry) for entry in entries}
         except OSError:
@@ -402,6 +402,12 @@ def find(root: Path) -> Iterator[Path]:
             yield folder
         inside = (name for name, is_folder in names.items() if is_folder and not name.startswith("."))
         waiting += [folder / name for name in sorted(inside, reverse=True)]
+
+
+def _identity(folder: Path) -> object:
+    """What is the same for all names of a folder; resolving links takes as many calls as the folder is deep."""
+    status = os.stat(folder)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)  # FAT has no numbers
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
