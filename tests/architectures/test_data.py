@@ -178,6 +178,15 @@ def test_the_source_of_a_tie_comes_first():
     assert found.tied_to("shared.weight") is None
 
 
+def test_two_modules_are_tied_with_all_that_is_in_them():
+    found = known("PPDocLayoutV3ForObjectDetection")
+    files = ["model.enc_bbox_head.layers.0.weight", "model.enc_bbox_head.layers.0.bias", "model.mask_query_head.x"]
+    assert found.tied(files) == (
+        ("model.enc_bbox_head.layers.0.weight", "model.decoder.bbox_embed.layers.0.weight"),
+        ("model.enc_bbox_head.layers.0.bias", "model.decoder.bbox_embed.layers.0.bias"),
+    )
+
+
 def test_a_switch_decides_which_tables_marian_ties():
     tables = {"model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "model.shared.weight"}
     (group,) = known("MarianMTModel").tied()

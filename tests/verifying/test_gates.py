@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from xml.etree import ElementTree
 
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, edit
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, edit
 from tests.command import run_cli, run_json
 from vera_tools.errors import UsageError
 from vera_tools.platforms.names import ENDED, PLATFORMS
@@ -198,3 +199,14 @@ def test_a_move_needs_one_place_to_come_from():
     for specs in ((), ("peft", "vera-tools")):
         with pytest.raises(UsageError, match="`against_loads` goes with one `require_loads`"):
             vera_tools.verify(CHECKPOINTS / KEPT, require_loads=specs, against_loads="peft")
+
+
+@pytest.mark.parametrize("verdict", ["unproven", "assumed"])
+def test_a_guess_is_not_made_exact_by_embedding_it(verdict, tmp_path):
+    folder = shutil.copytree(CHECKPOINTS / SEED_ONLY, tmp_path / "seeds")
+    if verdict == "assumed":
+        vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
+    result = run_cli("verify", folder, "--require", verdict, "--require-loads", "peft>=0.21")
+    assert result.returncode == 1
+    assert "nothing proves which projections it was trained with" in result.stdout
+    assert "embed-projections" not in result.stdout

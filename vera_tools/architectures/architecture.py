@@ -225,7 +225,9 @@ class Architecture:
         """
         names = dict.fromkeys(parameters)
         for tie in self.ties:
-            targets = [tie.target_of(name) for name in names] if tie.names is None else tie.names
+            # Two plain names may be those of modules, which are tied with all that is in them.
+            plain = tie.names if tie.names is not None and self.stores(tie.names[0]) else None
+            targets = plain or [tie.target_of(name) for name in names]
             names.update(dict.fromkeys(name for name in targets if name is not None))
         groups: dict[str, list[str]] = {}
         for name in names:

@@ -41,7 +41,7 @@ class Renaming:
         return self.add + name.removeprefix(self.strip)
 
 
-class BaseModel(local.Closing):
+class BaseModel(local.ReadFromFolder):
     """An open base model.
 
     Attributes:
@@ -118,21 +118,6 @@ class BaseModel(local.Closing):
         """Close all files."""
         for file in self.files.values():
             file.close()
-
-    def check_unchanged(self) -> None:
-        """Refuse what was changed since it was opened; at the end of a `with` block this is done by itself.
-
-        Raises:
-            FormatError: a file that was read is not the same any more.
-        """
-        self.folder.check_unchanged()
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.check_unchanged()
-        finally:
-            self.close()
 
     @property
     def quantisation(self) -> str | None:

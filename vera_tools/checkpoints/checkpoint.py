@@ -103,7 +103,7 @@ class Place:
         return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
 
 
-class Checkpoint(local.Closing):
+class Checkpoint(local.ReadFromFolder):
     """An open checkpoint.
 
     Attributes:
@@ -165,21 +165,6 @@ class Checkpoint(local.Closing):
     def close(self) -> None:
         """Close the weights."""
         self.weights.close()
-
-    def check_unchanged(self) -> None:
-        """Refuse what was changed since it was opened; at the end of a `with` block this is done by itself.
-
-        Raises:
-            FormatError: a file that was read is not the same any more, so what was read may be of two states.
-        """
-        self.folder.check_unchanged()
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                self.check_unchanged()
-        finally:
-            self.close()
 
     @property
     def raw_config(self) -> dict[str, Any]:

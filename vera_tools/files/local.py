@@ -83,6 +83,31 @@ class Closing:
         self.close()
 
 
+class ReadFromFolder(Closing):
+    """What is read from the files of one folder, and may not be of two states of it.
+
+    Attributes:
+        folder: The folder.
+    """
+
+    folder: Folder
+
+    def check_unchanged(self) -> None:
+        """Refuse what was changed since it was opened; at the end of a `with` block this is done by itself.
+
+        Raises:
+            FormatError: a file that was read is not the same any more.
+        """
+        self.folder.check_unchanged()
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                self.check_unchanged()
+        finally:
+            self.close()
+
+
 @dataclass(frozen=True)
 class Stamp:
     """What tells a file from another one under its name, and from itself after it was written to.

@@ -204,6 +204,10 @@ def next_step(
 
 def gate_step(path: str, loads: Sequence[Load], *, stored: bool) -> Step:
     """What to do with a checkpoint that a gate on loaders does not let pass."""
+    if all(load.exact is None for load in loads):
+        # Embedding or exporting a guess would make it exact for the loader, and no less a guess.
+        words = "nothing proves which projections it was trained with: save it anew from the process that trained it"
+        return _step(words, "{again}", path, None)
     refuses = [load for load in loads if load.loader == PEFT and not load.options and load.exact is not True]
     target = shlex.quote(re.sub(r"[^\w.-]+", "-", path.rstrip("/").rsplit("/", 1)[-1]))
     if stored or not refuses:
