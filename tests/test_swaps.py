@@ -18,7 +18,7 @@ from tests.merging.models import make_adapter, make_base
 from tests.swapping import SWAPS, outcomes, write
 from vera_tools.errors import FormatError, VeraToolsError, VeraToolsWarning
 
-pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")]
 
 
 @pytest.fixture(scope="module")

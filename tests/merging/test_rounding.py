@@ -178,7 +178,7 @@ def test_nasty_adapters_are_correctly_rounded(seed, crowded, tmp_path, monkeypat
     adapter = make_adapter(tmp_path / "a", SHAPES, r=int(rng.integers(1, 48)))
     edit(adapter, lambda tensors: nasty(tensors, rng))
     base = base_near_the_middle(tmp_path / "base", "bfloat16", adapter, scale=2.0 ** rng.integers(-60, 10))
-    check(tmp_path, "bfloat16", adapter, base)
+    check(tmp_path, "bfloat16", adapter, base, columns=range(0, 40, 2))
 
 
 @pytest.mark.parametrize("rank", [16, 256, 4096])
