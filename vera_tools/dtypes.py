@@ -1,17 +1,19 @@
 """The three names every dtype has: safetensors' code, the name users know, and numpy's dtype.
 
-ml_dtypes (bfloat16 and the float8 family for numpy) is imported on first need only.
+numpy and ml_dtypes (bfloat16 and the float8 family for numpy) are imported on first need only: the command line needs
+names alone to say what it can do.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+Array: TypeAlias = "npt.NDArray[Any]"
 
 # safetensors code: (name, bits per element); every code that safetensors 0.8 defines.
 _TABLE = {
@@ -58,6 +60,8 @@ def np_dtype(name: str) -> np.dtype[Any]:
     Raises:
         TypeError, AttributeError: numpy and ml_dtypes have no such dtype, or files pack it more tightly than they do.
     """
+    import numpy as np
+
     if name.startswith(("float6_", "float4_")):
         raise TypeError(f"{name} takes less than a byte in files, and a whole one in numpy")
     if name == "bfloat16" or name.startswith("float8"):

@@ -12,6 +12,7 @@ import sys
 import click
 import pytest
 
+import vera_tools
 from tests import ROOT
 from tests.adapters import CHECKPOINTS, KEPT
 from tests.command import run_cli, run_json, run_process
@@ -73,13 +74,12 @@ def test_traceback_only_on_request(tmp_path):
 
 
 def test_internal_errors_are_one_line_too(monkeypatch, capsys):
-    from vera_tools.cli import inspect as module
     from vera_tools.cli import main
 
     def broken(*args, **kwargs):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(module, "inspect", broken)
+    monkeypatch.setattr(vera_tools, "inspect", broken)
     with pytest.raises(SystemExit) as stop:
         main(["inspect", str(SOURCE)])
     assert stop.value.code == 1
@@ -107,19 +107,22 @@ def test_broken_pipe_is_silent():
 
 
 def test_start_is_light():
-    """Help, version and errors need none of the heavy libraries."""
+    """Version, the help of all commands, errors and completion need none of the heavy libraries."""
     script = """
-import sys
-from vera_tools.cli import main
-try:
-    main(["--help"])
-except SystemExit:
-    pass
-heavy = sorted({"torch", "rich", "jsonschema", "huggingface_hub"} & set(sys.modules))
-print(heavy, file=sys.stderr)
+import contextlib, os, sys
+from vera_tools.cli import COMMANDS, main
+for arguments in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["verify", "--no-such"], None]:
+    if arguments is None:
+        os.environ |= {"_VERA_TOOLS_COMPLETE": "bash_complete", "COMP_WORDS": "vera-tools drift --d", "COMP_CWORD": "2"}
+    with contextlib.suppress(SystemExit):
+        main(arguments or [])
+heavy = {"torch", "numpy", "rich", "jsonschema", "huggingface_hub", "safetensors", "importlib.metadata"}
+print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert result.stderr.strip() == "[]"
+    assert "Usage: vera-tools push" in result.stdout
+    assert "plain,--device" in result.stdout
+    assert result.stderr.splitlines()[-1] == "[]"
 
 
 def test_module_and_script_are_the_same():

@@ -111,7 +111,7 @@ def test_two_forms_on_one_stdout_are_refused(registry):
 
 
 def test_an_output_that_cannot_be_written_is_found_before_work(registry, monkeypatch):
-    monkeypatch.setattr("vera_tools.cli.verify.verify", lambda *_, **__: pytest.fail("work was begun"))
+    monkeypatch.setattr("vera_tools.verify", lambda *_, **__: pytest.fail("work was begun"))
     for path, words in (("no/such/report.xml", "no folder to write it to"), ("r", "is a directory")):
         result = run_cli("verify", "r/good", "--junit", path)
         assert result.returncode == 2

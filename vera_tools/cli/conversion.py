@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import click
 
 from vera_tools.cli.shared import Function, Output, human_bytes, write_line
-from vera_tools.converting.batch import BatchItem, BatchReport, convert_all
-from vera_tools.converting.output import ConversionReport
 from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-AnyReport = TypeVar("AnyReport", bound=ConversionReport)
+    from vera_tools.converting.batch import BatchItem, BatchReport
+    from vera_tools.converting.output import ConversionReport
+
+AnyReport = TypeVar("AnyReport", bound="ConversionReport")
 
 
 class DestinationArguments(TypedDict):
@@ -65,6 +66,8 @@ class Where:
             return terminal.emit(report, lambda console: show(report, console))
         if self.output is not None or (self.out_dir is None) != self.in_place:
             raise UsageError("-R goes with either --out-dir or --in-place")
+        from vera_tools.converting.batch import convert_all
+
         with terminal.progress(command) as progress:
             batch = convert_all(
                 checkpoint, self.out_dir, convert, command=command, overwrite=self.overwrite, progress=progress

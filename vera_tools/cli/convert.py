@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, labelled, output_options, resolving_options
-from vera_tools.converting.foreign import FORMATS, ForeignReport, from_foreign
-from vera_tools.converting.lora import LoraReport, to_lora
+from vera_tools.converting.forms import FORMATS
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.converting.foreign import ForeignReport
+    from vera_tools.converting.lora import LoraReport
 
 
 @click.command(
@@ -58,7 +61,7 @@ def command(
         if dtype is not None:
             raise UsageError("--dtype goes with --to lora: what is brought in keeps its own")
         bring_in = functools.partial(
-            from_foreign,
+            vera_tools.from_foreign,
             format=None if form == "auto" else form,
             prng_key=prng_key,
             **resolving.arguments,
@@ -67,7 +70,7 @@ def command(
         return where.run(output, "convert", checkpoint, bring_in, _show_foreign)
     if prng_key is not None:
         raise UsageError("--prng-key goes with --from anima: a checkpoint of PEFT's has its own")
-    convert = functools.partial(to_lora, dtype=dtype, **resolving.arguments, **where.arguments)
+    convert = functools.partial(vera_tools.to_lora, dtype=dtype, **resolving.arguments, **where.arguments)
     return where.run(output, "convert", checkpoint, convert, _show)
 
 

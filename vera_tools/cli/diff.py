@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import Output, base_option, examples, in_features_option, output_options, strict_option
-from vera_tools.comparing.diff import DiffReport, TensorDifference, diff
 from vera_tools.report import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.comparing.diff import DiffReport, TensorDifference
 
 _SHOWN = 10  # tensors and layers listed without -v
 
@@ -43,7 +45,7 @@ def command(
     reported, and do not count.
     """
     with output.progress("comparing layers") as progress:
-        report = diff(
+        report = vera_tools.diff(
             a,
             b,
             base=base,

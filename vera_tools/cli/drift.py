@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import (
     Output,
     base_option,
@@ -17,13 +18,14 @@ from vera_tools.cli.shared import (
     overwrite_option,
     strict_option,
 )
-from vera_tools.drifting.drift import DEVICES, TIMEOUT, DriftReport, drift
+from vera_tools.drifting.environments import DEVICES, TIMEOUT
 from vera_tools.dtypes import FLOATS
 from vera_tools.files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vera_tools.drifting.drift import DriftReport
     from vera_tools.platforms.streams import Environment
 
 
@@ -116,7 +118,7 @@ def command(
 
         drift_page.require()
     with output.progress("probing") as progress:
-        report = drift(
+        report = vera_tools.drift(
             device=devices,
             python=pythons,
             venv=venvs,

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, output_options, resolving_options
-from vera_tools.converting.embed import EmbedReport, embed_projections
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.converting.embed import EmbedReport
 
 
 @click.command(
@@ -37,7 +39,7 @@ def command(
     What is recorded decides how they are made, and is checked by digest. Where nothing is recorded, PEFT's recipe is
     assumed unless recipe options say otherwise, and --base or --in-features says how wide vera_A is.
     """
-    embed = functools.partial(embed_projections, **resolving.arguments, **where.arguments)
+    embed = functools.partial(vera_tools.embed_projections, **resolving.arguments, **where.arguments)
     return where.run(output, "embed-projections", checkpoint, embed, _show)
 
 

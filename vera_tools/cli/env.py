@@ -8,11 +8,12 @@ import click
 
 from vera_tools._version import __version__
 from vera_tools.cli.shared import Output, examples, labelled, output_options
-from vera_tools.platforms.environment import EnvReport, describe
 from vera_tools.platforms.names import PLATFORMS
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.platforms.environment import EnvReport
 
 
 @click.command("env", epilog=examples("env", "env --json"))
@@ -22,6 +23,8 @@ def command(output: Output) -> int:
 
     torch is not imported and nothing is drawn: this is what is known of such builds. `drift` draws.
     """
+    from vera_tools.platforms.environment import describe
+
     report = describe()
     return output.emit(report, lambda console: _show(report, console))
 

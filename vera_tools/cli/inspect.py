@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import Output, base_option, examples, human_bytes, labelled, output_options
-from vera_tools.comparing.inspect import InspectReport, inspect
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.comparing.inspect import InspectReport
 
 
 @click.command("inspect", epilog=examples("inspect my-adapter", "inspect my-adapter --base my-base --json"))
@@ -23,7 +25,7 @@ def command(output: Output, *, checkpoint: str, base: str | None, allow_pickle: 
 
     With --base it also says what a LoRA of the same rank would take.
     """
-    report = inspect(checkpoint, base=base, allow_pickle=allow_pickle)
+    report = vera_tools.inspect(checkpoint, base=base, allow_pickle=allow_pickle)
     return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
 
 

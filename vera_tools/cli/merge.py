@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -19,10 +20,11 @@ from vera_tools.cli.shared import (
     strict_option,
 )
 from vera_tools.errors import UsageError
-from vera_tools.merging.merge import MergeReport, merge
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.merging.merge import MergeReport
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -98,7 +100,7 @@ def command(
     are config, tokenizer and code files. OUT appears whole or not at all; BASE is never written to.
     """
     with output.progress("merging", unit="bytes") as progress:
-        report = merge(
+        report = vera_tools.merge(
             checkpoints,
             base=base,
             output=out,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.client import client_output
 from vera_tools.cli.shared import (
     Output,
@@ -16,12 +17,11 @@ from vera_tools.cli.shared import (
     output_options,
     strict_option,
 )
-from vera_tools.cli.verdicts import show
-from vera_tools.hub.pull import PullReport, pull
-from vera_tools.verifying.report import VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.hub.pull import PullReport
 
 
 @click.command(
@@ -61,7 +61,7 @@ def command(
     verified as by `verify`. vera_provenance.json beside the unchanged files names the commit and the digests.
     """
     with client_output(output):
-        report = pull(
+        report = vera_tools.pull(
             repo,
             target,
             revision=revision,
@@ -78,6 +78,9 @@ def command(
 
 
 def _show(report: PullReport, console: Console, *, verbose: bool) -> None:
+    from vera_tools.cli.verdicts import show
+    from vera_tools.verifying.report import VerifyReport
+
     origin = f"{report.repo}/{report.subfolder}" if report.subfolder else report.repo
     console.print(f"{report.output}: pulled from {origin}")
     labelled(console, "commit", report.commit + (" (from the local cache)" if report.offline else ""))

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.client import client_output
 from vera_tools.cli.shared import (
     Output,
@@ -16,12 +17,11 @@ from vera_tools.cli.shared import (
     output_options,
     strict_option,
 )
-from vera_tools.cli.verdicts import show
-from vera_tools.hub.push import PushReport, push
-from vera_tools.verifying.report import VerifyReport
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.hub.push import PushReport
 
 
 @click.command(
@@ -69,7 +69,7 @@ def command(
     commit.
     """
     with client_output(output):
-        report = push(
+        report = vera_tools.push(
             checkpoint,
             repo,
             base=base,
@@ -90,6 +90,9 @@ def command(
 
 
 def _show(report: PushReport, console: Console, *, verbose: bool) -> None:
+    from vera_tools.cli.verdicts import show
+    from vera_tools.verifying.report import VerifyReport
+
     console.print(report.commit_url)
     if report.pr_url:
         labelled(console, "proposed", report.pr_url)

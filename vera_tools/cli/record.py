@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import Output, Resolving, examples, labelled, output_options, resolving_options
-from vera_tools.verifying.record import RecordReport, record
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.verifying.record import RecordReport
 
 
 @click.command("record", epilog=examples("record my-adapter", "record seed-only --base my-base"))
@@ -29,7 +31,7 @@ def command(
     `verify` can prove from now on that nothing changed. Of a seed-only checkpoint with nothing recorded, PEFT's recipe
     is assumed unless recipe options state another: its verdict is then `assumed`, not `reproducible`.
     """
-    report = record(
+    report = vera_tools.record(
         checkpoint,
         **resolving.arguments,
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -18,10 +19,11 @@ from vera_tools.cli.shared import (
     recipe_options,
     strict_option,
 )
-from vera_tools.converting.regenerate import RegenerateReport, regenerate
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.converting.regenerate import RegenerateReport
 
 
 @click.command(
@@ -60,7 +62,7 @@ def command(
 
     Name a checkpoint, or all of --key, --rank, --in-features and --out-features. Without -o only the report is made.
     """
-    report = regenerate(
+    report = vera_tools.regenerate(
         checkpoint,
         key=key,
         r=rank,

@@ -16,7 +16,6 @@ import click
 
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import UsageError, VeraToolsWarning
-from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Progress, Report, printable
 
 if TYPE_CHECKING:
@@ -238,6 +237,8 @@ class RecipeOptions:
             return self.recipe
         if self.recipe is not None:
             raise UsageError("--recipe says it all: the options that describe a recipe do not go with it")
+        from vera_tools.projections.recipe import Recipe
+
         drawn = self.drawn_dtype or "float32"
         return Recipe(
             prng_key=0,  # a name does not hold the key

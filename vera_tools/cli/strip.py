@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+import vera_tools
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, examples, human_bytes, labelled, output_options
-from vera_tools.converting.strip import StripReport, exact_in_peft, strip_projections
-from vera_tools.platforms import rows
-from vera_tools.verifying.loads import BASE_KINDS
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from vera_tools.converting.strip import StripReport
 
 
 @click.command(
@@ -34,7 +34,7 @@ def command(output: Output, *, checkpoint: str, where: Where, force: bool) -> in
         output,
         "strip-projections",
         checkpoint,
-        lambda source, target: strip_projections(
+        lambda source, target: vera_tools.strip_projections(
             source,
             target,
             in_place=where.in_place,
@@ -47,6 +47,10 @@ def command(output: Output, *, checkpoint: str, where: Where, force: bool) -> in
 
 
 def _show(report: StripReport, console: Console) -> None:
+    from vera_tools.converting.strip import exact_in_peft
+    from vera_tools.platforms import rows
+    from vera_tools.verifying.loads import BASE_KINDS
+
     console.print(f"{report.output}: stripped" + (", and the projections are lost" if report.forced else ""))
     console.print(
         f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}, "

@@ -6,17 +6,18 @@ import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from vera_tools.cli import github
+import vera_tools
 from vera_tools.cli.shared import Output, base_option, examples, output_options
-from vera_tools.cli.verdicts import show
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
 from vera_tools.verifying.findings import VERDICTS, Verdict
-from vera_tools.verifying.report import VerifyReport
-from vera_tools.verifying.verify import verify
+
+if TYPE_CHECKING:
+    from vera_tools.verifying.report import VerifyReport
 
 FORMATS = ("human", "json", "jsonl", "github", "junit")
 
@@ -105,7 +106,7 @@ def command(
     output = replace(output, json=form == "json")
     many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     with output.progress("verifying") if many else contextlib.nullcontext() as progress:
-        report = verify(
+        report = vera_tools.verify(
             *checkpoints,
             recursive=recursive,
             base=base,
@@ -128,10 +129,14 @@ def command(
     elif form == "junit":
         print(report.to_junit(), end="")
     elif form == "github":
+        from vera_tools.cli import github
+
         for line in github.workflow_commands(report):
             print(line)
         github.write_summary(report)
     else:
+        from vera_tools.cli.verdicts import show
+
         return output.emit(report, lambda console: show(report, console, verbose=output.verbose))
     return report.exit_code
 

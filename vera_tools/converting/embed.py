@@ -33,7 +33,7 @@ from vera_tools.errors import FormatError, NothingToDoError
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred
 
-Tensors = Mapping[str, Array | Deferred]
+Tensors = Mapping[str, "Array | Deferred"]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

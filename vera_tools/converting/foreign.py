@@ -33,6 +33,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.converting.forms import FORMATS, NO_MAPPING, REFUSED
 from vera_tools.converting.output import (
     ConversionReport,
     Destination,
@@ -48,21 +49,8 @@ from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.identification import identify_pair
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 
-FORMATS = ("peft", "peft-draft", "anima")
-
 _SHARED = {"vera_A": "vera_shared_A", "vera_B": "vera_shared_B"}
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
-_NO_MAPPING = "no exact mapping to VeRA"
-#: Fragments of tensor names: what they belong to, and why that is not taken in.
-_REFUSED = {
-    "vera_embedding_": ("PEFT-DRAFT-EMBEDDINGS", "it adapts embeddings, which VeRA has not done since PEFT 0.11"),
-    "randlora_": ("RANDLORA", "RandLora sums many bases, VeRA has one"),
-    "pvera_": ("PVERA", "PVeRA samples its vectors, VeRA's are fixed"),
-    "vblora_": ("VBLORA", "VB-LoRA composes its matrices from a bank"),
-    ".lora_A": ("LORA", "LoRA's matrices are trained, VeRA's are not"),
-    ".lora_down.": ("LORA", "the vectors were multiplied into LoRA's matrices and cannot be taken out exactly"),
-    "lokr_": ("LOKR", "it is a Kronecker product"),
-}
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -180,15 +168,15 @@ def _refuse_adapter_hub(folder: local.Folder) -> None:
 
 def _refuse_by_name(weights: TensorFile) -> None:
     for name in weights.tensors:
-        for fragment, (kind, why) in _REFUSED.items():
+        for fragment, (kind, why) in REFUSED.items():
             if fragment in name:
-                raise NotVeraError(f"{_NO_MAPPING}: {why}", kind=kind, where=f"{weights.label}: {name}")
+                raise NotVeraError(f"{NO_MAPPING}: {why}", kind=kind, where=f"{weights.label}: {name}")
 
 
 def _with_reason(error: NotVeraError) -> NotVeraError:
     """The refusal of another kind of adapter, with why it cannot become VeRA, where that is known."""
-    why = next((why for kind, why in _REFUSED.values() if kind == error.kind.upper()), None)
-    return error if why is None else NotVeraError(f"{_NO_MAPPING}: {why}", kind=error.kind, where=error.where)
+    why = next((why for kind, why in REFUSED.values() if kind == error.kind.upper()), None)
+    return error if why is None else NotVeraError(f"{NO_MAPPING}: {why}", kind=error.kind, where=error.where)
 
 
 def _draft_config(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -25,7 +25,15 @@ from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, res
 from vera_tools.drifting import environments
 from vera_tools.drifting.comparison import Comparison, compare_reports, load
 from vera_tools.drifting.effect import Effect, logits_change, measure
-from vera_tools.drifting.environments import Answer, Interpreter, ask, this_interpreter, weaker_capabilities
+from vera_tools.drifting.environments import (
+    DEVICES,
+    TIMEOUT,
+    Answer,
+    Interpreter,
+    ask,
+    this_interpreter,
+    weaker_capabilities,
+)
 from vera_tools.dtypes import FLOATS, HALVES, Array, np_dtype
 from vera_tools.errors import UsageError
 from vera_tools.files import opening
@@ -40,8 +48,6 @@ from vera_tools.report import Progress, Report
 #: What every environment draws. The first pair is large enough that fused and separate differ in the half types too,
 #: where they differ at all; the second has a key that wraps and odd shapes.
 STANDARD = (Draw(42, 64, 4096, 4096), Draw(-1, 4, 7, 5))
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-TIMEOUT = 300.0
 #: Rows and columns of a projection that are kept for a picture.
 CORNER = 12, 48
 
