@@ -333,6 +333,7 @@ def test_ties_by_patterns_are_found_from_either_side():
 # ---- the installed transformers
 
 
+@pytest.mark.long
 def test_transformers_asked_about_one_configuration():
     import transformers
 
@@ -358,6 +359,7 @@ def test_transformers_asked_about_one_configuration():
     assert Layout(ours, files).missing is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "config", "found"), [
     ("OfTomorrow", {}, "has no class OfTomorrow"),
     ("LlamaForCausalLM", {"hidden_size": 30, "num_attention_heads": 7}, "."),

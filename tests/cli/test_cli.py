@@ -148,6 +148,7 @@ def test_a_full_disk_behind_stdout_is_one_line():
         assert len(lines) == (2 if "/nothing" in arguments else 1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
 @pytest.mark.parametrize(
     "name",

@@ -381,6 +381,7 @@ class TestEffect:
         assert measured.worst is None
         assert {layer.relative_change for layer in measured.layers} == {None}
 
+    @pytest.mark.long
     @pytest.mark.parametrize("name", ["peft-0.21.2-llama-f32-kept", "peft-0.21.2-gpt2-conv1d-kept"])
     @pytest.mark.filterwarnings("ignore")
     def test_the_logits_are_pefts(self, name):

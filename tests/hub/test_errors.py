@@ -229,6 +229,7 @@ def test_rate_limits_are_told_on_stderr(hub, tmp_path):
         assert run_process("pull", "ann/x", "-q", "-o", tmp_path / "b").stderr == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["merge", "inspect"])
 def test_a_quiet_command_says_nothing_of_a_wait(hub, tmp_path, command):
     """Neither of one that we make ourselves, nor of the client's own."""
@@ -306,6 +307,7 @@ def test_a_full_disk(hub, tmp_path, xet, monkeypatch):
     assert leftovers(tmp_path) == []
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("full", "words"), [("HF_HOME", "move the cache with HF_HOME"), ("OUT", "name another output")]
 )
@@ -342,6 +344,7 @@ def test_a_cache_that_is_full_for_weights_from_xet(hub, tmp_path, small_disk, mo
     assert "the disk is full; make room, or move the cache with HF_HOME" in line
 
 
+@pytest.mark.long
 def test_a_disk_that_is_really_full_under_a_push(hub, tmp_path, small_disk, monkeypatch):
     """Full for the copy itself, and for the manifest and the card that are added to it."""
     monkeypatch.setenv("HF_TOKEN", hub.add_user("ann"))

@@ -237,6 +237,7 @@ def test_what_is_proven_of_loading(tmp_path):
     assert found["asked"] is None
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("asks")
 def test_the_installed_transformers_is_asked(tmp_path, monkeypatch):
     arguments = prepared(tmp_path)

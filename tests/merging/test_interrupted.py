@@ -191,6 +191,7 @@ class TestKill:
             vera_tools.merge(made[1], base=made[0], output=out)
 
 
+@pytest.mark.long
 class TestSharing:
     def test_a_base_on_the_hub_that_is_replaced_between_two_parts(self, hub, tmp_path):
         """Same names, shapes and sizes, other weights: nothing may be merged from some of both."""

@@ -161,6 +161,7 @@ def check(tmp_path, dtype, adapter, base, *, columns=None):
     assert not wrong
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("scale", [1.0, 0.02, 1e-20])
 @pytest.mark.parametrize("make", MADE)

@@ -43,6 +43,7 @@ def trained(tmp_path_factory):
     return out
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("engine", ENGINES)
 def test_the_checkpoint_is_that_of_a_single_process(trained, engine):
     for folder in ("", "second"):

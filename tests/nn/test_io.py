@@ -409,6 +409,7 @@ def test_neither_transformers_nor_peft_is_needed():
     assert result.stdout.strip() == ""
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="needs AVX2")
 def test_a_seed_only_checkpoint_loads_bit_identically_on_a_cpu_of_another_kind(tmp_path, separate_kernels):
     """Saved without AVX2 and loaded with it, then the other way round; PEFT gets other projections both times."""
