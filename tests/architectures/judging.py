@@ -200,7 +200,7 @@ def adapted(base: Any, folder: Path, name: str, *, saved: bool) -> Live | None:
     unlike = computed is not None and before is not None and bool(_off(before, computed, 10 * TOLERANCE))
     weights = merged_outputs = None
     with contextlib.suppress(Exception):
-        merged = _untied(live).merge_and_unload()
+        merged = _merged(live)
         weights = {key: value.detach().clone() for key, value in merged.state_dict().items()}
         if computed is not None:
             merged_outputs = outputs(merged, arguments)
@@ -218,6 +218,26 @@ def _untied(adapted: Any) -> Any:
         if layer is not None and getattr(layer, "weight", None) is not None:
             layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
     return adapted
+
+
+def _merged(adapted: Any) -> Any:
+    """PEFT's merged model, with the weights that its live model computes with.
+
+    torch's MultiheadAttention takes the weight of its out_proj and does not call the layer: live, an adapter of it has
+    no effect, and PEFT's merging gives it one.
+    """
+    import torch
+
+    past = [
+        (name, module.out_proj.base_layer.weight.detach().clone())
+        for name, module in adapted.get_base_model().named_modules()
+        if isinstance(module, torch.nn.MultiheadAttention) and hasattr(module.out_proj, "base_layer")
+    ]
+    merged = _untied(adapted).merge_and_unload()
+    with torch.no_grad():
+        for name, weight in past:
+            merged.get_submodule(name).out_proj.weight.copy_(weight)
+    return merged
 
 
 def _loaded_adapter(base: Any, adapter: Path, live: Live) -> str:
@@ -250,7 +270,7 @@ def difference(model: Any, live: Live, *, merge: bool = False) -> str:
     if live.weights is not None and not other:
         if merge:
             try:
-                model = _untied(model).merge_and_unload()
+                model = _merged(model)
             except Exception as error:
                 return f"does not merge: {type(error).__name__}: {_line(error)}"
         state = model.state_dict()
