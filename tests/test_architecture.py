@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("verifying",),
     ("comparing", "converting"),
     ("merging", "drifting", "hub", "nn"),
-    ("cli",),
+    ("cli", "testing"),
     ("__main__", ""),
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

@@ -1,1 +1,1 @@
-"""Other forms of a checkpoint: `strip`, `embed`, `lora`; `foreign` ones brought in; `batch` does whole registries."""
+"""Other forms of a checkpoint: `strip`, `embed`, `regenerate`, `lora`; `foreign` ones brought in; `batch` for many."""

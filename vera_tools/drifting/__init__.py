@@ -1,4 +1,4 @@
-"""What builds really draw: the `probe` (a script of its own), `environments`, `streams`, the `effect` on an adapter.
+"""What builds really draw: the `probe` (a script of its own), `environments`, the `effect` on an adapter.
 
 `drift` puts them together, `comparison` sets reports side by side, `page` is the HTML report.
 """

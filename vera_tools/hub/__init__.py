@@ -1,1 +1,1 @@
-"""The Hub: the `client` and what its failures mean, `source` (reading by ranges), `push`, `pull`, the model `card`."""
+"""Both ways of the Hub, verified: `push` and `pull`, `transfer` of files, large `blobs`, the model `card`."""

@@ -1,4 +1,4 @@
-"""Looking at a checkpoint: `verify`, `inspect`, `record`, `regenerate`.
+"""Is a checkpoint what it says? `verify` answers, and `record` notes what there is, so that it can be answered later.
 
 What `verify` consists of: `checks` (config, header, values), `recorded` (against a manifest), `fit` (against a base),
 `loads` (the loader table), and `registry` (many checkpoints).
