@@ -9,6 +9,7 @@ import enum
 import json
 import re
 import time
+import warnings
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -91,8 +92,10 @@ class VeraConfig:
             raise UsageError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
         for name, expression, within in self._expressions():
             try:
-                re.compile(within.format(expression) if within else expression)
-            except (re.error, OverflowError, RecursionError) as error:
+                with warnings.catch_warnings():  # Python 3.10 only warns of what later ones refuse, and PEFT with them
+                    warnings.simplefilter("error", DeprecationWarning)
+                    re.compile(within.format(expression) if within else expression)
+            except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
                 found = repr(expression)
                 raise UsageError(
                     "is not a regular expression",
