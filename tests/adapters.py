@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from tests import FIXTURES
+from vera_tools.files import canonical_json
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
@@ -116,8 +117,14 @@ def edit_json(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def edit_manifest(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Write an adapter's manifest again, as `edit_json` does."""
-    edit_json(folder / MANIFEST, change)
+    """Write an adapter's manifest again, as `edit_json` does, with the digest that it then has, if it has one."""
+
+    def change_and_digest(document: dict[str, Any]) -> None:
+        change(document)
+        if document.pop("digest", None):
+            document["digest"] = canonical_json.sha256(document)
+
+    edit_json(folder / MANIFEST, change_and_digest)
 
 
 def take_as_live(folder: Path) -> None:

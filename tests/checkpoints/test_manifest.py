@@ -11,7 +11,7 @@ import pytest
 from vera_tools import schema
 from vera_tools._version import TOOL
 from vera_tools.checkpoints.manifest import METADATA_KEY, BaseRecord, Manifest, Original, ProjectionRecord, TensorRecord
-from vera_tools.errors import FormatError
+from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.recipe import Recipe, candidates
 
@@ -111,6 +111,9 @@ def edit(path: str, value: object):
 WRONG = {
     "another version": (edit("schema", "vera-tools/manifest/v2"), "schema"),
     "without schema": (edit("schema", ...), "the key 'schema' is missing"),
+    "a digest too short": (edit("digest", "c" * 63), "digest: has a wrong value (expected 64 hexadecimal digits"),
+    "a digest in upper case": (edit("digest", "C" * 64), "digest: has a wrong value (expected 64 hexadecimal digits"),
+    "a digest null": (edit("digest", None), "digest: has a wrong value"),
     "an unknown key": (edit("signature", "x"), "signature"),
     "without tensors": (edit("tensors", ...), "the key 'tensors' is missing"),
     "tensors a list": (edit("tensors", []), "tensors"),
@@ -174,7 +177,7 @@ def test_a_manifest_that_is_none_is_refused_by_path(change, words):
 @pytest.mark.parametrize(("assumed", "origin"), [(True, "assumed"), (False, "stored")])
 def test_what_version_0_1_0_wrote_without_an_origin_is_read(assumed, origin):
     document = json.loads(make().to_json())
-    del document["origin"]
+    del document["origin"], document["digest"]
     document["assumed"] = assumed
     assert Manifest.from_json(json.dumps(document)).projections.origin == origin
     schema.validate(document, "manifest.v1", where="test")
@@ -208,6 +211,69 @@ def test_a_record_that_is_none_is_refused_by_path(change, words):
     change(document)
     with pytest.raises(FormatError, match=rf"file: metadata {METADATA_KEY}.*{words}"):
         ProjectionRecord.from_metadata({METADATA_KEY: json.dumps(document)}, where="file")
+
+
+def leaves(value, path=()):
+    """The path of everything in a document that holds nothing else."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = [found for key, item in items for found in leaves(item, (*path, key))]
+    return inner or [path]
+
+
+#: Another value of each kind that the schema does not refuse.
+OTHER = {str: lambda text: text + "x", int: lambda number: number + 1, bool: lambda flag: not flag}
+
+
+def test_no_value_of_the_document_changes_unseen():
+    document = json.loads(make(config={"vera_dropout": 0.1, "r": 8, "a": []}).to_json())
+    seen = 0
+    for *parents, last in leaves(document):
+        changed = copy.deepcopy(document)
+        place = changed
+        for key in parents:
+            place = place[key]
+        value = place[last]
+        place[last] = OTHER.get(type(value), lambda value: [value] if value is None else 0.25)(value)
+        assert changed != document
+        with pytest.raises((CheckFailedError, FormatError)) as caught:
+            Manifest.from_json(json.dumps(changed))
+        seen += isinstance(caught.value, CheckFailedError)
+    assert seen > 10  # the schema refuses the rest
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(8, 8.0), (2**64, 2**64 + 1), (0.1, 0.1 + 2**-56), (True, 1), (None, "null"), ([1, 2], [2, 1]), ("é", "e\u0301")],
+    ids=repr,
+)
+def test_values_that_look_alike_are_told_apart(before, after):
+    document = json.loads(make(config={"value": before}).to_json())
+    document["config"]["value"] = after
+    with pytest.raises(CheckFailedError, match=r"vera_manifest\.json: digest: the manifest was changed after it was"):
+        Manifest.from_json(json.dumps(document))
+
+
+def test_another_layout_is_the_same_manifest():
+    manifest = make(config={"é": [None, 2**63, 1e-5, 1e22, "\n\x7f"]})
+    document = json.loads(manifest.to_json())
+    backwards = {key: document[key] for key in reversed(document)}
+    for text in (
+        json.dumps(document),
+        json.dumps(backwards, indent=7),
+        json.dumps(document, separators=(",", ":"), ensure_ascii=False),
+        manifest.to_json().replace("\n", "\r\n"),
+        manifest.to_json().replace("1e-05", "0.000010").replace("1e+22", "10000000000000000000000.0"),
+    ):
+        assert Manifest.from_json(text) == manifest
+
+
+def test_an_older_manifest_has_no_digest_and_gets_one_when_it_is_written_again():
+    document = json.loads(make().to_json())
+    digest = document.pop("digest")
+    old = Manifest.from_json(json.dumps(document))
+    assert (old.covered, make().covered) == (False, True)
+    assert old != make()
+    assert json.loads(old.to_json()) == {**document, "digest": digest}
 
 
 def test_a_manifest_of_many_tensors_is_read_quickly_and_whole():

@@ -13,7 +13,7 @@ import torch
 
 import vera_tools
 from tests import FIXTURES, ROOT
-from tests.adapters import CHECKPOINTS, GPT2, KEPT, MANIFEST, SEED_ONLY, WEIGHTS, edit_manifest, files_of
+from tests.adapters import CHECKPOINTS, GPT2, KEPT, MANIFEST, SEED_ONLY, WEIGHTS, edit_json, edit_manifest, files_of
 from tests.nn.models import OPTIONS, llama, logits, peft_model, randomise, some_ids, train
 from tests.peers import QUIET_PEERS, base_model, load_peft
 from vera_tools.checkpoints.checkpoint import Checkpoint
@@ -134,6 +134,13 @@ class TestLoaded:
         model.save_pretrained(tmp_path)
         with pytest.warns(AssumedRecipeWarning, match="saved again since"):
             save(resumed(tmp_path), tmp_path / "b")
+
+    def test_a_manifest_that_was_changed_proves_nothing(self, tmp_path):
+        save(new(), tmp_path / "a")
+        edit_json(tmp_path / "a" / MANIFEST, lambda manifest: manifest.update(torch="9"))
+        with pytest.warns(AssumedRecipeWarning, match="cannot be used: .*changed after it was written"):
+            save(resumed(tmp_path / "a"), tmp_path / "b")
+        assert origins(tmp_path / "b") == {"assumed"}
 
     def test_a_pair_that_it_was_not_trained_with_is_refused_until_it_is_restored(self, tmp_path):
         trained = new(torch.bfloat16)

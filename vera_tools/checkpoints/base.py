@@ -28,6 +28,9 @@ INDEX_SUFFIX = ".safetensors.index.json"
 MODEL, MODEL_INDEX = "model.safetensors", "model" + INDEX_SUFFIX
 CONFIG = "config.json"
 
+#: Digests of tensors in files on disk: many checkpoints are verified against one base.
+_digests: dict[tuple[local.Stamp, str], str] = {}
+
 
 @dataclass(frozen=True)
 class Renaming:
@@ -129,6 +132,22 @@ class BaseModel(local.ReadFromFolder):
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of all tensors."""
         return {name: info.shape for name, (_, info) in self.tensors.items()}
+
+    def sha256(self, name: str) -> str:
+        """Digest of one tensor. What was read from a file on disk is remembered for as long as the file stays as it is.
+
+        Raises:
+            FormatError: it cannot be read.
+        """
+        file = self.files[self.tensors[name][0]]
+        stamp = file.source.stamp if isinstance(file.source, local.LocalFile) else None
+        if stamp is None:
+            return file.sha256(name)
+        if (stamp, name) not in _digests:
+            digest = file.sha256(name)
+            self.check_unchanged()  # else it may be of another state than the stamp
+            _digests[stamp, name] = digest
+        return _digests[stamp, name]
 
     def layout(self, known: Architecture) -> Layout:
         """The files as a class loads them."""

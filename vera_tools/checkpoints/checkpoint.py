@@ -137,13 +137,13 @@ class Checkpoint(local.ReadFromFolder):
             raise
         self._placement: Placement | None = None
         self.manifest: Manifest | None = None
-        self.manifest_error: FormatError | None = None
+        self.manifest_error: FormatError | CheckFailedError | None = None
         if MANIFEST_NAME in place.names:
             try:
                 self.manifest = Manifest.from_json(
                     local.read_text(self.folder, MANIFEST_NAME), where=self.folder.path_of(MANIFEST_NAME)
                 )
-            except FormatError as error:
+            except (FormatError, CheckFailedError) as error:
                 self.manifest_error = error
 
     @classmethod
@@ -165,6 +165,16 @@ class Checkpoint(local.ReadFromFolder):
     def close(self) -> None:
         """Close the weights."""
         self.weights.close()
+
+    def refuse_unusable_manifest(self) -> None:
+        """Refuse to go on where a manifest is there and says nothing that can be relied on.
+
+        Raises:
+            FormatError: it cannot be read.
+            CheckFailedError: it was changed after it was written.
+        """
+        if self.manifest_error is not None:
+            raise self.manifest_error
 
     @property
     def raw_config(self) -> dict[str, Any]:

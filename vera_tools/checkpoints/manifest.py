@@ -3,6 +3,9 @@
 A manifest lies beside adapter_config.json. It holds the recipe and the digests of vera_A and vera_B (stored or not),
 the shape, dtype and sha256 of every tensor, the config, and what was adapted. The recipe and the two digests also stand
 in the safetensors metadata of files that vera-tools writes (`ProjectionRecord`), so that a single file is enough.
+
+The document holds a digest of itself, over its canonical text (`files.canonical_json`): much of what it says of the
+base and of the original files can be compared with nothing else.
 """
 
 from __future__ import annotations
@@ -15,13 +18,16 @@ from typing import Any, Literal
 
 from vera_tools import schema
 from vera_tools._version import TOOL
-from vera_tools.errors import FormatError
+from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.files import canonical_json
 from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document
 
 MANIFEST_NAME = "vera_manifest.json"
+#: The member that holds the digest of all others.
+DIGEST = "digest"
 METADATA_KEY = "vera_tools"
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -204,6 +210,7 @@ class Manifest:
         platform: Operating system and machine it was written on.
         tool: Name and version of the program that wrote it.
         original: Set by `strip-projections` only.
+        covered: Whether it holds a digest of itself. Version 0.1.0 wrote none.
     """
 
     projections: ProjectionRecord
@@ -215,10 +222,11 @@ class Manifest:
     platform: str
     tool: dict[str, str] = field(default_factory=lambda: dict(TOOL))
     original: Original | None = None
+    covered: bool = True
 
     def to_dict(self) -> dict[str, Any]:
-        """The document."""
-        return {
+        """The document, its digest included, whether or not it was read from one that has none."""
+        document = {
             "schema": "vera-tools/manifest/v1",
             "tool": self.tool,
             "torch": self.torch,
@@ -230,6 +238,7 @@ class Manifest:
             "base": self.base.to_dict(),
             "original": self.original.to_dict() if self.original else None,
         }
+        return {**document, DIGEST: canonical_json.sha256(document)}
 
     def to_json(self) -> str:
         """The file's text. The same manifest always gives the same bytes."""
@@ -241,11 +250,12 @@ class Manifest:
 
         Raises:
             FormatError: not a manifest; the message names the path in the document.
+            CheckFailedError: it is one, and was changed since its digest was taken.
         """
         data = parse_json(text, where=where)
         schema.validate(_without_records(data), "manifest.v1", where=where)
         base = data["base"]
-        return cls(
+        found = cls(
             projections=ProjectionRecord.from_dict(data, where=where),
             tensors=_records(data["tensors"], where=f"{where}: tensors"),
             config=data["config"],
@@ -255,6 +265,22 @@ class Manifest:
             platform=data["platform"],
             tool=data["tool"],
             original=Original(**data["original"]) if data["original"] else None,
+            covered=DIGEST in data,
+        )
+        if found.covered:
+            _check_digest(data, where=where)
+        return found
+
+
+def _check_digest(document: dict[str, Any], *, where: str) -> None:
+    found = canonical_json.sha256({name: value for name, value in document.items() if name != DIGEST})
+    if found != document[DIGEST]:
+        raise CheckFailedError(
+            "the manifest was changed after it was written",
+            where=f"{where}: {DIGEST}",
+            expected=f"sha256 {document[DIGEST]}",
+            found=found,
+            hint="copy it again from where it was written, or delete it and record the checkpoint anew",
         )
 
 

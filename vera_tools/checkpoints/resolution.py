@@ -123,13 +123,16 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
 
     Raises:
         CheckFailedError: the regenerated pair is not the recorded one, the record is an earlier adapter's or of a size
-            that no adapter has, or the base does not fit.
+            that no adapter has, the manifest was changed, or the base does not fit.
+        FormatError: the manifest cannot be read, and the pair is not stored.
         UnprovenError: nothing is recorded of a seed-only checkpoint, or what is was assumed or stated; and `strict`.
         UsageError: seed-only with nothing recorded, and nothing says in_max; the method contradicts the record;
             `in_features` contradicts what is stored, recorded or the base; or no adapter has a pair of this size.
     """
     given = assumptions or Assumptions()
     pair = stored_pair(checkpoint)
+    if pair is None or given.strict:  # a stored pair speaks for itself, but for where it came from
+        checkpoint.refuse_unusable_manifest()
     if pair is not None:
         _refuse_other_width(given.in_features, pair.shape, "the stored projections", where=checkpoint.label)
         if pair.shape.r != checkpoint.config.r:

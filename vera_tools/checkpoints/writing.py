@@ -7,7 +7,8 @@ import importlib.metadata
 import platform
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vera_tools.checkpoints.base import BaseModel
@@ -22,7 +23,7 @@ from vera_tools.checkpoints.manifest import (
     TensorRecord,
 )
 from vera_tools.dtypes import Array
-from vera_tools.files import atomic, safetensors
+from vera_tools.files import atomic, local, safetensors
 from vera_tools.files.safetensors import Deferred
 
 
@@ -46,7 +47,7 @@ def write_checkpoint(
         tensors: Every tensor, by its full name, the projections included where they are to be stored.
         record: Recipe, shapes and digests of the projections. Its digests are over the dtype the pair is stored in.
         metadata: Entries for the safetensors metadata beside the record's own, which win.
-        base: Named in the manifest, with its adapted weights' shapes and dtypes; or what is known of it already.
+        base: Named in the manifest, with its adapted weights' shapes and dtypes; or what `base_record` knows of it.
         original: What the checkpoint was stripped from.
 
     Returns:
@@ -73,16 +74,30 @@ def write_manifest(
 
 
 @contextlib.contextmanager
-def replaced_files(folder: Path) -> Iterator[Path]:
+def replaced_files(folder: Path, *, check: Callable[[], None] = lambda: None) -> Iterator[Path]:
     """Hand out an empty folder; on leaving without an error its checkpoint takes the place of that in `folder`.
 
-    A trainer's folder holds more than the adapter, so the files are replaced one by one, each in one step.
+    A trainer's folder holds more than the adapter, so the files are replaced one by one, each in one step, while every
+    process that asks for it is kept out.
+
+    Args:
+        folder: The folder of a checkpoint.
+        check: Called before the first file is replaced. Where it raises, none is.
+
+    Raises:
+        FormatError: another process replaced or wrote to one of the files before the last was in its place.
+        VeraToolsError: the file system refused.
     """
     with atomic.errors(folder), tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder) as at:
         yield Path(at)
-        for name in (WEIGHTS_NAME, CONFIG_NAME, MANIFEST_NAME):
-            with atomic.file(folder / name) as temporary:
-                shutil.copyfile(Path(at) / name, temporary)
+        with atomic.alone(folder):
+            check()
+            ours = local.LocalFolder(folder)
+            for name in (WEIGHTS_NAME, CONFIG_NAME, MANIFEST_NAME):
+                with atomic.file(folder / name) as temporary:
+                    shutil.copyfile(Path(at) / name, temporary)
+                ours.open(name).close()
+            ours.check_unchanged()
 
 
 def describe(
@@ -121,6 +136,25 @@ def describe(
         platform=f"{platform.system()}-{platform.machine()}",
         original=original or (earlier.original if earlier else None),
     )
+
+
+def base_record(checkpoint: Checkpoint, base: BaseModel | None) -> BaseRecord:
+    """What is known of the base of a checkpoint that another one is made from.
+
+    Digests that its manifest has are kept: they are of the base that it was recorded with, and a base that is named to
+    tell shapes does not change which that is.
+
+    Raises:
+        CheckFailedError: the base does not fit.
+    """
+    found = _describe_base(checkpoint, base, digest_base=False)
+    earlier = checkpoint.manifest.base.weights if checkpoint.manifest else {}
+
+    def kept(name: str, record: TensorRecord) -> TensorRecord:
+        before = earlier.get(name)
+        return before if before and (before.shape, before.dtype) == (record.shape, record.dtype) else record
+
+    return replace(found, weights={name: kept(name, record) for name, record in found.weights.items()})
 
 
 def torch_version() -> str | None:

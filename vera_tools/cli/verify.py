@@ -31,6 +31,11 @@ FORMATS = ("human", "json", "jsonl", "github", "junit")
 )
 @base_option
 @click.option(
+    "--base-digests/--no-base-digests",
+    default=None,
+    help="Hash the base's weights of which a manifest has digests.  [default: where the base lies on disk]",
+)
+@click.option(
     "--require",
     type=click.Choice(VERDICTS),
     default="reproducible",
@@ -72,6 +77,7 @@ def command(
     checkpoints: tuple[str, ...],
     recursive: bool,
     base: str | None,
+    base_digests: bool | None,
     require: Verdict,
     require_loads: tuple[str, ...],
     against_loads: str | None,
@@ -110,6 +116,7 @@ def command(
             *checkpoints,
             recursive=recursive,
             base=base,
+            base_digests=base_digests,
             require=require,
             require_loads=require_loads,
             against_loads=against_loads,

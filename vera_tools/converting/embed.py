@@ -18,7 +18,7 @@ from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import BaseRecord, Manifest, Original, ProjectionRecord
 from vera_tools.checkpoints.resolution import Assumptions, arrays, resolve
-from vera_tools.checkpoints.writing import write_checkpoint, write_manifest
+from vera_tools.checkpoints.writing import base_record, write_checkpoint, write_manifest
 from vera_tools.converting.output import (
     ConversionReport,
     Destination,
@@ -109,10 +109,9 @@ def embed_projections(
             ROOT + "vera_B": vera_B,
             **{name: opened.weights.deferred(name) for name in opened.weights.tensors},
         }
-        known_base = model or (opened.manifest.base if opened.manifest else None)
         restoration = _Restoration.of(opened, tensors)
         with target.open(model) as folder:
-            manifest = restoration.write(folder, opened, tensors, resolved.record, known_base)
+            manifest = restoration.write(folder, opened, tensors, resolved.record, base_record(opened, model))
             size = (folder / WEIGHTS_NAME).stat().st_size
         return EmbedReport(
             **common(opened, target, manifest, size),
@@ -153,7 +152,7 @@ class _Restoration:
         checkpoint: Checkpoint,
         tensors: Tensors,
         record: ProjectionRecord,
-        base: BaseModel | BaseRecord | None,
+        base: BaseRecord,
     ) -> Manifest:
         text = config_text(checkpoint, save_projection=True)
         if self.config and self.original:

@@ -32,7 +32,7 @@ from vera_tools.checkpoints.checkpoint import MODULES, ROOT, WEIGHTS_NAME, Check
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.checkpoints.resolution import Assumptions, resolve
-from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.checkpoints.writing import base_record, write_checkpoint
 from vera_tools.converting.forms import FORMATS, NO_MAPPING, REFUSED
 from vera_tools.converting.output import (
     ConversionReport,
@@ -144,7 +144,9 @@ def from_foreign(
         with target.open(model) as out:
             text = json.dumps(config, indent=2)
             metadata = foreign_metadata(opened)
-            manifest = write_checkpoint(out, text, tensors, resolved.record, metadata=metadata, base=model)
+            manifest = write_checkpoint(
+                out, text, tensors, resolved.record, metadata=metadata, base=base_record(opened, model)
+            )
             size = (out / WEIGHTS_NAME).stat().st_size
         return ForeignReport(
             **common(opened, target, manifest, size),

@@ -24,7 +24,7 @@ from vera_tools.checkpoints.checkpoint import MODULES, WEIGHTS_NAME, Checkpoint,
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve, rows
-from vera_tools.checkpoints.writing import describe
+from vera_tools.checkpoints.writing import base_record, describe
 from vera_tools.converting import peft_lora, vllm
 from vera_tools.converting.output import (
     ConversionReport,
@@ -280,7 +280,7 @@ def _write(
     with TensorFile.open(folder / WEIGHTS_NAME) as file:
         records = {n: TensorRecord(info.shape, info.dtype, file.sha256(n)) for n, info in file.tensors.items()}
         manifest = dataclasses.replace(
-            describe(checkpoint, record, base=base),
+            describe(checkpoint, record, base=base_record(checkpoint, base)),
             tensors=records,
             config=config,
             metadata=file.metadata,

@@ -61,9 +61,11 @@ class Destination:
         Raises:
             UsageError: neither or both of `output` and `in_place`; the output cannot be there (`refuse_output`);
                 in place on the Hub, or on a weights file of another name.
+            FormatError, CheckFailedError: the manifest cannot be used, and its content would be lost or handed on.
         """
         if (output is None) != in_place:
             raise UsageError("say either where to write (-o) or --in-place", where=checkpoint.label)
+        checkpoint.refuse_unusable_manifest()
         own = {CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, PICKLE_NAME, Path(checkpoint.weights.label).name}
         others = [name for name in checkpoint.folder.names() if name not in own]
         signatures = tuple(name for name in others if _is_one_of(name, SIGNATURES))

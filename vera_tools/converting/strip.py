@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.manifest import Original
 from vera_tools.checkpoints.resolution import Resolved, resolve
-from vera_tools.checkpoints.writing import write_checkpoint
+from vera_tools.checkpoints.writing import base_record, write_checkpoint
 from vera_tools.converting.output import (
     ConversionReport,
     Destination,
@@ -128,7 +128,7 @@ def strip_projections(
                 tensors,
                 resolved.record,
                 metadata=foreign_metadata(opened),
-                base=opened.manifest.base if opened.manifest else None,
+                base=base_record(opened, None),
                 original=_original(opened),
             )
             size = (folder / WEIGHTS_NAME).stat().st_size

@@ -409,7 +409,7 @@ def _resolved(opened: Checkpoint, model: BaseModel | None, in_features: int | No
             raise
         message = "pushed without a manifest, because nothing says in_max: name the base with --base"
         warnings.warn(f"{opened.label}: {message}", UnrecordedWarning, stacklevel=2)
-    except CheckFailedError:  # forced: its record is wrong
+    except (CheckFailedError, FormatError):  # forced: its record is wrong
         pass
     return None
 
@@ -421,7 +421,7 @@ def _known_manifest(remote: _Remote, manifest: Manifest) -> bytes | None:
         return None
     try:
         there = Manifest.from_json(data.decode("utf-8"))
-    except (FormatError, UnicodeDecodeError):
+    except (CheckFailedError, FormatError, UnicodeDecodeError):
         return None
     same = dataclasses.replace(there, torch=manifest.torch, platform=manifest.platform, tool=manifest.tool) == manifest
     return data if same else None

@@ -95,7 +95,7 @@ def write_shards(
         meter: Told of every byte.
 
     Raises:
-        CheckFailedError: NaN or infinity.
+        CheckFailedError: NaN or infinity; or a weight is not that of the base which an adapter was recorded with.
         FormatError: the base cannot be read, or was changed meanwhile.
         OSError: the output cannot be written.
     """
@@ -179,7 +179,8 @@ def _tasks(
             meter.add(len(data), work.shard.name)
         work.xxh3[entry.info.name] = checksum.hexdigest()
         if digest is not None and entry.origin is not None:
-            work.base_sha256[entry.origin.info.name] = digest.hexdigest()
+            sha256 = work.base_sha256[entry.origin.info.name] = digest.hexdigest()
+            plan.refuse_another_base(entry.origin.info.name, sha256)
 
     tasks = [(piece.offset, functools.partial(copy, piece)) for piece in _pieces(plan.base, work.shard)]
     tasks += [

@@ -171,7 +171,8 @@ def merge(
         progress: Told of bytes done and to do.
 
     Raises:
-        CheckFailedError: the base is quantised, lacks a target or does not fit; NaN or infinity; `verify` failed.
+        CheckFailedError: the base is quantised, lacks a target, does not fit, or is not the one that an adapter was
+            recorded with; a manifest was changed; NaN or infinity; `verify` failed.
         FormatError: something is unreadable, malformed or not VeRA, or the base was changed meanwhile.
         UsageError: the output exists or lies in an input, another merge is at work on it, or the arguments contradict
             each other.
@@ -192,6 +193,7 @@ def merge(
         adapters = []
         for reference, factor in zip(references, factors, strict=True):
             opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
+            opened.refuse_unusable_manifest()
             resolved = resolve(opened, assumptions)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(_placement(model, adapters), adapters, options)
@@ -266,7 +268,7 @@ def _refuse_contradictions(checkpoint: Checkpoint, base: BaseModel) -> None:
     Raises:
         CheckFailedError: a check failed; the message is its own.
     """
-    for check in (*checks.structure(checkpoint), *fit.against_base(checkpoint, base)):
+    for check in (*checks.structure(checkpoint), *fit.against_base(checkpoint, base, digests=False)):
         if check.status == "fail" and check.id in _REFUSED:
             raise CheckFailedError(
                 check.message,
@@ -325,6 +327,8 @@ def _write_others(plan: Plan, stage: staging.Staging) -> None:
     for shard in plan.shards:
         journal = stage.journal(shard)
         digests |= journal.base_sha256 if journal else {}
+    for weight, sha256 in digests.items():  # of files that an earlier process wrote, this one did not see them
+        plan.refuse_another_base(weight, sha256)
     for text_name, content in _texts(plan, digests).items():
         (stage.output / text_name).write_bytes(content)
 

@@ -11,6 +11,7 @@ from typing import Any
 from vera_tools._version import __version__
 from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, BaseModel
 from vera_tools.checkpoints.placement import Placement
+from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.errors import UsageError
 from vera_tools.files import local
 from vera_tools.files.safetensors import TensorFile, encode_header, layout
@@ -111,6 +112,7 @@ class Plan:
         options: What it was asked for.
         notes: What is to be said of it.
         digest: Identifies base, adapters, options and tool; a merge in several steps must have the same in each.
+        recorded: What the manifests of adapters say of the base, each with the adapter's label.
     """
 
     placement: Placement
@@ -124,6 +126,7 @@ class Plan:
     options: Options
     notes: tuple[str, ...]
     digest: str
+    recorded: tuple[tuple[str, RecordedBase], ...] = ()
 
     @property
     def base(self) -> BaseModel:
@@ -138,6 +141,15 @@ class Plan:
     def names(self, kind: Kind) -> list[str]:
         """Names of the tensors of one kind, sorted."""
         return sorted(entry.info.name for entry in self.entries if entry.kind == kind)
+
+    def refuse_another_base(self, weight: str, sha256: str) -> None:
+        """Refuse a weight of the base of whose digest an adapter's manifest says otherwise.
+
+        Raises:
+            CheckFailedError: it does.
+        """
+        for label, recorded in self.recorded:
+            recorded.refuse_another(weight, sha256, adapter=label, base=self.base)
 
 
 def make(placement: Placement, adapters: Sequence[Adapter], options: Options) -> Plan:
@@ -165,6 +177,8 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         shards = _lay_out(files, base, options.max_shard_size)
     index_name, index = _index(base, shards, resharded=options.max_shard_size is not None)
     copied, notes = tokenizer.choose(_copied_files(base), adapters, options.tokenizer)
+    found = [(adapter.label, RecordedBase.of(adapter.checkpoint, base)) for adapter in adapters]
+    recorded = tuple((label, record) for label, record in found if record is not None)
     return Plan(
         placement,
         tying.changes,
@@ -175,9 +189,20 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         copied,
         _config(config, base, dtype=options.dtype),
         options,
-        (*notes, *without_effect(placement, adapters)),
+        (*notes, *without_effect(placement, adapters), *_unlike(base, recorded)),
         _digest(base, adapters, options),
+        recorded,
     )
+
+
+def _unlike(base: BaseModel, recorded: Iterable[tuple[str, RecordedBase]]) -> list[str]:
+    """What is to be said where the base has other shapes or dtypes than the one that an adapter was recorded with."""
+    return [
+        f"{base.label} is another base than {label} was recorded with, or another copy of it: {record.unlike[0]} is "
+        f"not in it, or of another shape or dtype ({len(record.unlike)} of {record.count} weights)"
+        for label, record in recorded
+        if record.unlike
+    ]
 
 
 def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shard, ...]:

@@ -195,6 +195,8 @@ def _recorded(checkpoint: Checkpoint) -> tuple[ProjectionRecord | None, str]:
         dtype = checkpoint.projections["vera_A"].dtype
         return ProjectionRecord(None, checkpoint.origin_of(sha256), shape, dtype, sha256), ""
     record, manifest = checkpoint.recorded, checkpoint.manifest
+    if checkpoint.manifest_error is not None:
+        return None, f"its {MANIFEST_NAME} cannot be used: {checkpoint.manifest_error}"
     if record is None:
         return None, "it is seed-only, and nothing records which projections it was trained with"
     vectors = [info for layer in checkpoint.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info]

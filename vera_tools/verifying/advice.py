@@ -160,6 +160,7 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "metadata.manifest": ("copy both files again, or renew the manifest if this one is right", "{record}"),
     "manifest.stale": ("if it was trained on and saved again, renew its manifest", "{record}"),
     "manifest.schema": ("copy the manifest again, or delete it and record a new one", "{record}"),
+    "manifest.digest": ("copy the manifest again, or delete it and record a new one", "{record}"),
     "manifest.projections": ("copy the file again; its vera_A or vera_B changed after it was recorded", "{again}"),
     "manifest.tensors": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
     "manifest.config": ("restore the config; if the change was meant, renew the manifest", "{record}"),
@@ -168,6 +169,7 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "base.modules": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
     "base.pair": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
     "base.parameters": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
+    "base.digests": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
     "base.dtype": ("record it anew for the base that it was trained on", "vera-tools record {path} --base {base}"),
 }
 

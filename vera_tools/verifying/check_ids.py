@@ -25,6 +25,7 @@ CHECK_IDS = {
     "metadata.assumed": "the recipe in the file's own record was stated or assumed, not taken from the trained pair",
     "metadata.manifest": "the file's own record says what the manifest says",
     "manifest.schema": "the manifest can be read",
+    "manifest.digest": "the manifest has the digest that it holds of itself",
     "manifest.assumed": "the recorded recipe was stated or assumed, not taken from the trained pair",
     "manifest.projections": "the stored projections have the recorded digests",
     "manifest.tensors": "every tensor has the recorded shape, dtype and digest",
@@ -38,5 +39,6 @@ CHECK_IDS = {
     "base.parameters": "biases and saved modules fit the base's parameters",
     "base.dtype": "the base's adapted weights have the dtype that a stated or assumed recipe was rounded through",
     "base.recorded": "the base's adapted weights have the recorded shapes and dtypes",
+    "base.digests": "the base's adapted weights have the recorded digests",
     "projections.match": "the verdict in words",
 }

@@ -1,4 +1,4 @@
-"""The checkpoint against its base model, from headers alone."""
+"""The checkpoint against its base model: from headers alone, but for the recorded digests of the base's weights."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.checkpoints.placement import Placement, shape_of
+from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import some
@@ -18,8 +19,14 @@ from vera_tools.verifying.findings import Check
 _ANEW = "delete the record and record it anew with --base"
 
 
-def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
-    """The checkpoint against its base model, from headers alone."""
+def against_base(checkpoint: Checkpoint, base: BaseModel, *, digests: bool) -> Iterator[Check]:
+    """The checkpoint against its base model.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: The base.
+        digests: Hash the base's weights of which digests are recorded; everything else is in the headers.
+    """
     try:
         linears = checkpoint.linears(base)
     except VeraToolsError as error:
@@ -50,7 +57,7 @@ def against_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
         yield Check("base.pair", "pass", f"the projections can be regenerated: {dimensions} follow from the base")
     yield from _dtype(checkpoint, base)
     yield _parameters(checkpoint, base)
-    yield from _recorded_base(checkpoint, base)
+    yield from _recorded_base(checkpoint, base, digests=digests)
 
 
 def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
@@ -190,18 +197,34 @@ def _pair_shape_of(checkpoint: Checkpoint, base: BaseModel) -> tuple[int, int]:
     return max(linear.in_features for linear in linears), max(linear.out_features for linear in linears)
 
 
-def _recorded_base(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
-    weights = checkpoint.manifest.base.weights if checkpoint.manifest else {}
-    if not weights:
+def _recorded_base(checkpoint: Checkpoint, base: BaseModel, *, digests: bool) -> Iterator[Check]:
+    recorded = RecordedBase.of(checkpoint, base)
+    if recorded is None:
         return
-    found = {part.info.name: part.info for linear in checkpoint.linears(base) for part in linear.parts}
-    wrong = [
-        name
-        for name, record in weights.items()
-        if name not in found or (found[name].shape, found[name].dtype) != (record.shape, record.dtype)
-    ]
-    if wrong:
-        message = f"not the base that was recorded: {some(sorted(wrong))}"
+    if recorded.unlike:
+        message = f"not the base that was recorded: {some(recorded.unlike)} are missing, or of another shape or dtype"
         yield Check("base.recorded", "warn", message)
     else:
-        yield Check("base.recorded", "pass", f"{len(weights)} adapted weights have the recorded shapes and dtypes")
+        message = f"{recorded.count} adapted weights have the recorded shapes and dtypes"
+        yield Check("base.recorded", "pass", message)
+    yield _digests(recorded, base, digests=digests)
+
+
+def _digests(recorded: RecordedBase, base: BaseModel, *, digests: bool) -> Check:
+    if not recorded.digests:
+        message = "no digests of the base's weights are recorded: another base of these shapes would look the same"
+        return Check("base.digests", "skip", message)
+    if not recorded.sha256:
+        return Check(
+            "base.digests", "skip", "no recorded digest is of a weight that this base has in its shape and dtype"
+        )
+    if not digests:
+        size = sum(base.tensors[name][1].nbytes for name in recorded.sha256)
+        message = f"not compared: --base-digests reads {size} bytes of the base, without it another one looks the same"
+        return Check("base.digests", "skip", message)
+    other = [name for name, sha256 in recorded.sha256.items() if base.sha256(name) != sha256]
+    if other:
+        message = f"{len(other)} of {len(recorded.sha256)} weights are other ones than were recorded: {some(other)}"
+        return Check("base.digests", "fail", f"{message}: this is another base, or another state of it")
+    message = f"{len(recorded.sha256)} of {recorded.count} adapted weights have the recorded digests"
+    return Check("base.digests", "pass", message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from vera_tools.checkpoints.base import BaseModel
@@ -14,6 +15,7 @@ from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve
 from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import atomic, local, opening
+from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
 
 
@@ -73,6 +75,9 @@ def record(
     From then on every change can be found. Projections that are stored prove their recipe. Of a seed-only checkpoint
     nothing says which machine drew them: the recipe is stated or assumed, and `verify` says `assumed`.
 
+    A manifest that is there and cannot be used is renewed too where the projections are stored. Where they are not, it
+    alone may tell which they were, and it is refused.
+
     Args:
         checkpoint: A local folder or adapter_model.safetensors file.
         base: The base model. Its adapted weights are recorded with shapes, dtypes and, where it lies on disk, digests.
@@ -82,8 +87,8 @@ def record(
         strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
 
     Raises:
-        FormatError: unreadable, malformed, not VeRA, or without an adapted layer.
-        CheckFailedError: the base does not fit, or an earlier record is wrong about the projections.
+        FormatError: unreadable, malformed, not VeRA, without an adapted layer, or changed meanwhile.
+        CheckFailedError: the base does not fit, or an earlier record was changed or is wrong about the projections.
         UnprovenError: seed-only with nothing recorded, and `strict`.
         UsageError: a checkpoint on the Hub, or a seed-only one for which nothing says in_max.
     """
@@ -104,6 +109,8 @@ def record(
         path = folder.path / MANIFEST_NAME
         if kind := local.not_a_file(path):
             raise FormatError(f"this is {kind}, not a file", where=path, hint="remove it")
+        if len(opened.projections) == len(PROJECTIONS) and not strict:
+            opened.manifest_error = None  # the file says by itself what the new one says
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
@@ -112,11 +119,24 @@ def record(
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
         data = manifest.to_json().encode()
-        with atomic.errors(folder.path), atomic.alone(folder.path):  # nobody exchanges it in place meanwhile
+        with atomic.errors(folder.path), atomic.alone(folder.path):  # nobody exchanges it meanwhile who asks for this
             opened.check_unchanged()
             if model is not None:
                 model.check_unchanged()
             before = path.read_bytes() if path.exists() else None
             atomic.write_bytes(path, data)
+            folder.forget(MANIFEST_NAME)
+            try:
+                opened.check_unchanged()  # by who does not ask: a manifest of what is gone does not stay
+            except FormatError:
+                _put_back(path, before)
+                raise
             folder.forget()
     return RecordReport(os.fspath(checkpoint), str(path), manifest, resolved, before is not None, before != data)
+
+
+def _put_back(path: Path, before: bytes | None) -> None:
+    if before is None:
+        path.unlink(missing_ok=True)
+    else:
+        atomic.write_bytes(path, before)

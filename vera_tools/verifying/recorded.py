@@ -12,6 +12,7 @@ from typing import Any
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.checkpoints.names import is_embedding
+from vera_tools.errors import CheckFailedError
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying.checks import Scan, some
@@ -32,12 +33,14 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
     if checkpoint.embedded and checkpoint.embedded.assumed and not (manifest and manifest.projections.assumed):
         yield Check("metadata.assumed", "warn", _assumption(checkpoint.embedded))
     if manifest is None:
-        if checkpoint.manifest_error:
-            yield Check("manifest.schema", "fail", str(checkpoint.manifest_error))
-        else:
-            yield Check("manifest.schema", "skip", "no manifest: vectors and config are not covered (see `record`)")
+        yield from _unusable(checkpoint)
         return
     yield Check("manifest.schema", "pass", f"written by {manifest.tool['name']} {manifest.tool['version']}")
+    if manifest.covered:
+        yield Check("manifest.digest", "pass", "it says what it said when it was written")
+    else:
+        message = "it has no digest of itself: what it says of the base and of the original files may have been changed"
+        yield Check("manifest.digest", "skip", f"{message}; renew it with `record`")
     if manifest.projections.assumed:
         yield Check("manifest.assumed", "warn", _assumption(manifest.projections))
     yield _projection_digests("manifest.projections", manifest.projections, checkpoint, scans)
@@ -48,6 +51,17 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
     yield tensors
     yield _config(manifest, checkpoint, stale=tensors.id == "manifest.stale")
     yield _metadata(manifest, checkpoint)
+
+
+def _unusable(checkpoint: Checkpoint) -> Iterator[Check]:
+    error = checkpoint.manifest_error
+    if isinstance(error, CheckFailedError):
+        yield Check("manifest.schema", "pass", "it can be read")
+        yield Check("manifest.digest", "fail", str(error))
+    elif error is not None:
+        yield Check("manifest.schema", "fail", str(error))
+    else:
+        yield Check("manifest.schema", "skip", "no manifest: vectors and config are not covered (see `record`)")
 
 
 def recipe(checkpoint: Checkpoint, identified: Identification) -> Iterator[Check]:

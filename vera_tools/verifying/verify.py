@@ -46,6 +46,7 @@ def verify(
     *checkpoints: str | os.PathLike[str],
     recursive: bool = False,
     base: str | os.PathLike[str] | None = None,
+    base_digests: bool | None = None,
     require: Verdict = "reproducible",
     require_loads: str | Sequence[str] = (),
     against_loads: str | None = None,
@@ -64,6 +65,7 @@ def verify(
             ``hf://owner/*`` stands for every adapter in an owner's repositories.
         recursive: Search the folders for checkpoints; adapters of other kinds are counted as skipped.
         base: A base model to check them against. It adds checks and never changes a verdict.
+        base_digests: Hash its weights where a manifest has digests of them. Default: where it lies on disk.
         require: The worst verdict for which `VerifyReport.exit_code` is 0, where no check failed.
         require_loads: Loaders that have to compute with exactly the trained projections, each as ``peft>=0.21``,
             ``peft>=0.21:bfloat16`` or ``peft>=0.21:bfloat16:macos-arm64:torch==2.1`` (see `gates`): else the exit code
@@ -96,7 +98,8 @@ def verify(
         raise UsageError("`against_loads` goes with one `require_loads`, to move from", found=f"{len(specs)}")
     paths = list(_search(checkpoints)) if recursive else [os.fspath(path) for path in checkpoints]
     model = BaseModel.open(base) if base is not None else None
-    verifier = Verifier(base=model, allow_pickle=allow_pickle, skip_others=recursive)
+    hashed = base_digests if base_digests is not None else base is not None and not opening.is_remote(base)
+    verifier = Verifier(base=model, base_digests=hashed, allow_pickle=allow_pickle, skip_others=recursive)
     many = len(paths) > 1 or log is not None or any(map(registry.is_pattern, paths))
     results: dict[int, list[registry.Result]] = {}
     try:
@@ -108,6 +111,8 @@ def verify(
                     progress(len(results), max(len(paths), len(results)), result.path)
         else:
             results[0] = [registry.Result(paths[0], None, verifier.verify(paths[0]))]
+        if model:
+            model.check_unchanged()
     finally:
         if model:
             model.close()
@@ -125,8 +130,16 @@ def verify(
 class Verifier:
     """Verifies one checkpoint after another, and computes nothing twice that several of them share."""
 
-    def __init__(self, *, base: BaseModel | None = None, allow_pickle: bool = False, skip_others: bool = False) -> None:
-        self._base, self._allow_pickle, self._skip_others = base, allow_pickle, skip_others
+    def __init__(
+        self,
+        *,
+        base: BaseModel | None = None,
+        base_digests: bool = False,
+        allow_pickle: bool = False,
+        skip_others: bool = False,
+    ) -> None:
+        self._base, self._base_digests = base, base_digests
+        self._allow_pickle, self._skip_others = allow_pickle, skip_others
         self._memory = _Once()
 
     def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped | Failed:
@@ -181,7 +194,7 @@ class Verifier:
         scans = checks.scan(checkpoint)
         found += [*checks.values(checkpoint, scans), *recorded.against_manifest(checkpoint, scans)]
         if self._base:
-            found += fit.against_base(checkpoint, self._base)
+            found += fit.against_base(checkpoint, self._base, digests=self._base_digests)
         pair = stored_pair(checkpoint)
         if pair:
             return self._stored(path, checkpoint, pair, scans, found)
@@ -400,7 +413,8 @@ def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:
 
 def _covered(checkpoint: Checkpoint, found: list[Check]) -> str:
     if checkpoint.manifest and not any(c.status == "fail" and c.id.startswith("manifest.") for c in found):
-        return "projections, vectors and config are covered"
+        covered = "projections, vectors and config are covered"
+        return covered if checkpoint.manifest.covered else f"{covered}; the manifest, which has no digest, is not"
     if checkpoint.manifest:
         return "the manifest does not hold for this checkpoint (see the failed checks)"
     if checkpoint.manifest_error:
