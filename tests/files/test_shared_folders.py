@@ -5,18 +5,22 @@
 from __future__ import annotations
 
 import os
+import pathlib
 import stat
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 
 import pytest
 
 import vera_tools
+from tests.adapters import files_of
 from tests.merging.models import make_adapter
+from vera_tools.checkpoints.writing import replaced_files
 from vera_tools.errors import LeftoverWarning, UsageError
-from vera_tools.files import atomic
+from vera_tools.files import atomic, attributes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step")
 
@@ -150,3 +154,80 @@ def test_a_shared_folders_group_stays(tmp_path):
     if os.geteuid() == 0:
         assert {p.stat().st_gid for p in (folder, *folder.iterdir())} == {23456}
         assert folder.stat().st_uid == 12345
+
+
+@pytest.fixture
+def open_path():
+    """A folder that other users can be let into: pytest's own lie in one that is closed to them."""
+    with tempfile.TemporaryDirectory() as name:
+        yield pathlib.Path(name)
+
+
+def test_the_attributes_of_a_read_only_file_stay(open_path):
+    """Whoever may not write to a file may not set its attributes: they come before the permissions."""
+    old, new = open_path / "old", open_path / "new"
+    for path in (old, new):
+        path.touch()
+    try:
+        os.setxattr(old, "user.origin", b"ann")
+    except OSError:
+        pytest.skip("no extended attributes here")
+    old.chmod(0o440)
+    user = os.geteuid()
+    if user == 0:  # who may do everything
+        for path in (open_path, old, new):
+            os.chown(path, 65534, 65534)
+        os.seteuid(65534)
+        if not os.access(old, os.R_OK, effective_ids=True):
+            os.seteuid(user)
+            pytest.skip("another user does not get here")
+    try:
+        attributes.keep(old, new)
+    finally:
+        os.seteuid(user)
+    assert os.getxattr(new, "user.origin") == b"ann"
+    assert stat.S_IMODE(new.stat().st_mode) == 0o440
+
+
+@pytest.mark.parametrize("command", ["strip in place", "embed in place", "record", "save", "strip over it", "pull"])
+def test_whatever_writes_keeps_what_a_folder_and_its_files_have(tmp_path, command, hub):
+    folder, other = make_adapter(tmp_path / "x"), make_adapter(tmp_path / "other", seed=2)
+    if command == "embed in place":
+        vera_tools.strip_projections(folder, in_place=True)
+    vera_tools.record(folder)
+    replaced = command in ("strip over it", "pull")  # as a whole: what is in it is new
+    names = [] if replaced else ["adapter_config.json", "adapter_model.safetensors", "vera_manifest.json"]
+    root = os.geteuid() == 0
+    try:
+        for path in (folder, *(folder / name for name in names)):
+            os.setxattr(path, "user.origin", b"ann")
+            if root:
+                os.chown(path, 12345, 23456)
+            path.chmod(0o2770 if path == folder else 0o664)
+    except OSError:
+        pytest.skip("no extended attributes here")
+    if command == "strip in place":
+        vera_tools.strip_projections(folder, in_place=True)
+    elif command == "embed in place":
+        vera_tools.embed_projections(folder, in_place=True)
+    elif command == "record":
+        vera_tools.record(folder)
+    elif command == "save":
+        with replaced_files(folder) as scratch:
+            vera_tools.strip_projections(other, scratch / "in")
+            for path in (scratch / "in").iterdir():
+                path.rename(scratch / path.name)
+    elif command == "strip over it":
+        vera_tools.strip_projections(other, folder, overwrite=True)
+    else:
+        hub.add_repo("ann/x", files_of(other))
+        vera_tools.pull("ann/x", folder, overwrite=True)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o2770
+    for path in (folder, *(folder / name for name in names)):
+        assert os.getxattr(path, "user.origin") == b"ann", path
+        if path != folder:
+            assert stat.S_IMODE(path.stat().st_mode) == 0o664, path
+        if root:
+            assert (path.stat().st_uid, path.stat().st_gid) == (12345, 23456), path
+    if root:
+        assert {path.stat().st_gid for path in folder.iterdir()} == {23456}

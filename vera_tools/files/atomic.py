@@ -230,7 +230,8 @@ def publish(temporary: Path, path: Path, *, overwrite: bool, sync: bool = True) 
     if sync:
         _sync_tree(temporary)
     if overwrite and os.path.lexists(path):
-        _put_in_place(temporary, path)
+        with alone(path) if path.is_dir() and not path.is_symlink() else contextlib.nullcontext():
+            _put_in_place(temporary, path)
     else:
         _rename_to_new(temporary, path)
     if sync:

@@ -18,9 +18,11 @@ def keep(old: Path, new: Path, *, follow_symlinks: bool = True) -> None:
     # Only root may give a file away, and Windows has no owners of this kind.
     with contextlib.suppress(PermissionError, AttributeError):
         os.chown(new, status.st_uid, status.st_gid, follow_symlinks=follow_symlinks)
-    if follow_symlinks:
-        new.chmod(status.st_mode & 0o7777)  # after the owner, whose change takes setuid and setgid away
     _keep_extended(old, new, follow_symlinks=follow_symlinks)
+    if follow_symlinks:
+        # After the owner, whose change takes setuid and setgid away, and after the attributes, which only who may write
+        # to a file may set: it may be read-only.
+        new.chmod(status.st_mode & 0o7777)
 
 
 def keep_group(old: Path, new: Path) -> None:

@@ -100,7 +100,7 @@ class HubFolder:
     def check_unchanged(self, at: Path | None = None) -> None:
         """A commit does not change."""
 
-    def forget(self) -> None:
+    def forget(self, name: str | None = None) -> None:
         """There is nothing to check."""
 
 

@@ -65,8 +65,8 @@ class Folder(Protocol):
     def check_unchanged(self, at: Path | None = None) -> None:
         """Raise `FormatError` where a file that was opened is not the same any more; `at` is where it lies by now."""
 
-    def forget(self) -> None:
-        """Take what was read for settled: nothing of it is checked again."""
+    def forget(self, name: str | None = None) -> None:
+        """Take what was read for settled, or one file of it: it is not checked again."""
 
 
 class Closing:
@@ -348,9 +348,12 @@ class LocalFolder:
             if now != before:
                 raise changed(self.path_of(name), before, now)
 
-    def forget(self) -> None:
-        """Take what was read for settled: nothing of it is checked again."""
-        self._read.clear()
+    def forget(self, name: str | None = None) -> None:
+        """Take what was read for settled, or one file of it: it is not checked again."""
+        if name is None:
+            self._read.clear()
+        else:
+            self._read.pop(os.path.relpath(self.path / name, self._root), None)
 
 
 def _blobs(folder: Path) -> Path | None:

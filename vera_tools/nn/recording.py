@@ -92,17 +92,20 @@ def record_saved(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
     """`record` right after a model was saved, when there is no doubt whose vectors they are."""
     adapter = live.find(model, adapter_name)
     path = _folder_of(folder, adapter_name)
-    with replaced_files(path) as scratch, Checkpoint.open(path) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         if checkpoint.config_text is None:
             raise FormatError(f"there is no {CONFIG_NAME}", where=path)
-        return write_checkpoint(
-            scratch,
-            checkpoint.config_text,
-            {name: checkpoint.weights.deferred(name) for name in checkpoint.weights.tensors},
-            _pair_record(adapter, checkpoint),
-            metadata=checkpoint.weights.metadata,
-            base=adapter.base_record(checkpoint.config.base_model_name_or_path, checkpoint.config.revision),
-        )
+        with replaced_files(path, check=checkpoint.check_unchanged) as scratch:
+            manifest = write_checkpoint(
+                scratch,
+                checkpoint.config_text,
+                {name: checkpoint.weights.deferred(name) for name in checkpoint.weights.tensors},
+                _pair_record(adapter, checkpoint),
+                metadata=checkpoint.weights.metadata,
+                base=adapter.base_record(checkpoint.config.base_model_name_or_path, checkpoint.config.revision),
+            )
+        checkpoint.folder.forget()  # what lies there now is ours
+        return manifest
 
 
 def check(model: nn.Module, adapter_name: str) -> None:
