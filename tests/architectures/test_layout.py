@@ -11,6 +11,7 @@ from tests.architectures.known import known
 from vera_tools.architectures import data, pieces
 from vera_tools.architectures.layout import Layout
 from vera_tools.architectures.renaming import Gathered, Operation, Step, replay
+from vera_tools.checkpoints import placement
 from vera_tools.errors import CheckFailedError
 
 # ---- names, as they lie on the Hub
@@ -193,6 +194,17 @@ def test_a_tensor_may_lie_the_other_way_round(check, parameter, transposed):
     made = pieces.assemble(parts, lambda key: tensor, expected.shape)
     assert np.array_equal(made, expected)
     assert np.array_equal(pieces.take_apart(parts, lambda name: made, tensor.shape), tensor)
+
+
+@pytest.mark.parametrize(("name", "asked"), [("Molmo2Model", True), ("LlamaForCausalLM", False)])
+def test_transformers_is_asked_where_shapes_decide(monkeypatch, name, asked):
+    """Where it is installed: else what needs a shape is refused, with the advice to install it."""
+    calls = []
+    monkeypatch.setattr(placement.witness, "is_there", lambda: True)
+    monkeypatch.setattr(placement, "_installed", lambda: "5.23.0")
+    monkeypatch.setattr(placement.witness, "ask_transformers", lambda config, name: calls.append(name) or known(name))
+    found = placement.known_under({"model_type": known(name).model_type, "architectures": [name]}, name)
+    assert (found.needs_shapes, calls) == (asked, [name] if asked else [])
 
 
 def test_whether_it_does_may_have_to_be_told():

@@ -142,6 +142,12 @@ class Architecture:
         """Whether anything but the files' names says what the class is."""
         return bool(self.model_type)
 
+    @property
+    def needs_shapes(self) -> bool:
+        """Whether a converter goes by shapes of parameters: they say how a tensor is divided, or lies."""
+        operations = [operation for step in self.steps for operation in step.operations]
+        return any(one.name == "Split" or (one.name == "Transpose" and one["check_dims"]) for one in operations)
+
     def may_be_tied(self, parameter: str) -> bool:
         """Whether a parameter is in a list of ties that only the model itself makes, so that the data cannot tell.
 

@@ -25,6 +25,7 @@ Shape = tuple[int, ...]
 
 #: The number of heads that a part of the configuration ("" is all of it) has: see `Architecture.heads`.
 Heads = Callable[[str], int]
+_ASK = "where transformers and torch are installed, transformers is asked for the shapes"
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ class _Conversion:
                 where=self.where,
                 expected=f"rows of {', '.join(self.names.values())} that sum to {array.shape[axis]}",
                 found=str(sizes),
+                hint=_ASK,
             )
         parts = np.split(array, np.cumsum([size or 0 for size in sizes])[:-1], axis=axis)
         self.values = {target: [part] for target, part in zip(self.step.targets, parts, strict=True)}
@@ -219,6 +221,7 @@ class _Conversion:
                     "whether the file's tensor is transposed follows from the model's shape alone",
                     where=self.where,
                     expected=f"the shape of {self.names[target]}",
+                    hint=_ASK,
                 )
             self.transposed = shape != expected
         else:

@@ -304,8 +304,8 @@ def own_class(base: BaseModel) -> Architecture | None:
 def known_class(base: BaseModel, name: str) -> Architecture | None:
     """What is known of a class under the base's configuration.
 
-    From the installed transformers, where the data lacks the class, or a part of it, or was made from another one; else
-    from the data.
+    From the installed transformers, where the data lacks the class, a part of it or shapes that matter, or was made
+    from another one; else from the data.
     """
     if name not in base.known:
         base.known[name] = known_under(base.config, name)
@@ -320,7 +320,7 @@ def known_under(config: data.Config, name: str) -> Architecture | None:
     if "auto_map" in config and found is None:
         return None  # code of the base's own, which nothing here runs
     as_made = f"transformers {_installed()}" in (data.origin(), "transformers ")
-    if found is not None and as_made and not (found.varying or found.unknown):
+    if found is not None and as_made and not (found.varying or found.unknown or found.needs_shapes):
         return found
     if not witness.is_there() or (found is not None and int((_installed() or "0").partition(".")[0]) < 5):
         return found
