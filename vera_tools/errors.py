@@ -15,8 +15,10 @@ code  class                       meaning
 
 from __future__ import annotations
 
+import copyreg
 import os
-from typing import ClassVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
 
 
 class VeraToolsError(Exception):
@@ -59,6 +61,10 @@ class VeraToolsError(Exception):
             text += f" ({', '.join(details)})"
         return text if self.hint is None else f"{text}; {self.hint}"
 
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+        # An exception is otherwise made again by calling its class, and no two of these take the same arguments.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__  # type: ignore[attr-defined]
+
     def to_dict(self) -> dict[str, object]:
         """The error's fields for an ``error/v1`` document."""
         return {
@@ -71,6 +77,25 @@ class VeraToolsError(Exception):
             "found": self.found,
             "hint": self.hint,
         }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> VeraToolsError:
+        """The inverse of `to_dict`; a class that this version does not know becomes one with the same exit code."""
+        kinds = {kind.__name__: kind for kind in _kinds(VeraToolsError)}
+        by_code = next((kind for kind in kinds.values() if kind.exit_code == data["exit_code"]), VeraToolsError)
+        kind = kinds.get(data["type"], by_code)
+        error = kind.__new__(kind, data["what"])
+        error.__dict__.update({name: data[name] for name in ("what", "where", "expected", "found", "hint")})
+        if isinstance(error, NotVeraError):
+            error.kind = data["found"] or ""
+        return error
+
+
+def _kinds(kind: type[VeraToolsError]) -> Iterator[type[VeraToolsError]]:
+    """This class and all below it, each before its own."""
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
 
 
 class CheckFailedError(VeraToolsError):
