@@ -22,7 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # own level from itself alone.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "dtypes"),
-    ("schema", "report"),
+    ("schema", "report", "parts"),
     ("projections",),
     ("platforms", "files"),
     ("architectures",),

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vera_tools.projections.identification import identify as identify
     from vera_tools.projections.recipe import Recipe as Recipe
     from vera_tools.verifying.record import record as record
+    from vera_tools.verifying.summary import summarize as summarize
     from vera_tools.verifying.verify import verify as verify
 
 # Public name: the module it lives in. No module may bear a public function's name, or importing it would shadow that.
@@ -51,6 +52,7 @@ _HOMES = {
     "regenerate": "converting.regenerate",
     "save_adapter": "nn",
     "strip_projections": "converting.strip",
+    "summarize": "verifying.summary",
     "to_lora": "converting.lora",
     "verify": "verifying.verify",
 }

@@ -186,7 +186,7 @@ def test_one_that_vanishes_is_failed(tmp_path, monkeypatch):
     """Between the search and its turn."""
     for name in "ab":
         shutil.copytree(CHECKPOINTS / KEPT, tmp_path / name)
-    from vera_tools.verifying.verify import Verifier
+    from vera_tools.verifying.verifier import Verifier
 
     verify = Verifier.verify
 

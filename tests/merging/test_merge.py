@@ -16,8 +16,8 @@ import vera_tools
 from tests.adapters import CHECKPOINTS, base_of, edit, files_of, put_pickle
 from tests.command import run_cli, run_json
 from tests.merging.models import LAYERS, exact_delta, make_adapter, make_base, rounded_once, weights
-from vera_tools import schema
-from vera_tools.cli.merge import parse_part, parse_size
+from vera_tools import parts, schema
+from vera_tools.cli.merge import parse_size
 from vera_tools.errors import (
     AssumedRecipeWarning,
     CheckFailedError,
@@ -462,7 +462,7 @@ def test_sizes(text, size):
 
 
 def test_parts():
-    assert parse_part("2/8") == (2, 8)
+    assert parts.parse("2/8") == (2, 8)
 
 
 LAST = ["model.safetensors", "vera_merge.json"]

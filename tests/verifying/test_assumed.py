@@ -25,7 +25,7 @@ from tests.verifying.reports import failed, message_of, one, statuses
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import AssumedRecipeWarning, UnprovenError
 from vera_tools.verifying.report import CheckpointReport
-from vera_tools.verifying.verify import Verifier
+from vera_tools.verifying.verifier import Verifier
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning"),

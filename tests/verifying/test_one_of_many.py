@@ -14,7 +14,7 @@ from tests.adapters import CHECKPOINTS, CONFIG, KEPT, WEIGHTS, config_of
 from tests.command import run_cli, run_json
 from vera_tools.checkpoints import expressions
 from vera_tools.checkpoints.checkpoint import find
-from vera_tools.verifying.verify import Verifier
+from vera_tools.verifying.verifier import Verifier
 
 
 def config(**values):

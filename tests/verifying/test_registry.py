@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -17,8 +16,8 @@ from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, files_of
 from tests.command import run_cli, run_json
 from vera_tools import schema
 from vera_tools.errors import FormatError, HubError, UsageError
-from vera_tools.verifying.registry import run
 from vera_tools.verifying.report import Skipped
+from vera_tools.verifying.verifier import Verifier
 
 
 @pytest.fixture
@@ -124,7 +123,8 @@ def test_the_log_is_written_as_it_goes_and_taken_up_again(registry, tmp_path):
     moved = sum(request.sent for request in registry.requests if "/blob/" in request.path)
     again = vera_tools.verify("hf://ann/*", log=log)
     assert again == first  # every field of every report comes back
-    assert again.to_dict() == first.to_dict()
+    assert (first.from_log, again.from_log) == (0, 7)
+    assert again.to_dict() == {**first.to_dict(), "from_log": 7}
     assert sum(request.sent for request in registry.requests if "/blob/" in request.path) == moved
     assert len(lines_of(log.read_text())) == 7
     # a new commit is verified again, and a crash in the middle of a line loses that line only
@@ -132,7 +132,7 @@ def test_the_log_is_written_as_it_goes_and_taken_up_again(registry, tmp_path):
     registry.commit(repo, "refs/heads/main", repo.head.oid, repo.head.files, "again", "ann")
     log.write_text("".join(sorted(log.read_text().splitlines(keepends=True), key=lambda line: "ann/good" not in line)))
     log.write_bytes(log.read_bytes()[:-20])
-    assert vera_tools.verify("hf://ann/*", log=log).to_dict() == first.to_dict()
+    assert vera_tools.verify("hf://ann/*", log=log) == first
     lines = lines_of(log.read_text())
     assert len(lines) == 8
     assert [line["path"] for line in lines].count("hf://ann/good") == 2
@@ -174,18 +174,21 @@ def test_a_run_that_is_killed_has_logged_what_it_did(registry, tmp_path):
     assert {r.path.split("/")[3] for r in registry.requests if "/blob/" in r.path} <= {"seeds"}
 
 
-def test_no_more_than_jobs_at_a_time():
+def test_no_more_than_jobs_at_a_time(registry, monkeypatch):
+    for n in range(6):
+        registry.add_repo(f"eve/{n}", files_of(CHECKPOINTS / SEED_ONLY))
     running, most, lock = [0], [0], threading.Lock()
 
-    def verify(path, skip_others=False):
+    def verify(self, path, *, skip_others=False):
         with lock:
             running[0] += 1
             most[0] = max(most[0], running[0])
-        time.sleep(0.01)
+        time.sleep(0.05)
         with lock:
             running[0] -= 1
         return Skipped(path, "LORA")
 
-    found = dict(run([f"{n}" for n in range(40)], verify, jobs=3, log=io.StringIO(), base=None))
+    monkeypatch.setattr(Verifier, "verify", verify)
+    report = vera_tools.verify("hf://eve/*", jobs=3)
     assert most[0] == 3
-    assert [found[n].outcome.path for n in range(40)] == [f"{n}" for n in range(40)]
+    assert report.skipped == tuple((f"hf://eve/{n}", "LORA") for n in range(6))

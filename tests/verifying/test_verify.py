@@ -153,7 +153,7 @@ class TestRegistry:
             folder = shutil.copytree(CHECKPOINTS / SEED_ONLY, tmp_path / f"seed-{n}")
             vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
             take_as_live(folder)
-        from vera_tools.verifying import verify as verifying
+        from vera_tools.verifying import verifier as verifying
 
         calls = {"identify": 0, "digests": 0}
 

@@ -25,6 +25,7 @@ from vera_tools.report import error_document
 # Command: its module and its one line of help, so that `vera-tools --help` loads none of them.
 COMMANDS = {
     "verify": ("verify", "Is this what the key regenerates, is it intact, does it fit its base?"),
+    "summarize": ("summarize", "The logs of several runs of verify as one report."),
     "inspect": ("inspect", "What a checkpoint is: config, layers, shapes, parameter and byte counts."),
     "record": ("record", "Write or renew a checkpoint's manifest, so that it can be proven from now on."),
     "regenerate": ("regenerate", "Draw vera_A and vera_B from the key, without torch."),

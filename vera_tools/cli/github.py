@@ -25,6 +25,8 @@ def workflow_commands(report: VerifyReport) -> Iterator[str]:
         if code:
             level = "warning" if code == 3 else "error"
             yield _annotation(level, _title(checkpoint), f"{checkpoint.path}: {_words(checkpoint, report)}")
+    if report.partial:
+        yield _annotation("error", "interrupted", "interrupted before all were verified")
     for path, error in report.failed:
         yield _annotation("error", "not verified", str(error) if path in str(error) else f"{path}: {error}")
 
@@ -35,12 +37,25 @@ def write_summary(report: VerifyReport) -> None:
     Raises:
         UsageError: it cannot be written.
     """
+    _append("\n".join(_summary(report)) + "\n")
+
+
+def refuse_unwritable_summary() -> None:
+    """Find out before any work whether the step summary can be written.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    _append("")
+
+
+def _append(text: str) -> None:
     path = os.environ.get(SUMMARY)
     if not path:
         return
     try:
         with Path(path).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-            file.write("\n".join(_summary(report)) + "\n")
+            file.write(text)
     except OSError as error:
         raise UsageError(f"the step summary cannot be written: {error.strerror}", where=path) from error
 
@@ -49,7 +64,8 @@ def _summary(report: VerifyReport) -> Iterator[str]:
     counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.summary.items() if count)
     yield "### vera-tools verify"
     yield ""
-    yield f"{len(report.checkpoints) + len(report.failed)} checkpoints: {counts or 'none'}"
+    total, more = len(report.checkpoints) + len(report.failed), "; INTERRUPTED" * report.partial
+    yield f"{total} checkpoints: {counts or 'none'}{more}"
     rows = [
         (checkpoint.path, _title(checkpoint), _words(checkpoint, report))
         for checkpoint in report.checkpoints

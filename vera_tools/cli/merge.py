@@ -16,10 +16,12 @@ from vera_tools.cli.shared import (
     labelled,
     output_options,
     overwrite_option,
+    part_option,
     recipe_options,
     strict_option,
 )
 from vera_tools.errors import UsageError
+from vera_tools.parts import Part
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,9 +59,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 )
 @click.option("--verify", is_flag=True, help="Read the result back and prove it before it appears.")
 @click.option("--resume", is_flag=True, help="Go on from the files that an interrupted merge has finished.")
-@click.option(
-    "--part", "--shard", metavar="I/N", help="Write only part I of N of the files; other processes write the others."
-)
+@part_option("--shard", help="Write only part I of N of the files; other processes write the others.")
 @click.option("--finish", is_flag=True, help="Check what the N processes wrote and make OUT appear.")
 @click.option("--allow-nonfinite", is_flag=True, help="Merge NaN and infinity too.")
 @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too, by torch with weights_only.")
@@ -84,7 +84,7 @@ def command(
     tokenizer: str,
     verify: bool,
     resume: bool,
-    part: str | None,
+    part: Part | None,
     finish: bool,
     allow_nonfinite: bool,
     allow_pickle: bool,
@@ -116,7 +116,7 @@ def command(
             allow_pickle=allow_pickle,
             verify=verify,
             resume=resume,
-            part=parse_part(part) if part else None,
+            part=part,
             finish=finish,
             overwrite=overwrite,
             sync=sync,
@@ -136,18 +136,6 @@ def parse_size(text: str) -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError("not a size", expected="for example 5GB, 500MB or 2GiB", found=text)
     return int(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def parse_part(text: str) -> tuple[int, int]:
-    """(I, N) from "I/N".
-
-    Raises:
-        UsageError: not of that form.
-    """
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
-    if match is None:
-        raise UsageError("not a part", expected="I/N, for example 1/4", found=text)
-    return int(match[1]), int(match[2])
 
 
 def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:

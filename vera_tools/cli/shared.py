@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
+from vera_tools import parts
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import UsageError, VeraToolsWarning
+from vera_tools.parts import Part
 from vera_tools.report import Progress, Report, printable
 
 if TYPE_CHECKING:
@@ -196,6 +198,15 @@ def strict_option(function: Function) -> Function:
         "--strict", is_flag=True, help="Refuse (exit 3) a recipe that is assumed, or was when it was recorded."
     )
     return option(function)
+
+
+def part_option(*names: str, help: str) -> Callable[[Function], Function]:
+    """--part I/N, as a pair of numbers."""
+
+    def parsed(context: click.Context, parameter: click.Parameter, value: str | None) -> Part | None:
+        return None if value is None else parts.parse(value)
+
+    return click.option("--part", *names, metavar="I/N", callback=parsed, help=help)
 
 
 def in_features_option(function: Function) -> Function:

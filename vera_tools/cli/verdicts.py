@@ -40,7 +40,7 @@ _PAGE = "docs/checks.md"
 
 def show(report: VerifyReport, console: Console, *, verbose: bool) -> None:
     """Print a verify report: in full for one checkpoint; for many, what is not good, grouped by reason."""
-    if len(report.checkpoints) == 1 and not report.failed:
+    if len(report.checkpoints) == 1 and not report.failed and not report.partial:
         _show_one(report.checkpoints[0], report, console, verbose=verbose)
         _show_skipped(report, console, verbose=verbose)
         return
@@ -212,6 +212,10 @@ def _summary(report: VerifyReport) -> Text:
         for said, refused in members.items():
             text.append(f"; {len(refused)} {said.upper()}", style=_FAILED)
             text.append(f" with {name}")
+    if report.from_log:
+        text.append(f"; {report.from_log} taken from the log")
+    if report.partial:
+        text.append("; INTERRUPTED, there are more", style=_FAILED)
     return text
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vera_tools import parts
 from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
@@ -288,8 +289,8 @@ def _check_arguments(
             expected=f"{len(references)}, one for each",
             found=str(len(weights)),
         )
-    if part is not None and not 1 <= part[0] <= part[1]:
-        raise UsageError("no such part", expected="I/N with 1 <= I <= N", found=f"{part[0]}/{part[1]}")
+    if part is not None:
+        parts.check(part)
     if part is not None and finish:
         raise UsageError("--finish comes by itself, after every --part I/N has ended")
 

@@ -17,7 +17,7 @@ import pytest
 if TYPE_CHECKING:
     from vera_tools.checkpoints.base import BaseModel
     from vera_tools.verifying.report import CheckpointReport
-    from vera_tools.verifying.verify import Verifier
+    from vera_tools.verifying.verifier import Verifier
 
 CONFIG = "adapter_config.json"
 
@@ -116,7 +116,7 @@ class _Verification:
         from vera_tools.errors import UsageError
         from vera_tools.verifying.findings import VERDICTS
         from vera_tools.verifying.gates import LoadSpec
-        from vera_tools.verifying.verify import Verifier
+        from vera_tools.verifying.verifier import Verifier
 
         self._require = config.getoption("--vera-require")
         if self._require not in VERDICTS:

@@ -1,67 +1,48 @@
 """Many checkpoints, on the Hub or not: found, verified side by side, logged as they are done, and taken up again.
 
-One that cannot be reached does not stop the others. The log holds one JSON document a line; what it says of a commit
-holds for ever, so that a second run verifies only what is new, has moved, or could not be reached.
+One that cannot be reached does not stop the others, and a second run verifies only what is new, has changed, or could
+not be reached (see `log`). What lies on disk is verified by processes (see `work`), what lies on the Hub by threads.
 """
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
-import io
-import json
-import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+import time
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
-from typing import Any, TextIO
+from pathlib import PurePosixPath
+from typing import Any, NamedTuple
 
-from vera_tools import schema
-from vera_tools._version import TOOL
+from vera_tools import parts
 from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.errors import FormatError, HubError, UsageError
+from vera_tools.errors import FormatError, HubError, UsageError, VeraToolsError
 from vera_tools.files import hub_client as hub
-from vera_tools.files import locking, opening
+from vera_tools.files import opening
 from vera_tools.files.hub_client import Reference
-from vera_tools.files.strict_json import parse_json
-from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
-
-#: Verifies one: its report, or, where others are to be skipped, that it is none of ours.
-Verify = Callable[..., Outcome]
+from vera_tools.parts import Part
+from vera_tools.verifying import work
+from vera_tools.verifying.log import Log, Result
+from vera_tools.verifying.report import Failed, Skipped, named
+from vera_tools.verifying.verifier import Verifier
+from vera_tools.verifying.workers import Workers
 
 #: The kind of a repository that holds no adapter.
 NO_ADAPTER = "no adapter"
 
+#: Seconds that are worked here before processes are started, which takes about as long: few are done by then.
+PATIENCE = 0.5
+#: Seconds that a process is given work for at a time, and the most checkpoints: what it dies of is looked for in these.
+_SPELL, _MOST = 0.1, 32
 
-@dataclass(frozen=True)
-class Result:
-    """What became of one checkpoint.
 
-    Attributes:
-        path: What it is called.
-        commit: The commit that was verified; None for local ones.
-        outcome: Its report; that it was skipped; or why it could not be reached.
-    """
+class Item(NamedTuple):
+    """One thing to verify: a checkpoint, or a repository that a pattern stands for."""
 
+    place: int
     path: str
-    commit: str | None
-    outcome: Outcome
-
-    def to_dict(self) -> dict[str, Any]:
-        """The verify-line/v1 document."""
-        outcome = self.outcome
-        status = {Skipped: "skipped", Failed: "failed"}.get(type(outcome), "verified")
-        return {
-            "schema": "vera-tools/verify-line/v1",
-            "tool": dict(TOOL),
-            "path": self.path,
-            "commit": self.commit,
-            "status": status,
-            "kind": outcome.kind if isinstance(outcome, Skipped) else None,
-            "checkpoint": outcome.to_dict(table=False) if isinstance(outcome, CheckpointReport) else None,
-            "error": outcome.error.to_dict() if isinstance(outcome, Failed) else None,
-        }
+    pattern: str | None = None
 
 
 def is_pattern(path: str) -> bool:
@@ -69,50 +50,188 @@ def is_pattern(path: str) -> bool:
     return opening.is_remote(path) and any(character in path for character in "*?[")
 
 
-def run(
-    paths: Iterable[str],
-    verify: Verify,
-    *,
-    jobs: int,
-    log: str | os.PathLike[str] | TextIO | None,
-    base: str | None,
-) -> Iterator[tuple[int, Result]]:
-    """Verify all, at most `jobs` at a time, and hand out each as it is done, with its place in the order asked for.
+def items(named: Iterable[tuple[str, str]], part: Part | None) -> tuple[list[Item], set[str]]:
+    """What is to be verified, in the order asked for; and the patterns that stand for no repository at all.
 
     Args:
-        paths: Checkpoints, and patterns of repositories on the Hub, whose every adapter is meant.
-        verify: Verifies one.
-        jobs: How many at a time.
-        log: A file to append a line to for each, and to take results from; or a stream to write the lines to.
-        base: What they are checked against; results that were logged for another base do not count.
+        named: Checkpoints and patterns, each with the name that decides which part it is of.
+        part: The part that is wanted.
 
     Raises:
         HubError: a pattern's owner cannot be listed.
-        FormatError: `log` holds something else; or a pattern stands for no adapter, which is told after the others.
     """
-    with _Log(log, base) as known, ThreadPoolExecutor(max(jobs, 1)) as pool:
-        tasks: dict[Future[list[Result]], tuple[int, str]] = {}
+    wanted: list[Item] = []
+    bare = set()
+    for path, name in named:
+        if not is_pattern(path):
+            found, pattern = [(path, name)], None
+        else:
+            found, pattern = [(repo, repo) for repo in matching(path)], path
+            if not found:
+                bare.add(path)
+        mine = [one for one, its_name in found if parts.belongs(its_name, part)]
+        wanted += [Item(len(wanted) + n, one, pattern) for n, one in enumerate(mine)]
+    return wanted, bare
+
+
+@dataclass
+class Registry:
+    """Verifies many.
+
+    Attributes:
+        verifier: Verifies here.
+        job: The same, for other processes.
+        jobs: How many at a time.
+        log: Where results are written and taken from.
+        executor: Who verifies what lies on disk; None for processes of our own.
+        whole: Whether every repository of a pattern is among the items, so that no adapter in any of them is an error.
+    """
+
+    verifier: Verifier
+    job: work.Job
+    jobs: int
+    log: Log
+    executor: Executor | None = None
+    whole: bool = True
+
+    def run(self, wanted: Iterable[Item], bare: Collection[str] = ()) -> Iterator[tuple[int, Result]]:
+        """Verify all, and hand out each as it is done, with its place in the order asked for.
+
+        `bare` are patterns that stand for nothing.
+
+        Raises:
+            FormatError: a pattern stands for no adapter, which is told after the others.
+        """
         empty: set[str] = set()
-        try:
-            for path in paths:
-                work, items = (_repository, matching(path)) if is_pattern(path) else (_explicit, [path])
-                first = len(tasks)
-                tasks.update(
-                    (pool.submit(work, item, verify, known), (first + n, path)) for n, item in enumerate(items)
+        with ExitStack() as stack:
+            crew = _Crew(self, stack)
+            for item in wanted:
+                empty.update([item.pattern] if item.pattern else [])
+                for done, results in crew.add(item):
+                    yield from self._handed_out(done, results, empty)
+            for done, results in crew.finish():
+                yield from self._handed_out(done, results, empty)
+        nothing = {*bare, *(empty if self.whole else ())}
+        if nothing:  # a mistyped owner must not pass for one whose every adapter is sound
+            where = ", ".join(sorted(nothing))
+            raise FormatError("no adapter in any repository that this stands for", where=where)
+
+    def _handed_out(self, item: Item, results: list[Result], empty: set[str]) -> Iterator[tuple[int, Result]]:
+        self.log.write(result for result in results if not self.log.take(result))
+        for result in results:
+            if item.pattern and not (isinstance(result.outcome, Skipped) and result.outcome.kind == NO_ADAPTER):
+                empty.discard(item.pattern)
+            yield item.place, result
+
+
+class _Task(NamedTuple):
+    items: list[Item]
+    executor: Executor
+
+
+class _Crew:
+    """Who does the work, and what is under way: never much more than there are hands for."""
+
+    def __init__(self, registry: Registry, stack: ExitStack) -> None:
+        self._registry, self._stack = registry, stack
+        self._executor = registry.executor
+        self._threads: ThreadPoolExecutor | None = None
+        self._alone: Workers | None = None
+        self._started = time.monotonic()
+        self._seconds, self._count = 0.0, 0
+        self._next: list[Item] = []
+        self._pending: dict[Future[Any], _Task] = {}
+        hands = registry.jobs if registry.executor is None else getattr(registry.executor, "_max_workers", 64)
+        self._window = 2 * max(hands, registry.jobs)
+
+    def add(self, item: Item) -> Iterator[tuple[Item, list[Result]]]:
+        """Take one on, and hand out what is done by then."""
+        registry = self._registry
+        if opening.is_remote(item.path):
+            if self._threads is None:
+                self._threads = self._stack.enter_context(_Threads(registry.jobs))
+            self._pending[self._threads.submit(_on_hub, registry, item)] = _Task([item], self._threads)
+        elif known := registry.log.local(item.path, skip_others=registry.job.skip_others):
+            yield item, [known]
+        elif self._is_patient():
+            started = time.monotonic()
+            done = work.verify_one(registry.verifier, registry.job, item.path)
+            self._measure(time.monotonic() - started, 1)
+            yield item, [Result(item.path, None, *done)]
+        else:
+            self._next.append(item)
+            if len(self._next) >= self._spell():
+                self._send()
+        while len(self._pending) >= self._window:
+            yield from self._collect()
+
+    def finish(self) -> Iterator[tuple[Item, list[Result]]]:
+        """Hand out what is left."""
+        if self._next:
+            self._send()
+        while self._pending:
+            yield from self._collect()
+
+    def _is_patient(self) -> bool:
+        """Whether to work in this process: what a few checkpoints take, starting others would take too."""
+        waits = self._executor is None and time.monotonic() - self._started < PATIENCE
+        return self._registry.executor is None and (self._registry.jobs == 1 or waits)
+
+    def _spell(self) -> int:
+        """How many to give away at a time: few enough that their results come soon, and that one death costs little."""
+        return max(1, min(_MOST, int(_SPELL * self._count / self._seconds))) if self._seconds else 1
+
+    def _measure(self, seconds: float, count: int) -> None:
+        self._seconds, self._count = self._seconds + seconds, self._count + count
+
+    def _send(self) -> None:
+        some, self._next = self._next, []
+        paths = [item.path for item in some]
+        if self._executor is not None:
+            with suppress(BrokenExecutor):  # then it is not ours, and is of no use any more
+                self._pending[self._executor.submit(work.verify_some, self._registry.job, paths)] = _Task(
+                    some, self._executor
                 )
-                empty.update([path] if is_pattern(path) else [])
-            for task in as_completed(tasks):
-                place, path = tasks[task]
-                for result in task.result():
-                    known.write(result)
-                    if not (isinstance(result.outcome, Skipped) and result.outcome.kind == NO_ADAPTER):
-                        empty.discard(path)
-                    yield place, result
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        if empty:  # a mistyped owner must not pass for one whose every adapter is sound
-            raise FormatError("no adapter in any repository that this stands for", where=", ".join(sorted(empty)))
+                return
+        self._executor = self._stack.enter_context(Workers(self._registry.jobs))
+        self._pending[self._executor.submit(work.verify_some, self._registry.job, paths)] = _Task(some, self._executor)
+
+    def _collect(self) -> Iterator[tuple[Item, list[Result]]]:
+        for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
+            task = self._pending.pop(future)
+            if task.executor is self._threads:
+                yield task.items[0], future.result()
+                continue
+            try:
+                seconds, done = future.result()
+            except VeraToolsError:
+                raise
+            except Exception:  # whatever is wrong with a checkpoint is a result: this befell who worked on it
+                yield from self._one_by_one(task.items)
+                continue
+            self._measure(seconds, len(done))
+            for item, one in zip(task.items, done, strict=True):
+                yield item, [Result(item.path, None, *one)]
+
+    def _one_by_one(self, items: list[Item]) -> Iterator[tuple[Item, list[Result]]]:
+        """Those on which a process died, in a process that has nothing else to die of."""
+        self._alone = self._alone or self._stack.enter_context(Workers(1))
+        for item in items:
+            try:
+                _, (one,) = self._alone.submit(work.verify_some, self._registry.job, [item.path]).result()
+            except BrokenExecutor as error:
+                one = work.Done(Failed(item.path, FormatError(str(error), where=item.path, hint=_DIED)), None)
+            yield item, [Result(item.path, None, *one)]
+
+
+_DIED = "was it too little memory? --jobs 1 needs the least"
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads that begin nothing new once something else failed."""
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self.shutdown(wait=True, cancel_futures=kind is not None)
 
 
 def matching(pattern: str) -> list[str]:
@@ -135,136 +254,41 @@ def matching(pattern: str) -> list[str]:
     return [hub.SCHEME + repo for repo in repos]
 
 
-def _explicit(path: str, verify: Verify, known: _Log) -> list[Result]:
-    if not opening.is_remote(path):
-        return [Result(path, None, verify(path))]
+def _on_hub(registry: Registry, item: Item) -> list[Result]:
+    path = item.path
     try:
-        if hub.is_offline():
-            return [Result(path, None, verify(path))]
         reference = Reference.parse(path)
-        commit = hub.resolve(hub.client(), reference)
-        return [_pinned(path, reference, commit, verify, known)]
+        if item.pattern:
+            return _repository(registry, path, reference)
+        if hub.is_offline():
+            return [Result(path, None, registry.verifier.verify(path))]
+        return [_pinned(registry, path, reference, hub.resolve(hub.client(), reference))]
     except (HubError, UsageError) as error:
         return [Result(path, None, Failed(path, error))]
 
 
-def _repository(path: str, verify: Verify, known: _Log) -> list[Result]:
+def _repository(registry: Registry, path: str, reference: Reference) -> list[Result]:
     """Every adapter in one repository, wherever in it."""
-    reference = Reference.parse(path)
-    try:
-        api = hub.client()
-        commit = hub.resolve(api, reference)
-        files = hub.listing(api, reference, commit, recursive=True)
-    except HubError as error:
-        return [Result(path, None, Failed(path, error))]
-    paths = [PurePosixPath(file) for file in files]
-    folders = sorted(str(path.parent) for path in paths if path.name == CONFIG_NAME)
+    api = hub.client()
+    commit = hub.resolve(api, reference)
+    files = [PurePosixPath(file) for file in hub.listing(api, reference, commit, recursive=True)]
+    folders = sorted(str(file.parent) for file in files if file.name == CONFIG_NAME)
     if not folders:
-        return [known.get(path, commit) or Result(path, commit, Skipped(path, NO_ADAPTER))]
+        known = registry.log.get(path, commit, skip_others=True)
+        return [known or Result(path, commit, Skipped(path, NO_ADAPTER))]
     found = [replace(reference, subfolder="" if folder == "." else folder) for folder in folders]
     results = []
     for inside in found:
         try:
-            results.append(_pinned(str(inside), inside, commit, verify, known, skip_others=True))
+            results.append(_pinned(registry, str(inside), inside, commit, skip_others=True))
         except HubError as error:
             results.append(Result(str(inside), commit, Failed(str(inside), error)))
     return results
 
 
-def _pinned(
-    path: str, reference: Reference, commit: str, verify: Verify, known: _Log, *, skip_others: bool = False
-) -> Result:
-    if earlier := known.get(path, commit):
+def _pinned(registry: Registry, path: str, reference: Reference, commit: str, *, skip_others: bool = False) -> Result:
+    skips = skip_others or registry.job.skip_others
+    if earlier := registry.log.get(path, commit, skip_others=skips):
         return earlier
-    outcome = verify(str(replace(reference, revision=commit)), skip_others=skip_others)
-    named = replace(outcome, path=path) if isinstance(outcome, CheckpointReport) else outcome._replace(path=path)
-    return Result(path, commit, named)
-
-
-def _may_be_assumed(report: CheckpointReport) -> bool:
-    """Whether a line of version 0.1.0, which knew no such verdict, may call `reproducible` what is only assumed.
-
-    It named no origin where the record is in the file's own metadata alone.
-    """
-    found = {check.id: check.status for check in report.checks}
-    alone = "metadata.projections" in found and found.get("manifest.schema") == "skip"
-    return report.verdict == "reproducible" and ("manifest.assumed" in found or alone)
-
-
-class _Log:
-    """The log file or stream. A line that was cut off by a crash is dropped.
-
-    Several runs may share a file: it is opened, locked and closed again for each line, which is written at once.
-    """
-
-    def __init__(self, target: str | os.PathLike[str] | TextIO | None, base: str | None) -> None:
-        self._base = base
-        self._known: dict[tuple[str, str], Result] = {}
-        self._stream: TextIO | None = None
-        self._path: Path | None = None
-        if target is None:
-            return
-        if not isinstance(target, str | os.PathLike):
-            self._stream = target
-            return
-        self._path = Path(target)
-        try:
-            with self._alone(self._path) as stream:
-                whole = stream.read()
-            for number, line in enumerate(whole.splitlines(), start=1):
-                self._remember(line, where=f"{self._path}: line {number}")
-        except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
-
-    def __enter__(self) -> _Log:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """The file is closed after each line."""
-
-    def get(self, path: str, commit: str) -> Result | None:
-        """What is known of a checkpoint at this commit."""
-        return self._known.get((path, commit))
-
-    def write(self, result: Result) -> None:
-        """Append a result, unless it comes from here."""
-        if result.commit is not None and self.get(result.path, result.commit) is result:
-            return
-        line = json.dumps({**result.to_dict(), "base": self._base}, allow_nan=False) + "\n"
-        if self._path:
-            with self._alone(self._path) as stream:
-                stream.seek(0, os.SEEK_END)
-                stream.write(line.encode())
-        elif self._stream:
-            self._stream.write(line)
-            self._stream.flush()
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _alone(path: Path) -> Iterator[io.FileIO]:
-        """The file, from its beginning and with whole lines only, for as long as no other run may touch it."""
-        with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+") as stream:
-            locking.wait(stream.fileno())
-            size = stream.seek(0, os.SEEK_END)
-            if size:
-                stream.seek(size - 1)
-                if stream.read(1) != b"\n":  # nobody is writing it, so nobody will end this line
-                    stream.seek(0)
-                    stream.truncate(stream.readall().rfind(b"\n") + 1)
-            stream.seek(0)
-            yield stream
-
-    def _remember(self, line: bytes, *, where: str) -> None:
-        data = parse_json(line.decode("utf-8", "replace"), where=where)
-        schema.validate(data, "verify-line.v1", where=where)
-        if data["commit"] and data["status"] != "failed" and data["base"] == self._base:
-            if data["status"] == "verified" and "trained" not in data["checkpoint"]:
-                return  # of an older version, which did not say what its loader table follows from
-            outcome: Outcome = (
-                Skipped(data["path"], data["kind"])
-                if data["status"] == "skipped"
-                else CheckpointReport.from_dict(data["checkpoint"])
-            )
-            if isinstance(outcome, CheckpointReport) and _may_be_assumed(outcome):
-                return
-            self._known[data["path"], data["commit"]] = Result(data["path"], data["commit"], outcome)
+    outcome = registry.verifier.verify(str(replace(reference, revision=commit)), skip_others=skip_others)
+    return Result(path, commit, named(outcome, path))

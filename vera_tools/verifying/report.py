@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 
@@ -20,6 +20,8 @@ from vera_tools.verifying.gates import Answer, Change, LoadSpec
 from vera_tools.verifying.loads import Load, Trained, loader_table
 
 _EXIT_CODES = {"reproducible": 0, "assumed": 3, "unproven": 3, "drift": 1, "invalid": 4}
+#: The exit code of a run that was interrupted, as shells have it.
+INTERRUPTED = 130
 #: A projection that is not in the file, and of which nothing is recorded.
 ABSENT = Match(None, None, None, "absent")
 
@@ -190,6 +192,8 @@ class VerifyReport(Report):
         require: The worst verdict that passes.
         require_loads: The loaders that have to be exact, or, with `against_loads`, the one moved from.
         against_loads: The loaders moved to: then it is asked which checkpoints the move changes.
+        partial: The run was interrupted: there are more.
+        from_log: How many were taken from a log, in which an earlier run told of them.
     """
 
     name: ClassVar[str] = "verify"
@@ -200,6 +204,8 @@ class VerifyReport(Report):
     failed: tuple[Failed, ...] = ()
     require_loads: tuple[LoadSpec, ...] = ()
     against_loads: LoadSpec | None = None
+    partial: bool = False
+    from_log: int = field(default=0, compare=False)
 
     def __repr__(self) -> str:
         """One line: how many checkpoints have each verdict, and the exit code."""
@@ -228,7 +234,9 @@ class VerifyReport(Report):
 
     @property
     def exit_code(self) -> int:
-        """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0."""
+        """The most severe of the checkpoints' codes: 4, 1, 5, 3, 0; 130 where the run was interrupted."""
+        if self.partial:
+            return INTERRUPTED
         codes = [self.exit_code_of(report) for report in self.checkpoints]
         return worst([*codes, *(failed.exit_code for failed in self.failed)])
 
@@ -249,6 +257,8 @@ class VerifyReport(Report):
             "summary": self.summary,
             "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
             "failed": [{"path": path, "error": error.to_dict()} for path, error in self.failed],
+            **({"partial": True} if self.partial else {}),
+            **({"from_log": self.from_log} if self.from_log else {}),
         }
 
     def gates(self, checkpoint: CheckpointReport) -> list[tuple[str, str]]:
@@ -300,6 +310,12 @@ class VerifyReport(Report):
             )
             case = ElementTree.SubElement(suite, "testcase", classname=path, name="verdict")
             ElementTree.SubElement(case, "error", message=str(error))
+        if self.partial:
+            suite = ElementTree.SubElement(
+                root, "testsuite", name="interrupted", tests="1", failures="0", errors="1", skipped="0"
+            )
+            case = ElementTree.SubElement(suite, "testcase", classname="interrupted", name="interrupted")
+            ElementTree.SubElement(case, "error", message="interrupted before all were verified")
         for key in ("tests", "failures", "errors", "skipped"):
             root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
         for element in root.iter():  # XML 1.0 has no way at all to write most control characters
@@ -325,3 +341,16 @@ def _next(step: Step | None) -> str:
 
 #: What becomes of one checkpoint.
 Outcome = CheckpointReport | Skipped | Failed
+
+
+def named(outcome: Outcome, path: str) -> Outcome:
+    """The same of a checkpoint that the caller calls otherwise."""
+    return replace(outcome, path=path) if isinstance(outcome, CheckpointReport) else outcome._replace(path=path)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An interrupt that came while many were verified. `report` holds what was done by then, marked as partial."""
+
+    def __init__(self, report: VerifyReport) -> None:
+        super().__init__(report)
+        self.report = report

@@ -1,0 +1,141 @@
+"""What `verify` and `summarize` share: what has to hold for exit code 0, and how stdout has the report."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import click
+
+from vera_tools.cli.shared import Function, Output
+from vera_tools.errors import UsageError
+from vera_tools.files import atomic
+from vera_tools.verifying.findings import VERDICTS, Verdict
+
+if TYPE_CHECKING:
+    from vera_tools.verifying.report import VerifyReport
+
+FORMATS = ("human", "json", "jsonl", "github", "junit")
+
+
+class Requirements(TypedDict):
+    """What has to hold for exit code 0, as the library's functions take it."""
+
+    require: Verdict
+    require_loads: tuple[str, ...]
+    against_loads: str | None
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the report is shown.
+
+    Attributes:
+        output: --json, -q and -v.
+        name: One of FORMATS.
+        junit: A file for JUnit XML, or None.
+        failed_only: The paths alone of those that are not good.
+    """
+
+    output: Output
+    name: str
+    junit: Path | None
+    failed_only: bool
+
+    @classmethod
+    def of(cls, output: Output, form: str | None, junit: Path | None, *, failed_only: bool) -> Form:
+        """From the options, before any work.
+
+        Raises:
+            UsageError: they contradict each other, or a file cannot be written.
+        """
+        if output.json and form not in (None, "json"):
+            raise UsageError(f"--json and --format {form} would both write to stdout")
+        name = "json" if output.json else form or "human"
+        if failed_only and name != "human":
+            raise UsageError("--failed-only prints paths alone, which is a form of its own")
+        if junit:
+            atomic.refuse_unwritable(junit)
+        if name == "github":
+            from vera_tools.cli import github
+
+            github.refuse_unwritable_summary()
+        return cls(replace(output, json=name == "json"), name, junit, failed_only)
+
+    def show(self, report: VerifyReport) -> int:
+        """Show a report, and return its exit code."""
+        if self.junit:
+            atomic.write_bytes(self.junit, report.to_junit().encode())
+        if self.name == "jsonl" or (self.output.quiet and self.name != "json"):
+            return report.exit_code
+        if self.failed_only:
+            for path in _not_good(report):
+                print(path)
+        elif self.name == "junit":
+            print(report.to_junit(), end="")
+        elif self.name == "github":
+            from vera_tools.cli import github
+
+            for line in github.workflow_commands(report):
+                print(line)
+            github.write_summary(report)
+        else:
+            from vera_tools.cli.verdicts import show
+
+            return self.output.emit(report, lambda console: show(report, console, verbose=self.output.verbose))
+        return report.exit_code
+
+
+def requirement_options(function: Function) -> Function:
+    """--require, --require-loads and --against-loads, as one `Requirements`."""
+
+    @click.option(
+        "--require",
+        type=click.Choice(VERDICTS),
+        default="reproducible",
+        show_default=True,
+        help="The worst verdict that still exits 0.",
+    )
+    @click.option(
+        "--require-loads",
+        multiple=True,
+        metavar="SPEC",
+        help="Exit 1 where such a loader is not exact: peft>=0.21[:DTYPE][:PLATFORM][:torch==VERSION]. Repeatable.",
+    )
+    @click.option(
+        "--against-loads",
+        metavar="SPEC",
+        help="Exit 1 where a move from --require-loads to SPEC changes the projections, and list which.",
+    )
+    @functools.wraps(function)
+    def wrapper(
+        *args: Any, require: Verdict, require_loads: tuple[str, ...], against_loads: str | None, **kwargs: Any
+    ) -> Any:
+        requirements = Requirements(require=require, require_loads=require_loads, against_loads=against_loads)
+        return function(*args, requirements=requirements, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+def junit_option(function: Function) -> Function:
+    """--junit."""
+    option = click.option(
+        "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML too."
+    )
+    return option(function)
+
+
+def failed_only_option(function: Function) -> Function:
+    """--failed-only."""
+    option = click.option(
+        "--failed-only", is_flag=True, help="Print the paths alone of those that are not good, one a line."
+    )
+    return option(function)
+
+
+def _not_good(report: VerifyReport) -> list[str]:
+    """The paths of those that are not good, as they were named, for another command to take."""
+    found = [checkpoint.path for checkpoint in report.checkpoints if report.exit_code_of(checkpoint)]
+    return [*found, *(path for path, _ in report.failed)]

@@ -1,0 +1,264 @@
+"""The log of `verify`: a JSON line for each checkpoint (verify-line/v1), from which later runs and `summarize` take.
+
+A line holds for as long as what it tells of stays what it was: a commit on the Hub for ever, and a folder on disk until
+the size, the times or the name of one of its files changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from vera_tools import schema
+from vera_tools._version import TOOL
+from vera_tools.checkpoints.base import BaseModel
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
+from vera_tools.errors import FormatError, UsageError, VeraToolsError
+from vera_tools.files import local, locking
+from vera_tools.files.strict_json import parse_json
+from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
+
+#: What `verify` reads of a checkpoint.
+_READ = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)
+
+#: Name, size, nanoseconds when it was last written to, and when anything of it changed, which nobody can set.
+State = tuple[tuple[str, int, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What else than the checkpoint an outcome depends on.
+
+    Attributes:
+        base: What the user called the base; None without one.
+        base_state: Its commit on the Hub, or a digest over the names, sizes and times of its files.
+        base_digests: Whether the base's weights are hashed.
+        allow_pickle: Whether legacy .bin files are read.
+    """
+
+    base: str | None = None
+    base_state: str | None = None
+    base_digests: bool = False
+    allow_pickle: bool = False
+
+    @classmethod
+    def of(
+        cls, label: str | os.PathLike[str] | None, model: BaseModel | None, *, base_digests: bool, allow_pickle: bool
+    ) -> Conditions:
+        """Those of a run against this base."""
+        if model is None or label is None:
+            return cls(allow_pickle=allow_pickle)
+        commit = getattr(model.folder, "commit", None)
+        if commit is None and isinstance(model.folder, local.LocalFolder):
+            state = _state(os.fspath(model.folder.path), model.folder.names())
+            commit = None if state is None else hashlib.sha256(json.dumps(state).encode()).hexdigest()
+        return cls(os.fspath(label), commit, base_digests, allow_pickle)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one checkpoint.
+
+    Attributes:
+        path: What it is called.
+        commit: The commit that was verified; None for local ones.
+        outcome: Its report; that it was skipped; or why it could not be reached.
+        state: The files on disk that were verified; None on the Hub, or where they changed meanwhile.
+    """
+
+    path: str
+    commit: str | None
+    outcome: Outcome
+    state: State | None = field(default=None, compare=False)
+
+    def to_dict(self, conditions: Conditions | None = None) -> dict[str, Any]:
+        """The verify-line/v1 document."""
+        outcome, under = self.outcome, conditions or Conditions()
+        status = {Skipped: "skipped", Failed: "failed"}.get(type(outcome), "verified")
+        return {
+            "schema": "vera-tools/verify-line/v1",
+            "tool": dict(TOOL),
+            "path": self.path,
+            "commit": self.commit,
+            "status": status,
+            "kind": outcome.kind if isinstance(outcome, Skipped) else None,
+            "checkpoint": outcome.to_dict(table=False) if isinstance(outcome, CheckpointReport) else None,
+            "error": outcome.error.to_dict() if isinstance(outcome, Failed) else None,
+            "base": under.base,
+            "base_state": under.base_state,
+            "base_digests": under.base_digests,
+            "allow_pickle": under.allow_pickle,
+            "files": None if self.state is None else [dict(zip(_FILE, file, strict=True)) for file in self.state],
+        }
+
+
+_FILE = ("name", "size", "modified_ns", "changed_ns")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that was read: a result, and under what it was found. `old` says why nothing may rest on it."""
+
+    result: Result
+    conditions: Conditions
+    tool: dict[str, str]
+    old: str | None
+
+
+def read(line: bytes, *, where: str) -> Line:
+    """Parse a line.
+
+    Raises:
+        FormatError: it is none.
+    """
+    data = parse_json(line.decode("utf-8", "replace"), where=where)
+    schema.validate(data, "verify-line.v1", where=where)
+    conditions = Conditions(
+        data["base"], data.get("base_state"), data.get("base_digests", False), data.get("allow_pickle", False)
+    )
+    files = data.get("files")
+    state = None if files is None else tuple(tuple(file[key] for key in _FILE) for file in files)
+    outcome: Outcome
+    old = None
+    if data["status"] == "skipped":
+        outcome = Skipped(data["path"], data["kind"] or "")
+    elif data["status"] == "failed":
+        outcome = Failed(data["path"], VeraToolsError.from_dict(data["error"]))
+    elif "trained" not in data["checkpoint"]:
+        old = "it does not say what the table of loaders follows from"
+        outcome = Failed(data["path"], FormatError(old, where=where))
+    else:
+        outcome = CheckpointReport.from_dict(data["checkpoint"])
+        old = "it may call reproducible what is only assumed" if _may_be_assumed(outcome) else None
+    return Line(Result(data["path"], data["commit"], outcome, state), conditions, data["tool"], old)
+
+
+def state_of(path: str) -> State | None:
+    """The files on disk that `verify` reads of a checkpoint; None where there is nothing to be known by."""
+    if os.path.isdir(path):
+        return _state(path, _READ)
+    folder, name = os.path.split(path)
+    return _state(folder, dict.fromkeys((name, *_READ)))
+
+
+def _state(folder: str, names: Iterable[str]) -> State | None:
+    found = []
+    for name in names:
+        try:
+            status = os.stat(os.path.join(folder, name))
+        except OSError:
+            continue
+        found.append((name, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    return tuple(found) or None
+
+
+def _may_be_assumed(report: CheckpointReport) -> bool:
+    """Whether a line of version 0.1.0, which knew no such verdict, may call `reproducible` what is only assumed.
+
+    It named no origin where the record is in the file's own metadata alone.
+    """
+    found = {check.id: check.status for check in report.checks}
+    alone = "metadata.projections" in found and found.get("manifest.schema") == "skip"
+    return report.verdict == "reproducible" and ("manifest.assumed" in found or alone)
+
+
+class Log:
+    """The log file or stream of a run. A line that was cut off by a crash is dropped.
+
+    Several runs may share a file: it is opened, locked and closed again whenever lines are written, which is at once.
+    """
+
+    def __init__(self, target: str | os.PathLike[str] | TextIO | None, conditions: Conditions) -> None:
+        self._conditions = conditions
+        self._known: dict[tuple[str, str | None], Result] = {}
+        self._stream: TextIO | None = None
+        self._path: Path | None = None
+        #: How many results were taken from it.
+        self.taken = 0
+        if target is None:
+            return
+        if not isinstance(target, str | os.PathLike):
+            self._stream = target
+            return
+        self._path = Path(target)
+        try:
+            with self._alone(self._path) as stream:
+                whole = stream.read()
+            for number, line in enumerate(whole.splitlines(), start=1):
+                self._remember(read(line, where=f"{self._path}: line {number}"))
+        except OSError as error:
+            raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
+
+    @property
+    def is_file(self) -> bool:
+        """Whether a later run may take from it, so that states are worth writing down."""
+        return self._path is not None
+
+    def local(self, path: str, *, skip_others: bool) -> Result | None:
+        """What is known of a checkpoint on disk, where its files are still the ones that were verified."""
+        found = self.get(path, None, skip_others=skip_others)
+        return found if found is not None and found.state == state_of(path) else None
+
+    def get(self, path: str, commit: str | None, *, skip_others: bool) -> Result | None:
+        """What is known of a checkpoint at this commit."""
+        found = self._known.get((path, commit))
+        if found is None:
+            return None
+        outcome = found.outcome  # an adapter of another kind is skipped by a search, and invalid where it was named
+        if skip_others:
+            other = isinstance(outcome, CheckpointReport) and any(c.id == "config.kind" for c in outcome.failed)
+        else:
+            other = isinstance(outcome, Skipped)
+        return None if other else found
+
+    def take(self, result: Result) -> bool:
+        """Count a result that comes from here; False where it does not."""
+        known = self._known.get((result.path, result.commit)) is result
+        self.taken += known
+        return known
+
+    def write(self, results: Iterable[Result]) -> None:
+        """Append results."""
+        lines = [json.dumps(result.to_dict(self._conditions), allow_nan=False) + "\n" for result in results]
+        if self._path and lines:
+            with self._alone(self._path) as stream:
+                stream.seek(0, os.SEEK_END)
+                stream.write("".join(lines).encode())
+        elif self._stream and lines:
+            self._stream.write("".join(lines))
+            self._stream.flush()
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _alone(path: Path) -> Iterator[io.FileIO]:
+        """The file, from its beginning and with whole lines only, for as long as no other run may touch it."""
+        with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+") as stream:
+            locking.wait(stream.fileno())
+            size = stream.seek(0, os.SEEK_END)
+            if size:
+                stream.seek(size - 1)
+                if stream.read(1) != b"\n":  # nobody is writing it, so nobody will end this line
+                    stream.seek(0)
+                    stream.truncate(stream.readall().rfind(b"\n") + 1)
+            stream.seek(0)
+            yield stream
+
+    def _remember(self, line: Line) -> None:
+        result, mine = line.result, self._conditions
+        key = (result.path, result.commit)
+        if isinstance(result.outcome, Failed) or line.old or line.conditions.base != mine.base:
+            return
+        if result.commit is None:  # the newest line of a path holds, so that an older state that comes back is unknown
+            self._known.pop(key, None)
+            if result.state is None or line.tool != dict(TOOL) or line.conditions != mine:
+                return
+        self._known[key] = result

@@ -1,0 +1,73 @@
+"""`summarize`: the lines of several runs of `verify` as one report, as if one run had verified all."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vera_tools.errors import FormatError, UsageError
+from vera_tools.files import opening
+from vera_tools.verifying.findings import Verdict
+from vera_tools.verifying.gathering import Gathered
+from vera_tools.verifying.log import Line, read
+from vera_tools.verifying.report import VerifyReport
+
+
+def summarize(
+    *logs: str | os.PathLike[str],
+    require: Verdict = "reproducible",
+    require_loads: str | Sequence[str] = (),
+    against_loads: str | None = None,
+) -> VerifyReport:
+    """Make one report of the lines that runs of `verify` wrote with ``log``.
+
+    Of two lines on one path the later one holds: the one further down, in the log named last. Checkpoints come in the
+    order of their paths. Nothing is verified, and nothing but the logs is read.
+
+    Args:
+        logs: Files of lines (verify-line/v1).
+        require: As in `verify`.
+        require_loads: As in `verify`.
+        against_loads: As in `verify`.
+
+    Raises:
+        FormatError: a log cannot be read, holds something else or ends in the middle of a line; or there is no line.
+        UsageError: no log given, or one that is not there; an unknown `require`, `require_loads` or `against_loads`.
+    """
+    gathered = Gathered(
+        require, require_loads if isinstance(require_loads, str) else tuple(require_loads), against_loads
+    )
+    if not logs:
+        raise UsageError("no log given")
+    for log in logs:
+        opening.require(log)
+    found: dict[str, Line] = {}
+    for log in logs:
+        for line in _lines(Path(log)):
+            found[line.result.path] = line
+    if not found:
+        raise FormatError(
+            "no checkpoint was verified", where=", ".join(os.fspath(log) for log in logs), expected="a line or more"
+        )
+    for place, path in enumerate(sorted(found, key=lambda path: (re.split(r"[/\\]", path), path))):
+        line = found[path]
+        if line.old:
+            hint = f"vera-tools {line.tool['version']} wrote it: verify it again, with --log"
+            raise FormatError(f"its line in the log cannot be relied on: {line.old}", where=path, hint=hint)
+        gathered.add(place, line.result.outcome)
+    return gathered.report()
+
+
+def _lines(log: Path) -> Iterator[Line]:
+    try:
+        with log.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                where = f"{log}: line {number}"
+                if not line.endswith(b"\n"):
+                    hint = "run verify again with the same --log: it goes on from there"
+                    raise FormatError("the line is cut off: the run that wrote it did not end", where=where, hint=hint)
+                yield read(line, where=where)
+    except OSError as error:
+        raise FormatError(f"cannot be read: {error.strerror}", where=log) from error
