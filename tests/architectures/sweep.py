@@ -1,6 +1,6 @@
 """Every class of transformers that can be built tiny, each with adapters of PEFT's, through verify, merge and convert.
 
-    python -m tests.architectures.sweep --out sweep.jsonl             # all, two hours on one core; goes on where it was
+    python -m tests.architectures.sweep --out sweep.jsonl             # all, an hour on one core; goes on where it was
     python -m tests.architectures.sweep --out s.jsonl --only '^Bert'  # some
     python -m tests.architectures.sweep --out sweep.jsonl --table     # and write what docs/architectures.md shows
 
@@ -27,7 +27,7 @@ from typing import Any
 from tests.architectures import judging
 from vera_tools.architectures import data
 
-SECONDS = 240
+SECONDS = 600
 #: What a class is called that has most: it comes before the others of its model type.
 HEADS = ("ConditionalGeneration", "LMHeadModel", "MaskedLM", "CausalLM", "PreTraining", "Classification")
 #: Bytes of address space that a process may take beyond what torch and transformers have.
