@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from vera_tools import blas
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Layer
 from vera_tools.checkpoints.config import VeraConfig
@@ -182,6 +183,7 @@ class DiffReport(Report):
         }
 
 
+@blas.one_thread()
 def diff(
     a: str | os.PathLike[str],
     b: str | os.PathLike[str],

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from vera_tools import blas
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.comparing.updates import Pair, UpdateComparison
@@ -75,6 +76,7 @@ class Effect:
         }
 
 
+@blas.one_thread()
 def measure(
     checkpoint: Checkpoint,
     trained: Pair,

@@ -9,7 +9,6 @@ from typing import TypeVar
 from vera_tools.errors import UsageError
 from vera_tools.verifying.findings import VERDICTS, Verdict
 from vera_tools.verifying.gates import LoadSpec
-from vera_tools.verifying.loads import Trained
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped, VerifyReport
 
 Value = TypeVar("Value")
@@ -64,7 +63,7 @@ class Gathered:
             recipe=self._one(report.recipe, report.recipe),
             also_matches=self._one(report.also_matches, report.also_matches),
             projections=self._one((one, two), (one, two)),
-            trained=trained and self._one(_key(trained), trained),
+            trained=self._one(trained, trained),
             scope=self._one(report.scope, report.scope),
             base=self._one(report.base, report.base),
         )
@@ -72,8 +71,3 @@ class Gathered:
     def _one(self, key: Hashable, value: Value) -> Value:
         """The first of all that are equal to this."""
         return self._shared.setdefault((type(value), key), value)  # type: ignore[return-value]
-
-
-def _key(trained: Trained) -> Hashable:
-    values = dict(vars(trained))
-    return (tuple(values.pop("obstacles").items()), tuple(values.items()))

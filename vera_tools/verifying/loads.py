@@ -11,6 +11,7 @@ Three facts about PEFT decide every row (each was seen by running it):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,6 +85,9 @@ class Trained:
     obstacles: Mapping[str, str] = field(default_factory=dict)
     unknown_before_14: tuple[str, ...] = ()
 
+    def __hash__(self) -> int:
+        return hash((self.stored, tuple(self.recipes or ()), self.dtype, self.prng_key, tuple(self.obstacles.items())))
+
     def to_dict(self) -> dict[str, Any]:
         """As it stands in reports, which hold the recipes already."""
         return {
@@ -115,6 +119,7 @@ def redrawn(prng_key: int, rounding: str, base_dtype: str) -> Recipe:
     return Recipe(prng_key=prng_key, rounding=rounding, rounded_through=through)  # type: ignore[arg-type]
 
 
+@functools.lru_cache(maxsize=256)  # in a registry few differ in what their table follows from
 def loader_table(trained: Trained) -> tuple[Load, ...]:
     """All rows, in the order of BASE_DTYPES within ROUNDINGS within options within loaders."""
     table = []

@@ -228,6 +228,8 @@ class Log:
 
     def write(self, results: Iterable[Result]) -> None:
         """Append results."""
+        if self._path is None and self._stream is None:
+            return
         lines = [json.dumps(result.to_dict(self._conditions), allow_nan=False) + "\n" for result in results]
         if self._path and lines:
             with self._alone(self._path) as stream:

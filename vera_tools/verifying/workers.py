@@ -19,6 +19,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from vera_tools import blas
+
 Result = TypeVar("Result")
 
 _PROGRAM = """
@@ -27,8 +29,6 @@ sys.path[:] = pickle.load(sys.stdin.buffer)
 from vera_tools.verifying.workers import serve
 serve()
 """
-#: Any of these says how many threads linear algebra may use.
-BLAS = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def cpus() -> int:
@@ -88,8 +88,8 @@ class Workers(Executor):
 
     def _start(self) -> subprocess.Popen[bytes]:
         environment = dict(os.environ)
-        if not any(name in environment for name in BLAS):
-            environment.update(dict.fromkeys(BLAS, "1"))
+        if not any(name in environment for name in blas.VARIABLES):
+            environment.update(dict.fromkeys(blas.VARIABLES, "1"))
         process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
         )
