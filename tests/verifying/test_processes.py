@@ -83,6 +83,16 @@ def test_a_process_that_stands_elsewhere(root, expected, monkeypatch, at_once):
     ]
 
 
+def test_a_process_imports_nothing_from_where_it_is_started(monkeypatch, tmp_path):
+    """A registry that holds a pickle.py runs none of it."""
+    for name in ("pickle.py", "json.py", "vera_tools.py", "sitecustomize.py"):
+        (tmp_path / name).write_text("from pathlib import Path\nPath('it-ran').touch()\n", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    with Workers(1) as workers:
+        assert workers.submit(os.getcwd).result() == str(tmp_path)
+    assert not (tmp_path / "it-ran").exists()
+
+
 def die_of(victim, how):
     """What a process does for whom one checkpoint is fatal."""
 

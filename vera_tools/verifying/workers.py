@@ -90,9 +90,9 @@ class Workers(Executor):
         environment = dict(os.environ)
         if not any(name in environment for name in blas.VARIABLES):
             environment.update(dict.fromkeys(blas.VARIABLES, "1"))
-        process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-        )
+        # Isolated, it imports nothing from the folder that it is started in, where somebody's adapters may lie.
+        command = [sys.executable, "-I", "-X", f"utf8={sys.flags.utf8_mode}", "-c", _PROGRAM]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
         assert process.stdin is not None
         with self._lock:
             self._running.add(process)
