@@ -113,7 +113,12 @@ def tiny(tensors):
     tensors[PREFIX + "vera_lambda_d"] *= np.float32(2.0**-70)
 
 
-MADE = [constant, ties, cancelling, one_sided, tiny]
+def uneven(tensors):
+    """Columns of vera_A of very different size."""
+    tensors["base_model.vera_A"] *= np.float32(2) ** (4 * (np.arange(40, dtype=np.float32) - 20))
+
+
+MADE = [constant, ties, cancelling, one_sided, tiny, uneven]
 
 
 def nasty(tensors, rng):
@@ -208,6 +213,47 @@ def test_no_float32_sum_errs_by_more_than_its_bound(rank):
     assert all((error <= bound[:, None]).all() for error in errors)
     if rank == 4096:  # and a bound that did not grow with the rank would be too small
         assert max((error / bound[:, None]).max() for error in errors) * (rank + 9) > 16
+
+
+# What vera_A, lambda_d, vera_B and lambda_b are multiplied by, as powers of two. Their product stays what it is.
+SCALES = {
+    "ordinary": (0, 0, 0, 0),
+    "vera_B * vera_A underflows": (-80, 80, -60, 60),
+    "nearly all of it underflows": (-80, 40, -66, 106),
+    "vera_B * vera_A overflows": (70, -70, 70, -70),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scales", SCALES.values(), ids=SCALES)
+def test_no_sum_at_a_single_place_errs_by_more_than_it_says(scales, dtype):
+    rng = np.random.default_rng(7)
+    rank, outs, ins = 256, 12, 9
+    a, d, b, c = (2.0**exponent for exponent in scales)
+    A, B = (rng.uniform(-1, 1, shape).astype(np.float32) for shape in ((rank, ins), (outs, rank)))
+    A, B = A * np.float32(a), B * np.float32(b)
+    factor = arithmetic.Factor(rng.uniform(0.5, 1, outs) * c, B, rng.uniform(0.5, 1, rank) * d, A, A.T.copy())
+    delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
+    spread = delta.spread(delta.left(0, outs))
+    weight = rng.standard_normal((outs, ins)).astype(np_dtype("bfloat16"))
+    places = np.indices((outs, ins)).reshape(2, -1)
+    sums, errors = delta.closely(weight, *places, start=0, spread=spread, products=np.dtype(dtype))
+    true = delta.exactly(weight.reshape(-1), *places)
+    assert (np.abs(sums - true) <= errors).all()
+    if not any(scales):  # and it is a tenth of what a float32 sum may err by, or there would be no point in it
+        assert errors.max() < 0.1 * spread.max() * delta.error_share(np.dtype(np.float32))
+    elif dtype == np.float32:
+        assert (np.abs(sums - true) > spread.max() * 2.0**-20).any(), "nothing was lost, so this proves nothing"
+
+
+@pytest.mark.parametrize("tie", [2.0**-134, -(2.0**-134), 3 * 2.0**-134])
+def test_a_tie_among_the_smallest_numbers_goes_to_even(tie):
+    total, result = np.full((1, 1), tie, np.float32), np.empty((1, 1), np_dtype("bfloat16"))
+    nothing = np.zeros(1, np.float32)
+    sum_and_found = rounding.sum_to_half(
+        total, None, error=nothing, bound=np.abs(total[0]), out=result, workspace=Workspace()
+    )
+    assert sum_and_found[0].size or float(result[0, 0]) == nearest(Fraction(tie), "bfloat16")
 
 
 def test_more_open_sums_than_can_be_computed_exactly_are_refused(tmp_path, monkeypatch):

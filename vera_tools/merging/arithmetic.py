@@ -6,7 +6,7 @@ float64. Work is done in blocks of rows, whose scratch memory does not grow with
 
 A half-precision weight comes out correctly rounded, whatever the adapter. Where the float32 sum lies so near the middle
 between two of its neighbours that its own error (`Delta.error_share`) could decide, that element alone, a few in a
-thousand, is computed again in float64 (`Delta.closely`), and where that cannot decide either, in integers
+thousand, is computed again with float64 sums (`Delta.closely`), and where that cannot decide either, in integers
 (`Delta.exactly`). So the result does not depend on the order in which a BLAS adds, on the number of its threads, or on
 the machine.
 """
@@ -20,17 +20,20 @@ import numpy as np
 
 from vera_tools.dtypes import Array
 from vera_tools.merging import exact
-from vera_tools.merging.workspace import Workspace
+from vera_tools.merging.rounding import taken
+from vera_tools.merging.workspace import Workspace, row_by_row
 
 #: Elements of a weight that are merged at a time: 4 MB of float32, which stays in a CPU's outer cache.
 BLOCK = 1 << 20
 #: Ranks that are multiplied together. A sum's error grows with their number, and so does the number of doubtful
 #: elements; more panels are more additions of whole blocks.
 PANEL = 128
-#: Places that are computed in float64 at a time.
+#: The same, where more than this share of a block is doubtful.
+NARROW_PANEL, MANY = 32, 1 / 100
+#: Places that are computed one by one together.
 PLACES = 1 << 8
 #: Share of doubtful elements above which a whole block in float64 costs less than its single places.
-CROWDED = 1 / 64
+CROWDED = 1 / 16
 
 #: By how much a rounding changes a number at most, as a share of it.
 UNITS = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
@@ -38,6 +41,10 @@ UNITS = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float64): 2.0**-53}
 # Added to a norm. It stands for what is lost below the smallest numbers when elements are squared or multiplied, also
 # where a processor was told to take subnormal numbers for zero: 2**-126 is far less than 2**-100 of a rounding.
 _FLOOR = 2.0**-50
+# What is lost below the smallest numbers by a product in either dtype, and twice the same for its sum.
+_LOST = {np.dtype(np.float32): 2.0**-124, np.dtype(np.float64): 2.0**-1020}
+# An error that leaves everything open, and that float64 can still add to a sum.
+_UNKNOWN = 2.0**1000
 
 
 def accumulator(dtype: str) -> np.dtype[np.float32] | np.dtype[np.float64]:
@@ -91,10 +98,15 @@ class Delta:
         self.dtype = dtype
         self._factors, self._transposed, self._workspace = factors, transposed, workspace
         self._rank = sum(factor.lambda_d.size for factor in factors)
+        self._panel = PANEL
         outs, ins = factors[0].lambda_b.size, factors[0].vera_A.shape[1]
         self.shape = (ins, outs) if transposed else (outs, ins)
         self._right = self._out_side(0, outs, "right").T if transposed else self._in_side(0, ins, "right")
-        self._largest_column = _norms(self._right, axis=0).max()
+        norms = _norms(self._right, axis=0)
+        self._largest_column = norms.max()
+        #: Norm of each column of the right matrix, as a share of the largest; more where that could underflow.
+        with np.errstate(invalid="ignore"):
+            self.shares = np.maximum(norms / (self._largest_column or 1), norms.dtype.type(2.0**-100))
 
     def left(self, start: int, stop: int) -> Array:
         """Rows `start` to `stop` of the left matrix, (stop - start, sum of ranks), until the next are asked for."""
@@ -124,27 +136,54 @@ class Delta:
         in `spread` err too, by a share that grows with the whole rank. Infinite where that is so large that this says
         nothing.
         """
-        unit = UNITS[dtype]
-        longest = min(self._rank, PANEL) + self._rank // PANEL if dtype == np.float32 else self._rank
-        n, norms = (longest + len(self._factors) + 8) * unit, (2 * self._rank + 8) * unit
+        longest = min(self._rank, self._panel) + self._rank // self._panel if dtype == np.float32 else self._rank
+        return self._share(longest + len(self._factors) + 8, dtype)
+
+    def _share(self, roundings: int, dtype: np.dtype[np.floating]) -> float:
+        n, norms = roundings * UNITS[dtype], (2 * self._rank + 8) * UNITS[self.dtype]
         return n / (1 - n) * (1 + norms) * 1.001 if norms < 0.01 else np.inf
 
-    def closely(self, weight: Array, rows: Array, columns: Array, *, start: int) -> Array:
-        """W + change at single places, in float64.
+    def closely(
+        self,
+        weight: Array,
+        rows: Array,
+        columns: Array,
+        *,
+        start: int,
+        spread: Array,
+        products: np.dtype[np.float32] | np.dtype[np.float64],
+    ) -> tuple[Array, Array]:
+        """W + change at single places, added in float64.
+
+        The product of an element of vera_B and one of vera_A is taken in `products`. In float32 that is the only
+        rounding that counts, and much faster: what it leaves open is few.
 
         Args:
             weight: Rows of the stored weight, from row `start` on.
             rows: Row of each place, counted from `start`.
             columns: Column of each place.
             start: Where `weight` begins.
+            spread: Of each row of `weight`, as `spread` has it.
+            products: float32 or float64.
+
+        Returns:
+            The sums, and how far each may be off, both in float64.
         """
-        total = weight[rows, columns].astype(np.float64)
+        total = taken(weight, rows, columns)
         outs, ins = (columns, rows + start) if self._transposed else (rows + start, columns)
-        for factor in self._factors:
-            for done in range(0, total.size, PLACES):
-                part = slice(done, done + PLACES)
-                total[part] += self._sums(factor, outs[part], ins[part])
-        return total
+        # float64's own roundings are less than one of float32.
+        share = self._share(2, products) if products == np.float32 else self.error_share(products)
+        errors = spread[rows].astype(np.float64) * self.shares[columns] * share
+        with np.errstate(over="ignore", invalid="ignore"):
+            for factor in self._factors:
+                lambda_b = factor.lambda_b[outs]
+                total += self._sums(factor, outs, ins, products) * lambda_b
+                most = factor.lambda_d.size * _LOST[products] * np.abs(factor.lambda_d).max(initial=0)
+                errors += most * np.abs(lambda_b)
+            if not np.isfinite(np.dot(total, errors)):  # factors are far larger than their product
+                lost = ~(np.isfinite(total) & np.isfinite(errors))
+                total[lost], errors[lost] = 0, _UNKNOWN
+        return total, errors
 
     def exactly(self, weights: Array, rows: Array, columns: Array) -> Array:
         """W + change at single places, without any rounding but one to odd, in float64.
@@ -167,18 +206,27 @@ class Delta:
                 terms[place].append((lambda_b[0] * integer, lambda_b[1] + exponent))
         return np.array([exact.to_odd(*exact.total(parts)) for parts in terms], np.float64)
 
-    def _sums(self, factor: Factor, outs: Array, ins: Array) -> Array:
-        """One adapter's change at places (outs[i], ins[i]), in float64."""
+    def _sums(self, factor: Factor, outs: Array, ins: Array, dtype: np.dtype[np.floating]) -> Array:
+        """One adapter's change at places (outs[i], ins[i]) but for lambda_b, in float64; products are of `dtype`."""
         rank, array = factor.lambda_d.size, self._workspace.array
-        left, right = (
-            array("B", (outs.size, rank), factor.vera_B.dtype),
-            array("A", (ins.size, rank), factor.columns.dtype),
-        )
-        factor.vera_B_at(outs, out=left)
-        np.take(factor.columns, ins, axis=0, out=right, mode="clip")
-        products = np.multiply(left, right, dtype=np.float64, out=array("BA", left.shape, np.float64))
-        sums: Array = (products @ factor.lambda_d.astype(np.float64)) * factor.lambda_b[outs].astype(np.float64)
+        lambda_d, sums = factor.lambda_d.astype(np.float64), np.empty(outs.size)
+        for start in range(0, outs.size, PLACES):
+            part = slice(start, start + PLACES)
+            shape = (outs[part].size, rank)
+            left, right = array("B", shape, factor.vera_B.dtype), array("A", shape, factor.columns.dtype)
+            factor.vera_B_at(outs[part], out=left)
+            np.take(factor.columns, ins[part], axis=0, out=right, mode="clip")
+            products = array("BA", shape, np.float64)
+            if dtype == left.dtype == right.dtype:
+                np.copyto(products, np.multiply(left, right, out=left))
+            else:
+                np.multiply(left, right, dtype=np.float64, out=products)
+            np.matmul(products, lambda_d, out=sums[part])
         return sums
+
+    def narrow(self) -> None:
+        """Take fewer ranks at a time in float32 from here on: that costs time, and leaves fewer elements open."""
+        self._panel = NARROW_PANEL
 
     def rows(self, start: int, stop: int, *, out: Array) -> Array:
         """Rows `start` to `stop` of the change, written into `out`."""
@@ -186,13 +234,28 @@ class Delta:
 
     def product(self, left: Array, *, out: Array) -> Array:
         """Rows of the change whose rows of the left matrix are `left`, written into `out`."""
-        panel = PANEL if self.dtype == np.float32 else self._rank
-        np.matmul(left[:, :panel], self._right[:panel], out=out)
-        for start in range(panel, self._rank, panel):
-            ranks = slice(start, start + panel)
-            part = self._workspace.array("panel", out.shape, self.dtype)
-            np.add(out, np.matmul(left[:, ranks], self._right[ranks], out=part), out=out)
+        last = self.all_but_last(left, out=out)
+        if last is not None:
+            with row_by_row():
+                np.add(out, last, out=out)
         return out
+
+    def all_but_last(self, left: Array, *, out: Array) -> Array | None:
+        """The same but for the last panel, which is returned; None where there is one only.
+
+        Who adds a weight anyway adds the panel in the same go, while both are in a CPU's cache.
+        """
+        panel = self._panel if self.dtype == np.float32 else self._rank
+        np.matmul(left[:, :panel], self._right[:panel], out=out)
+        last = None
+        with row_by_row():
+            for start in range(panel, self._rank, panel):
+                if last is not None:
+                    np.add(out, last, out=out)
+                ranks = slice(start, start + panel)
+                part = self._workspace.matrix("panel", out.shape, self.dtype)
+                last = np.matmul(left[:, ranks], self._right[ranks], out=part)
+        return last
 
     def _out_side(self, start: int, stop: int, use: str) -> Array:
         matrix, done = self._workspace.array(use, (stop - start, self._rank), self.dtype), 0

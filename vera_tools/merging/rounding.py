@@ -9,17 +9,19 @@ import numpy as np
 
 from vera_tools.dtypes import HALVES, Array, np_dtype
 from vera_tools.errors import CheckFailedError
-from vera_tools.merging.workspace import Workspace
+from vera_tools.merging.workspace import Workspace, row_by_row
 from vera_tools.projections.floats import to_odd
 
 #: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
-STRIP = 1 << 18
+STRIP = 1 << 16
 
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
 _LAST_BITS = np.float32(2.0**-23 * 1.02)
 
 # The same for float64, where the margin itself is added with one more rounding.
 _LAST_BITS_OF_DOUBLE = 2.0**-51
+
+_SMALLEST = np.float32(2.0**-149)  # of all that float32 holds
 
 #: Elements of one block, or of one tensor that is verified, that are computed in integers at most: a minute or so.
 MAX_EXACT = 1 << 16
@@ -38,7 +40,15 @@ def rounded(values: Array, dtype: str) -> Array:
 
 
 def sum_to_half(
-    total: Array, weight: Array | None, *, error: Array, bound: np.float32, out: Array, workspace: Workspace
+    total: Array,
+    weight: Array | None,
+    *,
+    error: Array,
+    bound: Array | np.float32,
+    out: Array,
+    workspace: Workspace,
+    more: Array | None = None,
+    shares: Array | None = None,
 ) -> tuple[Array, Array]:
     """Add a weight to a product, round to a half type, and find what its own error may have rounded the wrong way.
 
@@ -49,39 +59,71 @@ def sum_to_half(
         total: (rows, columns) float32, the product; holds the sum afterwards.
         weight: (rows, columns), of any dtype that float32 holds; None where `total` is the sum already, rounded once.
         error: (rows,) float32: how far the products of a row may be off.
-        bound: No sum is larger. Finite.
+        bound: No sum is larger, of all or of each row. Finite.
         out: (rows, columns), bfloat16 or float16: the result.
         workspace: Scratch memory.
+        more: (rows, columns) float32, a part of the product that is to be added before the weight. Default: none.
+        shares: (columns,) float32: how much of a row's error is possible in each column. Default: all.
 
     Returns:
         Rows and columns of the doubtful elements.
     """
     columns = total.shape[1]
     step = max(1, STRIP // max(1, columns))
-    # One slack for all: with one for each row these two sums would take twice as long.
-    slack = error.max() + bound * _LAST_BITS
+    # Never zero, also where so little is lost below the smallest number: a tie is rounded wrongly at first.
+    slack = np.maximum(error + bound * _LAST_BITS, _SMALLEST)[:, None]
     round_both = _bfloat16_by_integers if out.dtype == np_dtype("bfloat16") else _by_casts
-    found = []
-    with np.errstate(over="ignore"):
+    places = []
+    with np.errstate(over="ignore"), row_by_row():
         for start in range(0, total.shape[0], step):
             strip = slice(start, start + step)
             sums = total[strip]
             either = workspace.array("either", (2, *sums.shape), np.float32)
+            if more is not None:
+                np.add(sums, more[strip], out=sums)
             if weight is not None:
                 _add(weight[strip], sums, scratch=either[0])
-            np.add(sums, slack, out=either[0])
-            np.subtract(sums, slack, out=either[1])
+            np.add(sums, slack[strip], out=either[0])
+            np.subtract(sums, slack[strip], out=either[1])
             differs = workspace.array("differs", sums.shape, np.bool_)
             round_both(either, out=out[strip], differs=differs)
-            found.append(np.flatnonzero(differs) + start * columns)
-        rows, places = np.divmod(np.concatenate([np.zeros(0, np.intp), *found]), max(columns, 1))
-        # A second look at the few whose result is open: now each by its own error and not by the largest.
-        sums = total[rows, places]
-        margin = error[rows] + np.abs(sums) * _LAST_BITS
-        low, high = rounded(np.stack((sums - margin, sums + margin)), out.dtype.name)
-    out[rows, places] = high
-    doubtful = low.view(np.uint16) != high.view(np.uint16)
-    return rows[doubtful], places[doubtful]
+            places.append(np.flatnonzero(differs) + start * columns)
+        found = np.concatenate([np.zeros(0, np.intp), *places])
+        rows = found // max(columns, 1)
+        inside = found - rows * columns
+        # A second look at the few whose result is open: now each by its own error.
+        errors = error[rows] if shares is None else error[rows] * shares[inside]
+    values, doubtful = either_way(total[rows, inside], errors, out.dtype.name)
+    put(out, rows, inside, values)
+    return rows[doubtful], inside[doubtful]
+
+
+def put(matrix: Array, rows: Array, columns: Array, values: Array) -> None:
+    """Write elements of a half type. By integers: bfloat16 is no dtype of numpy's own, which takes it byte by byte."""
+    matrix.view(np.uint16)[rows, columns] = values.view(np.uint16)
+
+
+def taken(matrix: Array, rows: Array, columns: Array) -> Array:
+    """Single elements, in float64."""
+    if matrix.dtype != np_dtype("bfloat16"):
+        return matrix[rows, columns].astype(np.float64)
+    bits = matrix.view(np.uint16)[rows, columns].astype(np.uint32)
+    wide: Array = np.left_shift(bits, _BITS).view(np.float32).astype(np.float64)
+    return wide
+
+
+def either_way(sums: Array, error: Array, dtype: str) -> tuple[Array, Array]:
+    """Sums that were rounded to float32 once, in a half type, and where their errors may make another number of them.
+
+    Args:
+        sums: float32.
+        error: float32, how far each was off before it was rounded.
+        dtype: The half type.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        margin = error + np.abs(sums) * _LAST_BITS
+        low, high = rounded(np.stack((sums - margin, sums + margin)), dtype)
+    return high, low.view(np.uint16) != high.view(np.uint16)
 
 
 def decide(sums: Array, error: Array, dtype: str, exactly: Callable[[Array], Array]) -> Array:

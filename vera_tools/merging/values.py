@@ -13,7 +13,7 @@ from vera_tools.files.safetensors import as_bytes
 from vera_tools.merging import arithmetic
 from vera_tools.merging.arithmetic import Delta, accumulator, row_blocks
 from vera_tools.merging.entries import Cast, Computed, Merged, Origin, Patched, Replaced
-from vera_tools.merging.rounding import STRIP, check_finite, decide, largest, rounded, sum_to_half
+from vera_tools.merging.rounding import check_finite, decide, either_way, largest, put, rounded, sum_to_half
 from vera_tools.merging.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 #: Elements that are cast or replaced at a time.
 FLAT_BLOCK = 1 << 20
+# Elements that are multiplied in float64 and rounded together.
+_STRIP = 1 << 18
 
 
 def blocks(
@@ -89,9 +91,10 @@ def _merged(
                 settled = _in_float64(change, weight, entry, start=start, workspace=workspace)
             yield settled
         else:
-            total = change.rows(start, stop, out=workspace.array("total", weight.shape, dtype))
+            total = change.rows(start, stop, out=workspace.matrix("total", weight.shape, dtype))
             with np.errstate(over="ignore", invalid="ignore"):
-                np.add(total, weight, out=total, dtype=dtype, casting="same_kind")
+                result = workspace.array("result", weight.shape, dtype)
+                total = np.add(total, weight, out=result, dtype=dtype, casting="same_kind")
             yield _finished(total, entry, exact=exact), False
 
 
@@ -103,28 +106,46 @@ def _in_float32(
     None where float32 is no use: numbers are too large for it, or it leaves too many elements open.
     """
     left = change.left(start, start + len(weight))
-    spread, bound = _largest_sums(change, left, weight)
-    share = change.error_share(np.dtype(np.float32))
+    spread, bounds = _largest_sums(change, left, weight)
+    bound, share = bounds.max(), change.error_share(np.dtype(np.float32))
     if not np.isfinite(bound + np.float32(share)):
         return None
-    total = change.product(left, out=workspace.array("total", weight.shape, np.float32))
+    total = workspace.matrix("total", weight.shape, np.float32)
+    more = change.all_but_last(left, out=total)
     result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
     error = spread * np.float32(share)
-    rows, places = sum_to_half(total, weight, error=error, bound=bound, out=result, workspace=workspace)
+    rows, columns = sum_to_half(
+        total, weight, error=error, bound=bounds, out=result, workspace=workspace, more=more, shares=change.shares
+    )
     if rows.size > arithmetic.CROWDED * result.size:
         return None
-    sums = change.closely(weight, rows, places, start=start)
-    errors = spread[rows].astype(np.float64) * change.error_share(np.dtype(np.float64))
-    result[rows, places] = _decided(change, weight, entry, sums, errors, (rows, places), start)
+    if rows.size > arithmetic.MANY * result.size:
+        change.narrow()
+    put(result, rows, columns, _settled(change, weight, entry, spread, (rows, columns), start))
     return result, _fits(bound, entry.info.dtype)
+
+
+def _settled(
+    change: Delta, weight: Array, entry: Merged, spread: Array, places: tuple[Array, Array], start: int
+) -> Array:
+    """The correctly rounded sums at the doubtful places of a block."""
+    rows, columns = places
+    sums, errors = change.closely(weight, rows, columns, start=start, spread=spread, products=np.dtype(np.float32))
+    with np.errstate(over="ignore"):
+        result, doubtful = either_way(sums.astype(np.float32), errors.astype(np.float32), entry.info.dtype)
+    rows, columns = rows[doubtful], columns[doubtful]
+    sums, errors = change.closely(weight, rows, columns, start=start, spread=spread, products=np.dtype(np.float64))
+    result[doubtful] = _decided(change, weight, entry, sums, errors, (rows, columns), start)
+    return result
 
 
 def _in_float64(change: Delta, weight: Array, entry: Merged, *, start: int, workspace: Workspace) -> tuple[Array, bool]:
     """The same by way of float64, whatever the numbers are; NaN and infinity come out where they go in."""
     left = change.left(start, start + len(weight))
-    spread, bound = _largest_sums(change, left, weight)
+    spread, bounds = _largest_sums(change, left, weight)
+    bound = bounds.max()
     result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
-    step = max(1, STRIP // weight.shape[1])
+    step = max(1, _STRIP // weight.shape[1])
     for done in range(0, len(weight), step):
         strip = slice(done, done + step)
         stored, out = weight[strip], result[strip]
@@ -144,11 +165,11 @@ def _in_float64(change: Delta, weight: Array, entry: Merged, *, start: int, work
     return result, _fits(bound, entry.info.dtype)
 
 
-def _largest_sums(change: Delta, left: Array, weight: Array) -> tuple[Array, np.float32]:
-    """What no element of each row of a change exceeds, and what no sum does; that is infinite or NaN past float32."""
+def _largest_sums(change: Delta, left: Array, weight: Array) -> tuple[Array, Array]:
+    """What no element of each row of a change exceeds, and what no sum of it does; infinite or NaN past float32."""
     with np.errstate(over="ignore", invalid="ignore"):
         spread = change.spread(left)
-        return spread, np.float32(largest(weight).astype(np.float64) + spread.max()) * np.float32(1.001)
+        return spread, ((spread + largest(weight).astype(np.float64)) * 1.001).astype(np.float32)
 
 
 def _fits(bound: np.float32, dtype: str) -> bool:
