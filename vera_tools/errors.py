@@ -104,6 +104,10 @@ class CheckFailedError(VeraToolsError):
     exit_code = 1
 
 
+class BrokenValuesError(CheckFailedError, ValueError):
+    """Values that cannot be used in a live model. A ValueError too, which is what PEFT raises of them."""
+
+
 class UsageError(VeraToolsError, ValueError):
     """The call itself is wrong: options that contradict each other, an output that exists already."""
 

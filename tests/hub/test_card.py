@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, NAMES
+from vera_tools.checkpoints.card import PIPELINES
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.resolution import resolve
@@ -42,11 +43,11 @@ def test_the_metadata_that_the_hub_and_peft_expect():
     assert "base_model" not in card.split(rendered(base_model=None))[0]
 
 
-@pytest.mark.parametrize(("task", "expected"), [(task, tag) for task, (tag, _) in card.TASKS.items()] + [(None, None)])
+@pytest.mark.parametrize(("task", "expected"), [*PIPELINES.items(), (None, None)])
 def test_the_pipeline_tag_comes_from_the_task_type(task, expected):
     text = rendered(task_type=task)
     assert card.split(text)[0].get("pipeline_tag") == expected
-    assert f"from transformers import {card.TASKS[task][1] if task else 'AutoModel'}\n" in text
+    assert f"from transformers import {card.MODEL_CLASSES[task] if task else 'AutoModel'}\n" in text
 
 
 def test_what_the_section_tells():

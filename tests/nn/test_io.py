@@ -291,6 +291,7 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
     model.save_pretrained(tmp_path)
     assert (tmp_path / "optimizer.pt").read_bytes() == b"mine"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "optimizer.pt",
@@ -386,10 +387,10 @@ def test_pefts_further_arguments_are_taken_where_they_change_nothing(tmp_path):
     again = VeraModel.from_pretrained(llama(), tmp_path, config=None, **options)
     again.load_adapter(tmp_path, "second", **options)
     assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
-    for wrong in ({"autocast_adapter_dtype": False}, {"config": VeraConfig(r=3)}, {"key_mapping": {}}):
+    for name, value in (("ignore_mismatched_sizes", True), ("cache_dir", "cache"), ("ephemeral_gpu_offload", True)):
         base = llama()
-        with pytest.raises(UsageError, match=f"{next(iter(wrong))}: is not supported"):
-            load_adapter(base, tmp_path, **wrong)
+        with pytest.raises(UsageError, match=f"{name}: is not supported"):
+            load_adapter(base, tmp_path, **{name: value})
         VeraModel(base, VeraConfig(**OPTIONS))
     with pytest.raises(UsageError, match="safe_serialization: is not supported"):
         model.save_pretrained(tmp_path / "not", safe_serialization=False)

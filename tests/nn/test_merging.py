@@ -44,9 +44,16 @@ def test_merging_several_and_taking_one_away():
     model = two_adapters()
     model.merge_adapter(["default"])
     once = {name: layer.weight.clone() for name, layer in model.vera_layers().items()}
-    model.merge_adapter(["second"])
+    with pytest.warns(VeraToolsWarning, match="were merged default. You are now additionally merging second"):
+        model.merge_adapter(["second"])
     assert next(iter(model.vera_layers().values())).merged_adapters == ["default", "second"]
+    with pytest.warns(VeraToolsWarning, match="All adapters are already merged"):
+        model.merge_adapter(["second"])
+    with pytest.raises(ValueError, match=r"Cannot delete adapter\(s\) \['second'\] while they are merged"):
+        model.delete_adapter("second")
+    model.unmerge_adapter()
     model.delete_adapter("second")
+    model.merge_adapter()
     assert all(torch.equal(layer.weight, once[name]) for name, layer in model.vera_layers().items())
 
 

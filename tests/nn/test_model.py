@@ -195,7 +195,7 @@ def test_delete_adapter():
     assert torch.equal(logits(model, some_ids()), second)
     assert list(model.vera_A) == list(model.peft_config) == ["second"]
     assert not any(".default" in name for name in model.state_dict())
-    with pytest.raises(UsageError, match="no adapter 'default'"):
+    with pytest.raises(UsageError, match="Adapter default does not exist"):
         model.set_adapter("default")
 
 

@@ -121,7 +121,7 @@ def test_saved_modules_are_chosen_by_row_too():
 
 def test_what_cannot_be_asked_for():
     model, ids = many(), some_ids(2)
-    with pytest.raises(UsageError, match="there is no adapter 'third'"):
+    with pytest.raises(UsageError, match="Adapter third does not exist"):
         model(ids, adapter_names=["default", "third"])
     with pytest.raises(UsageError, match="adapter_names does not fit"):
         model(ids, adapter_names=["default"] * 3)

@@ -25,6 +25,21 @@ CONFIG_NAME = "adapter_config.json"
 _IN_LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
+TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+
+
+class PeftType(str, enum.Enum):
+    """The kind of an adapter, as PEFT's own enumeration has it: a string, with a `value`."""
+
+    VERA = "VERA"
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+    def __format__(self, spec: str) -> str:
+        return format(str(self.value), spec)
+
+
 @dataclass(kw_only=True)
 class VeraConfig:
     """Configuration of a VeRA adapter, with the fields and defaults of ``peft.VeraConfig`` (0.11 to 0.21).
@@ -68,7 +83,7 @@ class VeraConfig:
     init_weights: bool = True
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
-    task_type: str | None = None
+    task_type: str | None = field(default=None, kw_only=False)
     inference_mode: bool = False
     base_model_name_or_path: str | None = None
     revision: str | None = None
@@ -76,7 +91,10 @@ class VeraConfig:
     peft_version: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
-    peft_type = "VERA"
+    peft_type = PeftType.VERA
+    #: What code for any of PEFT's configs asks.
+    is_prompt_learning = False
+    is_adaption_prompt = False
 
     def __post_init__(self) -> None:
         for name in ("target_modules", "modules_to_save"):
@@ -86,6 +104,13 @@ class VeraConfig:
             elif isinstance(value, tuple):
                 setattr(self, name, list(value))
         for problem in schema.problems(self.to_dict(), "adapter_config.v1"):
+            if problem.where == "task_type" and isinstance(self.task_type, str):
+                # PEFT's own words, which code written for PEFT may look for.
+                tasks = ", ".join(TASK_TYPES)
+                raise UsageError(
+                    f"Invalid task type: {self.task_type!r}. Must be one of the following task types: {tasks}.",
+                    where="task_type",
+                )
             raise UsageError(problem.what, where=problem.where, expected=problem.expected, found=problem.found)
         if self.layers_pattern and self.layers_to_transform is None:
             # PEFT's own words, which code written for PEFT may look for.
@@ -109,7 +134,7 @@ class VeraConfig:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         if self.peft_version is None:
             del known["peft_version"]
-        return {**known, "peft_type": self.peft_type, **self.extra}
+        return {**known, "peft_type": self.peft_type.value, **self.extra}
 
     def to_json(self) -> str:
         """The text of adapter_config.json, in PEFT's own layout: sorted keys, two spaces."""
@@ -182,18 +207,24 @@ class VeraConfig:
         return cls.from_dict(peft_values.read(text, where=where).document, where=where)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> VeraConfig:
-        """Read adapter_config.json from a local folder.
+    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+        """What an adapter_config.json holds, as PEFT's method of this name returns it: a dict, nothing filled in.
+
+        Raises:
+            FormatError: it cannot be read, or is not JSON.
+        """
+        document: dict[str, Any] = peft_values.read(_text(Path(path_json_file)), where=str(path_json_file)).document
+        return {key: value for key, value in document.items() if key != "runtime_config"}  # PEFT's too
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> VeraConfig:
+        """Read adapter_config.json from a local folder, or from a folder below it.
 
         Raises:
             FormatError: no such file, or `from_json`'s reasons.
         """
-        path = Path(folder) / CONFIG_NAME
-        try:
-            text = path.read_text("utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise FormatError(f"cannot be read: {error}", where=path) from error
-        return cls.from_json(text, where=str(path))
+        path = Path(folder, subfolder or "") / CONFIG_NAME
+        return cls.from_json(_text(path), where=str(path))
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write adapter_config.json into `folder`."""
@@ -273,6 +304,13 @@ class VeraConfig:
                 ) or "0"  # as text: a name may hold more digits than an int takes
                 return index in map(str, [indices] if isinstance(indices, int) else indices)
         return False
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FormatError(f"cannot be read: {error}", where=path) from error
 
 
 def _plain(value: Any) -> Any:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from vera_tools import schema
+from vera_tools.checkpoints.card import completed, head, split
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
@@ -25,19 +25,17 @@ from vera_tools.verifying.report import CheckpointReport
 
 BEGIN = "<!-- vera-tools: begin. `vera-tools push` writes this section anew; edit outside of it. -->"
 END = "<!-- vera-tools: end -->"
-TAGS = ("vera", "vera-tools")
 
-#: PEFT's task type: the Hub's pipeline tag, and the class that loads such a base in transformers.
-TASKS = {
-    "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
-    "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-    "SEQ_2_SEQ_LM": ("text2text-generation", "AutoModelForSeq2SeqLM"),
-    "TOKEN_CLS": ("token-classification", "AutoModelForTokenClassification"),
-    "QUESTION_ANS": ("question-answering", "AutoModelForQuestionAnswering"),
-    "FEATURE_EXTRACTION": ("feature-extraction", "AutoModel"),
+#: The class that loads a base for a task of PEFT's in transformers.
+MODEL_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
 }
 
-_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>.*?)(?:(?<=\n)|\r?\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 _SECTION = re.compile(re.escape(BEGIN[:24]) + r".*?" + re.escape(END), re.DOTALL)
 
 
@@ -66,7 +64,7 @@ def render(
     existing = (existing or "").removeprefix("\ufeff")
     newline = "\r\n" if "\r\n" in existing else "\n"
     metadata, body = split(existing)
-    wanted = _metadata(metadata, config, base_model)
+    wanted = completed(metadata, config, base_model)
     section = _section(reference, config, base_model, record, verification).replace("\n", newline)
     if _SECTION.search(body):
         body = _SECTION.sub(lambda _: section, body, count=1)
@@ -75,31 +73,9 @@ def render(
     else:
         name = reference.rsplit("/", 1)[-1]
         body = newline.join(("", f"# {name}", "", section, ""))
-    if wanted == metadata and (match := _FRONT_MATTER.match(existing)):
-        head = match[0]
-    else:
-        head = f"---\n{_dump(wanted)}---\n".replace("\n", newline)
-    text = head + body
+    text = head(existing, wanted) + body
     check(text)
     return text
-
-
-def split(text: str) -> tuple[dict[str, Any], str]:
-    """A card's metadata and the rest of it.
-
-    Raises:
-        FormatError: the metadata is not a YAML mapping.
-    """
-    match = _FRONT_MATTER.match(text)
-    if match is None:
-        return {}, text
-    metadata = markup.yaml(match["yaml"], where="README.md", first=2)
-    if metadata is None:
-        metadata = {}
-    if not isinstance(metadata, dict):
-        found = type(metadata).__name__
-        raise FormatError("wrong metadata", where="README.md: metadata", expected="a mapping", found=found)
-    return metadata, text[match.end() :]
 
 
 def check(text: str) -> None:
@@ -116,28 +92,6 @@ def check(text: str) -> None:
         ModelCardData(**metadata)
     except (TypeError, ValueError) as error:
         raise FormatError(f"wrong metadata: {error}", where="README.md: metadata") from error
-
-
-def _metadata(existing: Mapping[str, Any], config: VeraConfig, base_model: str | None) -> dict[str, Any]:
-    """The existing metadata with what is missing; what the author set, stands."""
-    metadata = dict(existing)
-    metadata.setdefault("library_name", "peft")
-    if base_model:
-        metadata.setdefault("base_model", base_model)
-    if config.task_type in TASKS:
-        metadata.setdefault("pipeline_tag", TASKS[config.task_type][0])
-    tags = metadata.get("tags") or []
-    if isinstance(tags, list):  # anything else is for `check` to refuse
-        named = (f"base_model:adapter:{base_model}",) if base_model else ()
-        metadata["tags"] = [*tags, *(tag for tag in (*named, *TAGS) if tag not in tags)]
-    return metadata
-
-
-def _dump(metadata: Mapping[str, Any]) -> str:
-    import yaml
-
-    text: str = yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True, width=10**6)
-    return text
 
 
 def _section(
@@ -232,7 +186,7 @@ def _word(exact: bool | None) -> str:
 
 
 def _loading(reference: str, config: VeraConfig, base_model: str | None) -> str:
-    _, model_class = TASKS.get(config.task_type or "", ("", "AutoModel"))
+    model_class = MODEL_CLASSES.get(config.task_type or "", "AutoModel")
     parsed = Reference.parse(reference)
     within = f", subfolder={markup.python(parsed.subfolder)}" if parsed.subfolder else ""
     revision = f", revision={markup.python(config.revision)}" if config.revision else ""

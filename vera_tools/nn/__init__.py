@@ -8,11 +8,28 @@ from typing import Any
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.errors import UsageError
 from vera_tools.nn import io
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.model import VeraModel
+from vera_tools.nn.state_dicts import (
+    get_base_model_state_dict,
+    get_peft_model_state_dict,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 
-__all__ = ["VeraConfig", "VeraLinear", "VeraModel", "load_adapter", "save_adapter"]
+__all__ = [
+    "VeraConfig",
+    "VeraLinear",
+    "VeraModel",
+    "get_base_model_state_dict",
+    "get_peft_model_state_dict",
+    "load_adapter",
+    "save_adapter",
+    "set_base_model_state_dict",
+    "set_peft_model_state_dict",
+]
 
 
 def load_adapter(
@@ -57,4 +74,8 @@ def save_adapter(model: VeraModel, folder: str | os.PathLike[str], adapter_name:
     Raises:
         UsageError: no such adapter, several are active, or save_projection is off for projections that no recipe makes.
     """
-    io.save(model, os.fspath(folder), model.active_adapter if adapter_name is None else adapter_name)
+    if adapter_name is None:
+        if len(model.active_adapters) != 1:
+            raise UsageError("not one active adapter", found=str(model.active_adapters), hint="name the adapter")
+        adapter_name = model.active_adapters[0]
+    io.save(model, os.fspath(folder), adapter_name)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
-from vera_tools.errors import UsageError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn import targets
 from vera_tools.nn.layer import VeraLinear, whole_shape
 from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
@@ -64,7 +64,13 @@ class Adapters(nn.Module):
         self._active: list[str] = []
         self._disabled = False
 
-    def add_adapter(self, adapter_name: str, config: VeraConfig, *, low_cpu_mem_usage: bool = False) -> None:
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: VeraConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Add a new adapter; it is not made active.
 
         Its projections are drawn from its key exactly as PEFT draws them in float32 on Linux with AVX2, the same on
@@ -72,10 +78,19 @@ class Adapters(nn.Module):
         one shares it; one of another
         rank or for other shapes gets a pair of its own.
 
+        Args:
+            adapter_name: Its name.
+            peft_config: What to adapt and how; it is copied.
+            low_cpu_mem_usage: Make the vectors on the meta device, to be loaded later.
+            autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
+
+        Warns:
+            VeraToolsWarning: entries of the config match nothing, or the name is part of the vectors' own.
+
         Raises:
             UsageError: (a ValueError) the name is taken, the key is not that of the other adapters, or nothing matches.
         """
-        config = VeraConfig.of(config)
+        config = VeraConfig.of(peft_config)
         self.check_new(adapter_name, config)
         config = targets.complete(config, self.model)
         modules = targets.find(config, self.model)
@@ -86,12 +101,19 @@ class Adapters(nn.Module):
         recipe, shape = Recipe(prng_key=config.projection_prng_key), targets.pair_shape(config, modules)
         same = [r for r in self._records.values() if (r.recipe, r.shape, r.dtype) == (recipe, shape, "float32")]
         if same:
-            known = dataclasses.replace(same[0], origin="live")
-            self.attach(adapter_name, config, modules, known, None, low_cpu_mem_usage=low_cpu_mem_usage)
+            record, pair = dataclasses.replace(same[0], origin="live"), None
         else:
             pair = generate(recipe, shape)
             record = ProjectionRecord(recipe, "live", shape, "float32", _digests(pair))
-            self.attach(adapter_name, config, modules, record, pair, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.attach(
+            adapter_name,
+            config,
+            modules,
+            record,
+            pair,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
 
     def check_new(self, adapter_name: str, config: VeraConfig) -> None:
         """Refuse an adapter that cannot stand beside those that are there.
@@ -100,7 +122,7 @@ class Adapters(nn.Module):
             UsageError: (a ValueError) with PEFT's words where PEFT refuses too.
         """
         if adapter_name in self.peft_config:
-            raise UsageError(f"there is an adapter called {adapter_name!r} already", hint="delete it first")
+            raise UsageError(f"Adapter with name '{adapter_name}' already exists.", hint="delete it first")
         taken = adapter_name == NO_ADAPTER or hasattr(nn.ParameterDict, adapter_name)
         if not adapter_name or "." in adapter_name or taken:
             raise UsageError("not a name for an adapter", expected="a name without dots", found=repr(adapter_name))
@@ -125,6 +147,7 @@ class Adapters(nn.Module):
         pair: tuple[Array, Array] | None,
         *,
         low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         """Put an adapter on layers, once everything is checked; nothing in here can fail half-way.
 
@@ -135,10 +158,11 @@ class Adapters(nn.Module):
             record: Recipe, shapes and digests of its projections.
             pair: vera_A and vera_B in the record's dtype; None where an adapter with this very record is there.
             low_cpu_mem_usage: Make the vectors on the meta device.
+            autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer.
         """
         saved = targets.saved(config, self.model)
         self._warn_of_shared_weights(modules)
-        self._hold_pair(adapter_name, config, modules, record, pair)
+        self.hold_pair(adapter_name, config, modules, record, pair)
         self.peft_config[adapter_name] = config
         for name, module in modules.items():
             if not isinstance(module, VeraLinear):
@@ -146,18 +170,23 @@ class Adapters(nn.Module):
                 layer.active_adapters, layer.disable_adapters = list(self._active), self._disabled
                 self._replace(name, layer)
                 module = layer
-            module.add_adapter(adapter_name, config, device=torch.device("meta") if low_cpu_mem_usage else None)
+            module.add_adapter(
+                adapter_name,
+                config,
+                device=torch.device("meta") if low_cpu_mem_usage else None,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
         for name, module in saved.items():
             if not isinstance(module, SavedModule):
                 wrapper = SavedModule(module, name=name)
-                wrapper.active_adapters, wrapper.disable_adapters = list(self._active), self._disabled
+                wrapper.disable_adapters = self._disabled
                 self._replace(name, wrapper)
                 module = wrapper
             module.add_adapter(adapter_name)
         for module in self._adapted():
             module.set_requires_grad(adapter_name, False)
 
-    def _hold_pair(
+    def hold_pair(
         self,
         adapter_name: str,
         config: VeraConfig,
@@ -165,6 +194,15 @@ class Adapters(nn.Module):
         record: ProjectionRecord,
         pair: tuple[Array, Array] | None,
     ) -> None:
+        """Hold an adapter's projections, or share those of an adapter that has the same.
+
+        Args:
+            adapter_name: The adapter.
+            config: Its config.
+            modules: Its layers.
+            record: Recipe, shapes and digests of the projections.
+            pair: As `attach` takes it.
+        """
         persistent = config.save_projection
         for other, known in self._records.items():
             if (known.sha256, known.dtype) == (record.sha256, record.dtype) and self.record_of(other) is known:
@@ -180,6 +218,28 @@ class Adapters(nn.Module):
             for held, values in zip((self.vera_A, self.vera_B), pair, strict=True):
                 held.add(adapter_name, to_tensor(values), persistent=persistent, like=like)
         self._records[adapter_name] = record
+
+    def set_pair(self, adapter_name: str, pair: tuple[Tensor, Tensor]) -> None:
+        """Let an adapter's projections have other values, which no other adapter gets.
+
+        Args:
+            adapter_name: The adapter.
+            pair: vera_A and vera_B.
+
+        Raises:
+            CheckFailedError: they have other shapes than those that are there.
+        """
+        held = (self.vera_A, self.vera_B)
+        for name, own, values in zip(PROJECTIONS, held, pair, strict=True):
+            if values.shape != own[adapter_name].shape:
+                raise CheckFailedError(
+                    "has another shape",
+                    where=name,
+                    expected=str(list(own[adapter_name].shape)),
+                    found=str(list(values.shape)),
+                )
+        for own, values in zip(held, pair, strict=True):
+            own[adapter_name] = values.detach().clone()
 
     def record_of(self, adapter_name: str) -> ProjectionRecord:
         """Recipe, shapes and digests of an adapter's projections, as they are now.
@@ -219,7 +279,11 @@ class Adapters(nn.Module):
         names = self.check_known([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
         for where, saved in self.saved_modules().items():
             if len(own := [name for name in names if name in saved.modules_to_save]) > 1:
-                raise UsageError("only one adapter's saved module can be active", where=where, found=" and ".join(own))
+                raise UsageError(
+                    "Only one adapter can be set at a time for ModulesToSaveWrapper, one for each saved module",
+                    where=where,
+                    found=" and ".join(own),
+                )
         if any(layer.merged for layer in self.vera_layers().values()):
             # PEFT's words and behaviour: what is merged would otherwise go on being computed.
             message = "Adapter cannot be set when the model is merged. Unmerging the model first."
@@ -228,8 +292,16 @@ class Adapters(nn.Module):
         self._choose(names, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter. If it was the only active one, the first that is left becomes active."""
+        """Remove an adapter. If it was the only active one, the first that is left becomes active.
+
+        Raises:
+            UsageError: no such adapter, or it is merged.
+        """
         self.check_known([adapter_name])
+        if any(adapter_name in layer.merged_adapters for layer in self.vera_layers().values()):
+            raise UsageError(
+                f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
+            )
         for module in self._adapted():
             module.delete_adapter(adapter_name)
         del self.vera_A[adapter_name], self.vera_B[adapter_name]
@@ -277,11 +349,9 @@ class Adapters(nn.Module):
         return list(self._active)
 
     @property
-    def active_adapter(self) -> str:
-        """Name of the active adapter, where there is one."""
-        if len(self._active) != 1:
-            raise UsageError("not one active adapter", found=str(self._active))
-        return self._active[0]
+    def active_adapter(self) -> str | list[str]:
+        """Name of the active adapter; a list of names where there is not one."""
+        return self._active[0] if len(self._active) == 1 else list(self._active)
 
     def vera_layers(self) -> dict[str, VeraLinear]:
         """The adapted layers, by their names in the model."""
@@ -297,7 +367,8 @@ class Adapters(nn.Module):
             raise UsageError("expected a list of adapter names", found=repr(names))
         for name in names:
             if name not in self.peft_config:
-                raise UsageError(f"there is no adapter {name!r}", expected=" or ".join(map(repr, self.peft_config)))
+                known = " or ".join(map(repr, self.peft_config))
+                raise UsageError(f"Adapter {name} does not exist", expected=known or "none, for there is none")
         return list(names)
 
     def saved_modules(self) -> dict[str, SavedModule]:

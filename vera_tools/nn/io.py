@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, distributed, nn
 
+from vera_tools.checkpoints import card
 from vera_tools.checkpoints.base import rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, Checkpoint
 from vera_tools.checkpoints.config import VeraConfig
@@ -19,9 +21,9 @@ from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord, Tensor
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import HALVES, Array
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
-from vera_tools.nn import embeddings, targets
+from vera_tools.nn import embeddings, state_dicts, targets
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.layer import features, whole_shape
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
@@ -35,42 +37,114 @@ def load(
     reference: str | os.PathLike[str],
     adapter_name: str,
     *,
+    config: Any = None,
+    key_mapping: Mapping[str, str] | None = None,
     is_trainable: bool = False,
+    autocast_adapter_dtype: bool = True,
     strict: bool = False,
     allow_pickle: bool = False,
-) -> None:
+) -> state_dicts.LoadResult:
     """Put a checkpoint's adapter on the model. Everything is checked before anything is changed.
 
     Args:
         model: The model.
         reference: A folder, a file, or ``hf://...``.
-        adapter_name: The adapter's name in the model.
+        adapter_name: The adapter's name in the model. One that is there gets the checkpoint's values.
+        config: A config to take in the place of the checkpoint's own.
+        key_mapping: Regular expressions for the tensors' names below ``base_model.``, and what to put in their place;
+            the first that is found counts. Default: the model's own for checkpoints of an older layout of its modules.
         is_trainable: Whether its parameters will be trained.
+        autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
         strict: Refuse what is or was only assumed or stated, and stored projections that are not the recorded ones.
         allow_pickle: Read a legacy adapter_model.bin too.
+
+    Returns:
+        Nothing missing and nothing unexpected: a checkpoint that does not fit is refused.
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
         CheckFailedError: it does not fit the model, or regenerated projections are not the recorded ones.
         UnprovenError: `strict`, and nothing records which recipe made the projections.
-        UsageError: it cannot stand beside the adapters that are there.
+        UsageError: it cannot stand beside the adapters that are there, or in the place of the one of that name.
     """
+    there = adapter_name in model.peft_config
     with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
-        model.check_new(adapter_name, checkpoint.config)
-        config = targets.complete(checkpoint.config, model.model)
+        _map_names(checkpoint, key_mapping or getattr(model.model, "_checkpoint_conversion_mapping", None) or {})
+        given = checkpoint.config if config is None else _given(config, checkpoint)
+        if not there:
+            model.check_new(adapter_name, given)
+        config = targets.complete(given, model.model)
         config.inference_mode = not is_trainable
         modules = targets.find(config, model.model)
         _check_names(checkpoint, model, config, modules)
         _check_shapes(checkpoint, config, modules)
         _check_embeddings(checkpoint, model, modules)
+        if there:
+            _check_same(model, adapter_name, config, modules)
         resolved, pair = projections(checkpoint, modules, strict=strict)
         tensors = {
             name: to_tensor(checkpoint.weights.read(name))
             for name in checkpoint.weights.tensors
             if name.startswith(MODULES)
         }
-    model.attach(adapter_name, config, modules, resolved.record, pair, low_cpu_mem_usage=True)
-    _put(model, adapter_name, tensors)
+    if there:
+        model.hold_pair(adapter_name, model.peft_config[adapter_name], modules, resolved.record, pair)
+    else:
+        model.attach(
+            adapter_name,
+            config,
+            modules,
+            resolved.record,
+            pair,
+            low_cpu_mem_usage=True,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+        )
+    state_dicts.put(model, state_dicts.places(model, adapter_name), tensors)
+    return state_dicts.LoadResult([], [])
+
+
+def _map_names(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> None:
+    """Let the checkpoint call its tensors as the model does."""
+    names = {}
+    for name in checkpoint.weights.tensors:
+        prefix = next((part for part in (MODULES, ROOT) if name.startswith(part)), "")
+        rest = name.removeprefix(prefix)
+        renamed = (re.subn(pattern, replacement, rest) for pattern, replacement in mapping.items())
+        names[name] = prefix + next((text for text, found in renamed if found), rest)
+    if len(set(names.values())) < len(names):
+        raise UsageError("two tensors would have one name", where="key_mapping")
+    if any(name != new for name, new in names.items()):
+        checkpoint.weights.rename(names)
+
+
+def _given(config: Any, checkpoint: Checkpoint) -> VeraConfig:
+    """A config that was handed in, unless the checkpoint's vectors were trained with other projections."""
+    given, own = VeraConfig.of(config), checkpoint.config
+    for name in ("r", "projection_prng_key"):
+        if getattr(given, name) != getattr(own, name):
+            raise UsageError(
+                "the checkpoint was trained with another value",
+                where=f"config: {name}",
+                expected=str(getattr(own, name)),
+                found=str(getattr(given, name)),
+            )
+    return given
+
+
+def _check_same(model: Adapters, adapter_name: str, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
+    """Refuse a checkpoint that is no other state of the adapter that is there."""
+    there = model.peft_config[adapter_name]
+    own = {name for name, layer in model.vera_layers().items() if adapter_name in layer.r}
+    saved = {name for name, module in model.saved_modules().items() if adapter_name in module.modules_to_save}
+    same = own == modules.keys() and saved == targets.saved(config, model.model).keys()
+    keys = ("r", "bias", "projection_prng_key")
+    if not same or any(getattr(there, key) != getattr(config, key) for key in keys):
+        raise UsageError(
+            f"the adapter {adapter_name!r} that is there is another one: it differs in rank, key, bias or modules",
+            hint="delete_adapter it first, or load under another name",
+        )
+    if any(adapter_name in layer.merged_adapters for layer in model.vera_layers().values()):
+        raise UsageError(f"the adapter {adapter_name!r} is merged", hint="call unmerge_adapter() first")
 
 
 def projections(
@@ -146,80 +220,29 @@ def save(
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
         is_main_process = not together or distributed.get_rank() == 0
-    parameters = _named(model, adapter_name)
-    for name, tensor in embeddings.saved(model.model, config, save_embedding_layers).items():
-        parameters[MODULES + name] = Named(f"model.{name}", tensor)
+    parameters = state_dicts.named(model, adapter_name, save_embedding_layers=save_embedding_layers)
     try:
         if is_main_process:
             _check_pair(model, adapter_name, state_dict or {})
-            values = {name: _values(name, own, state_dict) for name, own in sorted(parameters.items())}
-            tensors = {name: to_array(_whole(tensor)) for name, tensor in values.items()}
+            values = {name: state_dicts.values(name, own, state_dict) for name, own in sorted(parameters.items())}
+            tensors = {name: to_array(state_dicts.whole(tensor)) for name, tensor in values.items()}
             record = model.record_of(adapter_name)
             if config.save_projection:
                 pair = model.stored_pair(adapter_name, record.dtype)
                 tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
             else:
                 _check_seed_only(model, record, where=folder)
-            _write(Path(folder), config, tensors, record, _describe_base(model, config, adapter_name))
+            base = _describe_base(model, config, adapter_name)
+            base_name = getattr(getattr(model.model, "config", None), "_name_or_path", None)
+            _write(Path(folder), config, tensors, record, base, base_name)
         elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
             spread = [(name, own) for name, own in sorted(parameters.items()) if hasattr(own.tensor, "full_tensor")]
-            for tensor in [_values(name, own, None) for name, own in spread]:
-                _whole(tensor)
+            for tensor in [state_dicts.values(name, own, None) for name, own in spread]:
+                state_dicts.whole(tensor)
     finally:
         # Also where the process that writes has failed: the others wait for it, or would for ever.
         if together:
             distributed.barrier()
-
-
-class Named(NamedTuple):
-    """A tensor of the model's, and its name in the model's state dict."""
-
-    key: str
-    tensor: Tensor
-
-
-def _named(model: Adapters, adapter_name: str) -> dict[str, Named]:
-    """Every tensor of an adapter but the projections, by its name on disk."""
-    config = model.peft_config[adapter_name]
-    tensors: dict[str, Named] = {}
-    for name, layer in model.vera_layers().items():
-        if adapter_name in layer.r:
-            for which in ("vera_lambda_b", "vera_lambda_d"):
-                vector = getattr(layer, which)[adapter_name]
-                tensors[f"{MODULES}{name}.{which}"] = Named(f"model.{name}.{which}.{adapter_name}", vector)
-    for name, tensor in model.trained_biases(config.bias).items():
-        tensors[MODULES + name] = Named(f"model.{name}", tensor)
-    for name, module in model.saved_modules().items():
-        if adapter_name in module.modules_to_save:
-            copy = f"model.{name}.modules_to_save.{adapter_name}"
-            for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
-                tensors[f"{MODULES}{name}.{key}"] = Named(f"{copy}.{key}", tensor)
-    return tensors
-
-
-def _values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
-    """The values to write for a tensor: the model's, or those of a state dict."""
-    tensor: Tensor = own.tensor if given is None else given.get(own.key)  # type: ignore[assignment]
-    if tensor is None:
-        raise UsageError(
-            "is not in state_dict",
-            where=own.key,
-            hint="pass the whole state dict of this model; without frozen parameters, name the trained adapter in "
-            "selected_adapters",
-        )
-    if tensor.device.type == "meta":
-        raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
-    if given is not None and hasattr(tensor, "full_tensor"):
-        raise UsageError("is spread over processes", where=f"state_dict: {own.key}", hint="gather it first")
-    if tensor.shape != whole_shape(own.tensor):
-        raise UsageError(
-            "has no values here: another process holds them" if tensor.numel() == 0 else "has another shape",
-            where=name.removeprefix(MODULES) if given is None else f"state_dict: {own.key}",
-            expected=str(list(whole_shape(own.tensor))),
-            found=str(list(tensor.shape)),
-            hint="pass state_dict=accelerator.get_state_dict(model), called by all processes",
-        )
-    return tensor
 
 
 def _check_pair(model: Adapters, adapter_name: str, given: Mapping[str, Any]) -> None:
@@ -232,36 +255,6 @@ def _check_pair(model: Adapters, adapter_name: str, given: Mapping[str, Any]) ->
                 where=f"state_dict: {name}.{adapter_name}",
                 hint="load it into the model first",
             )
-
-
-def _put(model: Adapters, adapter_name: str, tensors: dict[str, Tensor]) -> None:
-    """Give an attached adapter its values, by their names on disk."""
-    for name, layer in model.vera_layers().items():
-        for which in ("vera_lambda_b", "vera_lambda_d"):
-            if (values := tensors.pop(f"{MODULES}{name}.{which}", None)) is not None:
-                weight = layer.weight
-                device = values.device if weight.device.type == "meta" else weight.device
-                dtype = torch.promote_types(torch.promote_types(weight.dtype, values.dtype), torch.float32)
-                vectors = getattr(layer, which)
-                old = vectors[adapter_name]
-                vectors[adapter_name] = nn.Parameter(values.to(device, dtype), requires_grad=old.requires_grad)
-    for name, module in model.saved_modules().items():
-        if adapter_name in module.modules_to_save:
-            copy = module.modules_to_save[adapter_name]
-            prefix = f"{MODULES}{name}."
-            state = {key: tensors.pop(prefix + key) for key in copy.state_dict()}
-            on_meta = any(parameter.device.type == "meta" for parameter in copy.parameters())
-            copy.load_state_dict(state, assign=on_meta)
-    with torch.no_grad():
-        for name, bias in model.trained_biases(model.peft_config[adapter_name].bias).items():
-            bias.copy_(tensors.pop(MODULES + name))
-        for name, weight in embeddings.parameters(model.model).items():
-            if (values := tensors.pop(MODULES + name, None)) is not None:
-                if weight.device.type == "meta":  # which would take a copy without a word, and hold nothing
-                    where, _, key = name.rpartition(".")
-                    setattr(model.model.get_submodule(where), key, nn.Parameter(values, requires_grad=False))
-                else:
-                    weight.copy_(values)
 
 
 def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
@@ -374,18 +367,31 @@ def _describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> Ba
 
 
 def _write(
-    folder: Path, config: VeraConfig, tensors: dict[str, Array], record: ProjectionRecord, base: BaseRecord
+    folder: Path,
+    config: VeraConfig,
+    tensors: dict[str, Array],
+    record: ProjectionRecord,
+    base: BaseRecord,
+    base_name: str | None,
 ) -> None:
     if not folder.exists():
         with atomic.folder(folder) as temporary:
             write_checkpoint(temporary, config, tensors, record, base=base)
+            _write_card(temporary, config, base_name)
         return
     with replaced_files(folder) as scratch:
         write_checkpoint(scratch, config, tensors, record, base=base)
+    _write_card(folder, config, base_name)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may have spread over processes."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    whole: Tensor = gather() if gather is not None else tensor
-    return whole.detach()
+def _write_card(folder: Path, config: VeraConfig, base_name: str | None) -> None:
+    """Write README.md, or add what it lacks; one that cannot be read is left as it is."""
+    path = folder / card.CARD_NAME
+    try:
+        existing = path.read_bytes().decode("utf-8") if path.exists() else None
+        text = card.beside_adapter(existing, config, base_name)
+    except (OSError, UnicodeDecodeError, FormatError) as error:
+        warnings.warn(f"{path} is left as it is: {error}", VeraToolsWarning, stacklevel=5)
+        return
+    if text != existing:
+        atomic.write_bytes(path, text.encode())

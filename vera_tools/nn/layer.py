@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
 from vera_tools.nn.projection import ProjectionDict
@@ -45,6 +45,9 @@ class VeraLinear(AdaptedModule):
 
     vera_A: ProjectionDict
     vera_B: ProjectionDict
+    #: What holds something for each adapter: parameters, and the rest.
+    adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
+    other_param_names = ("vera_A", "vera_B")
 
     def __init__(
         self, base_layer: nn.Module, *, vera_A: ProjectionDict, vera_B: ProjectionDict, name: str = ""
@@ -114,7 +117,14 @@ class VeraLinear(AdaptedModule):
                 groups.setdefault(id(self.vera_A[name]), []).append(name)
         return list(groups.values())
 
-    def add_adapter(self, name: str, config: VeraConfig, *, device: torch.device | None = None) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        config: VeraConfig,
+        *,
+        device: torch.device | None = None,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Give the layer the vectors of a new adapter, whose pair the model holds already.
 
         With init_weights, lambda_b is 0 and lambda_d is d_initial, so that the adapter starts without effect; else they
@@ -124,11 +134,12 @@ class VeraLinear(AdaptedModule):
             name: The adapter.
             config: Its config.
             device: Where the vectors are made. Default: where the base weight is.
+            autocast_adapter_dtype: Hold them in float32 on a half-precision weight, in which training them would lose
+                small steps; else in the weight's dtype.
         """
         weight = self.weight
-        # Vectors are trained in float32 on a half-precision base, as PEFT's autocast_adapter_dtype does.
         options: dict[str, Any] = {
-            "dtype": torch.promote_types(weight.dtype, torch.float32),
+            "dtype": torch.promote_types(weight.dtype, torch.float32) if autocast_adapter_dtype else weight.dtype,
             "device": device or weight.device,
         }
         self.r[name] = config.r
@@ -145,10 +156,6 @@ class VeraLinear(AdaptedModule):
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter's vectors."""
-        if name in self.merged_adapters:
-            others = [other for other in self.merged_adapters if other != name]
-            self.unmerge()
-            self.merge(adapter_names=others)
         if name in self.r:
             del self.r[name], self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
         self.active_adapters = [active for active in self.active_adapters if active != name]
@@ -187,13 +194,21 @@ class VeraLinear(AdaptedModule):
                 ``(w + delta) - delta`` is rounded twice.
 
         Raises:
-            CheckFailedError: `safe_merge`, and the merged weight has values that are not finite.
+            BrokenValuesError: `safe_merge`, and the merged weight has values that are not finite.
             UsageError: as `check_mergeable`.
         """
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         if isinstance(adapter_names, str):
             raise UsageError("adapter_names is a list of names", found=repr(adapter_names))
         new = [name for name in wanted if name not in self.merged_adapters and name in self.r]
+        if self.merged:  # PEFT's words
+            message = "All adapters are already merged, nothing to do."
+            if new:
+                message = (
+                    f"Already following adapters were merged {','.join(self.merged_adapters)}. "
+                    f"You are now additionally merging {','.join(new)}."
+                )
+            warnings.warn(message, VeraToolsWarning, stacklevel=3)
         if not new:
             return
         self.check_mergeable()
@@ -229,13 +244,13 @@ class VeraLinear(AdaptedModule):
         """The base weight with adapters' updates added one after another, each sum rounded to the weight's dtype.
 
         Raises:
-            CheckFailedError: `safe_merge`, and the result has values that are not finite.
+            BrokenValuesError: `safe_merge`, and the result has values that are not finite.
         """
         weight = self.weight.detach()
         for name in adapter_names:
             weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(weight).all():
-                raise CheckFailedError(
+                raise BrokenValuesError(
                     f"NaNs detected in the merged weights. The adapter {name} seems to be broken",
                     where=self.name,
                     hint="nothing was merged",
@@ -260,6 +275,10 @@ class VeraLinear(AdaptedModule):
         d, b = self.vera_lambda_d[name].to(A.dtype), self.vera_lambda_b[name].to(A.dtype)
         delta = delta_weight(A=A, B=B, d=d, b=b)
         return delta.T if self.fan_in_fan_out else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: VeRA is a LoRA of rank r, exactly."""
+        return True
 
     def get_base_layer(self) -> nn.Module:
         """The base layer."""

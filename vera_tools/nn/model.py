@@ -7,55 +7,24 @@ on to the model that it wraps.
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import UsageError
+from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import io, peft_arguments
 from vera_tools.nn.adapters import Adapters
+from vera_tools.nn.forwarding import with_signature_of_base
+from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.rows import NO_ADAPTER, Rows
+from vera_tools.nn.state_dicts import LoadResult
 from vera_tools.nn.status import LayerStatus, ModelStatus, layer_status, model_status
 from vera_tools.projections.pair import PROJECTIONS
-
-
-class _with_signature_of_base:  # noqa: N801 (a decorator)
-    """A forward whose signature is asked of the instance: trainers choose a batch's columns by it."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-
-    def __get__(self, instance: VeraModel | None, owner: type) -> Any:
-        return self.function if instance is None else _Forward(self.function, instance)
-
-
-class _Forward:
-    """An instance's forward, which says what its base takes."""
-
-    def __init__(self, function: Callable[..., Any], model: VeraModel) -> None:
-        self.function, self.model = function, model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.model, *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        # A bound method has the attributes of its function; torch.export looks at its code.
-        if name == "function":
-            raise AttributeError(name)
-        return getattr(self.function, name)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        signature = inspect.signature(self.model.model.forward)
-        own = inspect.Parameter("adapter_names", inspect.Parameter.KEYWORD_ONLY, default=None)
-        taken = list(signature.parameters.values())
-        at = len(taken) - (bool(taken) and taken[-1].kind is inspect.Parameter.VAR_KEYWORD)
-        return signature.replace(parameters=[*taken[:at], own, *taken[at:]])
 
 
 class VeraModel(Adapters):
@@ -69,6 +38,8 @@ class VeraModel(Adapters):
             was found.
         adapter_name: The first adapter's name.
         low_cpu_mem_usage: Make the adapter's vectors on the meta device, to be loaded later.
+        autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, in which training them would
+            lose small steps; False holds them in the layer's dtype. The projections are never rounded.
 
     Attributes:
         model: The wrapped model.
@@ -81,22 +52,34 @@ class VeraModel(Adapters):
             is then as it was.
     """
 
+    #: What the names of an adapter's parameters begin with, behind their layer's.
+    prefix = "vera_lambda_"
+
     def __init__(
-        self, model: nn.Module, config: VeraConfig, adapter_name: str = "default", *, low_cpu_mem_usage: bool = False
+        self,
+        model: nn.Module,
+        config: VeraConfig,
+        adapter_name: str = "default",
+        *,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__(model)
         config = VeraConfig.of(config)
-        self.add_adapter(adapter_name, config, low_cpu_mem_usage=low_cpu_mem_usage)
+        self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
         self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=config.inference_mode)
+        require_where_checkpointing(model)
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
-        checkpoint: str | os.PathLike[str],
+        model_id: str | os.PathLike[str],
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: VeraConfig | None = None,
+        autocast_adapter_dtype: bool = True,
         *,
         strict: bool = False,
         allow_pickle: bool = False,
@@ -106,13 +89,16 @@ class VeraModel(Adapters):
 
         Args:
             model: The base model. On the meta device it stays there; the adapter is loaded all the same.
-            checkpoint: A folder, an adapter_model.safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
+            model_id: The checkpoint: a folder, an adapter_model.safetensors file, or
+                ``hf://owner/name[@revision][/subfolder]``.
             adapter_name: The adapter's name here.
             is_trainable: Whether its vectors are to be trained on; else the model is put into evaluation mode.
+            config: A config to take in the place of the checkpoint's own. Rank and key are the checkpoint's.
+            autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
             strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
             allow_pickle: Read a legacy adapter_model.bin too, by torch with weights_only.
-            **options: PEFT's further arguments: revision and subfolder, and `peft_arguments.LOADING`, with the values
-                for which nothing is done otherwise.
+            **options: PEFT's further arguments: revision, subfolder and key_mapping as `load_adapter` takes them, and
+                `peft_arguments.LOADING`, with the values for which nothing is done otherwise.
 
         Raises:
             FormatError: unreadable, malformed, or not VeRA.
@@ -122,37 +108,92 @@ class VeraModel(Adapters):
         """
         self = cls.__new__(cls)
         Adapters.__init__(self, model)
-        self.load_adapter(checkpoint, adapter_name, is_trainable, strict=strict, allow_pickle=allow_pickle, **options)
+        self.load_adapter(
+            model_id,
+            adapter_name,
+            is_trainable,
+            config=config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            strict=strict,
+            allow_pickle=allow_pickle,
+            **options,
+        )
         self._freeze_base()
         self.set_adapter(adapter_name, inference_mode=not is_trainable)
+        require_where_checkpointing(model)
         return self
 
     def load_adapter(
         self,
-        checkpoint: str | os.PathLike[str],
+        model_id: str | os.PathLike[str],
         adapter_name: str,
         is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
         *,
+        config: VeraConfig | None = None,
+        key_mapping: Mapping[str, str] | None = None,
         strict: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
         subfolder: str | None = None,
         **options: Any,
-    ) -> None:
-        """Load another adapter beside those that are there; it is not made active. As `from_pretrained`."""
+    ) -> LoadResult:
+        """Load another adapter beside those that are there; it is not made active. As `from_pretrained`.
+
+        A name that is there stands for that adapter, which gets the checkpoint's values: the same parameters, so that
+        an optimizer goes on with them.
+
+        Args:
+            model_id: As there.
+            adapter_name: The adapter's name here.
+            is_trainable: Let it be trained, active or not; else the model is put into evaluation mode.
+            torch_device: Taken as PEFT takes it; vectors go to the device of their layer.
+            autocast_adapter_dtype: As there.
+            config: As there.
+            key_mapping: Regular expressions for the names of tensors below ``base_model.model.``, with what to put in
+                their place; the first that is found counts. Default: `model._checkpoint_conversion_mapping`, by which
+                a class of transformers takes checkpoints of an older layout of its modules.
+            strict: As there.
+            allow_pickle: As there.
+            revision: A branch, tag or commit, where `model_id` is on the Hub.
+            subfolder: A folder below `model_id`.
+            **options: As there.
+
+        Returns:
+            No missing and no unexpected keys: a checkpoint that does not fit is refused.
+
+        Raises:
+            As `from_pretrained`; and UsageError where the adapter of that name is another one.
+        """
         peft_arguments.check(options, peft_arguments.LOADING)
-        checkpoint = peft_arguments.located(checkpoint, revision=revision, subfolder=subfolder)
-        io.load(self, checkpoint, adapter_name, is_trainable=is_trainable, strict=strict, allow_pickle=allow_pickle)
-        if not is_trainable:
+        result = io.load(
+            self,
+            peft_arguments.located(model_id, revision=revision, subfolder=subfolder),
+            adapter_name,
+            config=config,
+            key_mapping=key_mapping,
+            is_trainable=is_trainable,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            strict=strict,
+            allow_pickle=allow_pickle,
+        )
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        else:
             self.eval()
+        return result
 
     def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
         selected_adapters: Sequence[str] | None = None,
-        is_main_process: bool | None = None,
-        state_dict: Mapping[str, Any] | None = None,
         save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool | None = None,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         """Write adapters in PEFT's format, with a manifest.
@@ -162,8 +203,10 @@ class VeraModel(Adapters):
 
         Args:
             save_directory: Where to.
+            safe_serialization: True: adapters are written as safetensors only.
             selected_adapters: Which adapters. Default: all.
             is_main_process: Whether this process writes. Default: the process of rank 0.
+            path_initial_model_for_weight_conversion: None: VeRA does not change the base when it begins.
             state_dict: The model's state dict, where it was gathered already (under DeepSpeed's ZeRO-3, for instance):
                 its vectors, biases and saved modules are written.
             save_embedding_layers: Write the base's embedding and output layer too. "auto": where the vocabulary is not
@@ -175,7 +218,11 @@ class VeraModel(Adapters):
             UsageError: no such adapter, save_projection is off for projections that no recipe makes, a tensor has no
                 values here or is not in `state_dict`, or an option that is not supported.
         """
+        options["safe_serialization"] = safe_serialization
+        options["path_initial_model_for_weight_conversion"] = path_initial_model_for_weight_conversion
         peft_arguments.check(options, peft_arguments.SAVING)
+        if os.path.isfile(save_directory):
+            raise UsageError("should be a directory, not a file", where=f"Provided path ({os.fspath(save_directory)})")
         names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
         for name in self.check_known(names):
             folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
@@ -209,6 +256,12 @@ class VeraModel(Adapters):
         warning says so.
         """
         self._warn_of_biases(stacklevel=4)
+        if len({module.disable_adapters for module in self._adapted()}) > 1:
+            message = (
+                "The model contains some adapter layers that are enabled and others that are disabled; after this "
+                f"`with` all are {'disabled' if self._disabled else 'enabled'}"
+            )
+            warnings.warn(message, VeraToolsWarning, stacklevel=3)
         merged = [(layer, list(layer.merged_adapters)) for layer in self.vera_layers().values() if layer.merged]
         before = self._disabled
         self._set_disabled(True)
@@ -286,7 +339,7 @@ class VeraModel(Adapters):
 
     # Running.
 
-    @_with_signature_of_base
+    @with_signature_of_base
     def forward(self, *args: Any, labels: Any = None, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
         """Run the model. An instance's forward has the signature of its base's, with `adapter_names` added.
 
@@ -342,8 +395,37 @@ class VeraModel(Adapters):
 
     @property
     def active_peft_config(self) -> VeraConfig:
-        """The active adapter's config, where there is one active adapter."""
-        return self.peft_config[self.active_adapter]
+        """The active adapter's config; the first one's, where several are active together.
+
+        Raises:
+            UsageError: none is active.
+        """
+        if not self._active:
+            raise UsageError("no adapter is active")
+        return self.peft_config[self._active[0]]
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether an adapter is computed: some are active, and adapters are not disabled."""
+        return bool(self._active) and not self._disabled
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The modules that adapters save whole, by their configs and the heads of their tasks; None where none does."""
+        return {name for config in self.peft_config.values() for name in config.modules_to_save or ()} or None
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The names of the adapted layers in the base."""
+        return list(self.vera_layers())
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: VeRA is a LoRA of rank r, exactly; ``vera-tools convert --to lora`` makes it of a saved checkpoint."""
+        return True
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Let a model's embeddings require gradients, which reentrant checkpointing of frozen layers needs."""
+        return require_input_gradients(model)
 
     def get_layer_status(self) -> list[LayerStatus]:
         """The state of every adapted layer, then of every module that is saved whole."""

@@ -20,17 +20,32 @@ class _Argument(NamedTuple):
 
 #: `same` is None where any value is: an adapter is always loaded straight from the file and onto its layer's device.
 LOADING = {
-    "config": _Argument((None,), "the checkpoint's own adapter_config.json counts; edit it there"),
-    "autocast_adapter_dtype": _Argument(
-        (True,), "the vectors are always float32 at least, so that they can be trained"
-    ),
     "low_cpu_mem_usage": _Argument(None),
     "torch_device": _Argument(None),
     "ephemeral_gpu_offload": _Argument((False,), "move the model with .to()"),
-    "key_mapping": _Argument((None,), "rename the tensors of the checkpoint"),
+    "use_safetensors": _Argument((None, True), "pass allow_pickle=True for an adapter_model.bin"),
+    "ignore_mismatched_sizes": _Argument(
+        (False,),
+        "a checkpoint is loaded whole or not at all; load what fits of it with "
+        "vera_tools.nn.set_peft_model_state_dict(..., ignore_mismatched_sizes=True)",
+    ),
+    # How PEFT spreads a base that accelerate has put on several devices already; the vectors follow their layers.
+    "device_map": _Argument(None),
+    "max_memory": _Argument(None),
+    "offload_folder": _Argument(None),
+    "offload_dir": _Argument(None),
+    "offload_index": _Argument(None),
+    # How PEFT asks the Hub; ours is asked as the environment says.
+    "token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "use_auth_token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "cache_dir": _Argument((None,), "set HF_HUB_CACHE"),
+    "local_files_only": _Argument((False,), "set HF_HUB_OFFLINE=1"),
+    "force_download": _Argument((False,), "vera-tools reads the files that the Hub has now"),
 }
 SAVING = {
-    "safe_serialization": _Argument((True,), "adapters are written as safetensors only"),
+    "safe_serialization": _Argument((True,), "adapters are written as safetensors only, which runs no code"),
+    "path_initial_model_for_weight_conversion": _Argument((None,), "VeRA does not change the base when it begins"),
+    "push_to_hub": _Argument((False,), "save it, then `vera-tools push FOLDER owner/name`"),
 }
 
 

@@ -66,6 +66,18 @@ class ProjectionDict(nn.Module):
         assert tensor is not None
         return tensor
 
+    def __setitem__(self, name: str, values: Tensor) -> None:
+        """Let an adapter that is here have other values, on the device where its own are, and never rounded.
+
+        Raises:
+            KeyError: there is no such adapter.
+        """
+        before = self[name]
+        self._narrowest[name] = torch.promote_types(values.dtype, torch.float32)
+        dtype = torch.promote_types(before.dtype, self._narrowest[name])
+        self._buffers[name] = values.detach().to(device=before.device, dtype=dtype)
+        self._elsewhere.clear()
+
     def __delitem__(self, name: str) -> None:
         del self._buffers[name]
         self._non_persistent_buffers_set.discard(name)

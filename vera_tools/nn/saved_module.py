@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,8 +19,12 @@ class SavedModule(AdaptedModule):
     Attributes:
         original_module: The base's own, frozen.
         modules_to_save: The copies, by adapter name.
-        active_adapters: The copy that is used is that of the last one of these that has one.
+        active_adapters: Those of the model's active adapters that have a copy here; the last one's is used.
     """
+
+    #: What holds something for each adapter, as with an adapted layer.
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names = ()
 
     def __init__(self, module: nn.Module, *, name: str = "") -> None:
         super().__init__(name=name)
@@ -30,6 +34,11 @@ class SavedModule(AdaptedModule):
     def add_adapter(self, name: str) -> None:
         """Make a copy for an adapter."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Make adapters active here, those of them that have a copy."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        super().set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter's copy."""

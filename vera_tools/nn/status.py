@@ -26,7 +26,8 @@ class LayerStatus:
         name: Its name in the `VeraModel`.
         module_type: "VeraLinear" or "SavedModule".
         enabled: Whether adapters are computed.
-        active_adapters: The model's active adapters, whether this layer has them or not.
+        active_adapters: The model's active adapters, whether this layer has them or not; those of them that a saved
+            module has.
         merged_adapters: Those whose updates are in the base weight at the moment.
         requires_grad: Whether an adapter's parameters here are trainable, by adapter name.
         available_adapters: The adapters that this layer has, sorted.
@@ -102,7 +103,7 @@ def model_status(model: Adapters) -> ModelStatus:
         total_params=every,
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
-        active_adapters=_common(layer.active_adapters for layer in layers),
+        active_adapters=_active(layers),
         merged_adapters=merged if whole else IRREGULAR,
         requires_grad={
             name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
@@ -131,6 +132,18 @@ def _status(name: str, module: VeraLinear | SavedModule) -> LayerStatus:
             for name, own in parameters.items()
         },
     )
+
+
+def _active(layers: list[LayerStatus]) -> list[str] | Literal["irregular"]:
+    """What is active in all adapted layers, where each saved module has its part of it active."""
+    found = _common(layer.active_adapters for layer in layers if layer.module_type == VeraLinear.__name__)
+    if found == IRREGULAR:
+        return IRREGULAR
+    for layer in layers:
+        own = [name for name in found if name in layer.available_adapters]
+        if layer.module_type == SavedModule.__name__ and layer.active_adapters != own:
+            return IRREGULAR
+    return found
 
 
 def _common(values: Iterable[Value]) -> Value | Literal["irregular"]:

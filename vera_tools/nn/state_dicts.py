@@ -1,0 +1,254 @@
+"""An adapter's tensors under the names that they have on disk: out of a live model, and into it.
+
+The four public functions bear the names of PEFT's, and take and return what PEFT's do.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vera_tools.checkpoints.checkpoint import MODULES, ROOT
+from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.nn import embeddings
+from vera_tools.nn.adapters import Adapters
+from vera_tools.nn.layer import whole_shape
+from vera_tools.projections.pair import PROJECTIONS
+
+
+class LoadResult(NamedTuple):
+    """What a state dict lacked, and what it held for which there is no place.
+
+    Attributes:
+        missing_keys: Names, as the model's state dict has them.
+        unexpected_keys: Names, as they were given.
+    """
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class Named(NamedTuple):
+    """A tensor of the model's.
+
+    Attributes:
+        key: Its name in the model's state dict.
+        tensor: It.
+        like: The weight whose device it goes to, where it has no values yet.
+    """
+
+    key: str
+    tensor: Tensor
+    like: Tensor | None = None
+
+
+def get_peft_model_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | Literal["auto"] = "auto",
+) -> dict[str, Tensor]:
+    """An adapter's tensors under the names that a checkpoint gives them, which do not hold the adapter's name.
+
+    Args:
+        model: A `VeraModel`, or what DistributedDataParallel, FSDP or torch.compile have put around one.
+        state_dict: The model's state dict, whose tensors are returned in the place of the model's own.
+        adapter_name: Which adapter.
+        unwrap_compiled: Taken as PEFT takes it; a compiled model is always unwrapped.
+        save_embedding_layers: With the base's embedding and output layer (see `nn.embeddings`).
+
+    Raises:
+        UsageError: no such adapter; or a tensor has no values here, or is not in `state_dict`.
+    """
+    own = _adapters(model)
+    own.check_known([adapter_name])
+    wanted = named(own, adapter_name, save_embedding_layers=save_embedding_layers)
+    tensors = {name: whole(values(name, one, state_dict)) for name, one in wanted.items()}
+    if own.peft_config[adapter_name].save_projection:
+        tensors |= {ROOT + "vera_A": own.vera_A[adapter_name], ROOT + "vera_B": own.vera_B[adapter_name]}
+    return tensors
+
+
+def set_peft_model_state_dict(
+    model: nn.Module,
+    peft_model_state_dict: Mapping[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
+) -> LoadResult:
+    """Give an adapter that is there the values of a state dict, as `get_peft_model_state_dict` returns it.
+
+    Args:
+        model: As there.
+        peft_model_state_dict: The values. Projections among them become the adapter's own.
+        adapter_name: Which adapter.
+        ignore_mismatched_sizes: Leave tensors of another shape as they are, with a warning.
+        low_cpu_mem_usage: Taken as PEFT takes it; what is on the meta device is always replaced.
+
+    Raises:
+        UsageError: no such adapter, or the projections are not there although the config saves them.
+        CheckFailedError: a tensor has another shape. Nothing was changed.
+    """
+    own = _adapters(model)
+    own.check_known([adapter_name])
+    given = dict(peft_model_state_dict)
+    pair = [given.pop(ROOT + name, None) for name in PROJECTIONS]
+    if own.peft_config[adapter_name].save_projection and any(part is None for part in pair):
+        raise UsageError("Specified to load vera_A and vera_B from state dictionary however they were not present!")
+    expected, targets = named(own, adapter_name), places(own, adapter_name)
+    for name in [name for name in given if name in targets]:
+        shape = tuple(whole_shape(targets[name].tensor))
+        if tuple(given[name].shape) != shape:
+            text = f"found shape {list(given[name].shape)} in the checkpoint and {list(shape)} in the model"
+            if not ignore_mismatched_sizes:
+                raise CheckFailedError(f"size mismatch: {text}", where=name.removeprefix(MODULES))
+            warnings.warn(f"{name}: {text}; it is left as it was", VeraToolsWarning, stacklevel=2)
+            del given[name]
+            expected.pop(name, None)
+    if pair[0] is not None and pair[1] is not None:
+        own.set_pair(adapter_name, (pair[0], pair[1]))
+    missing = [one.key for name, one in expected.items() if name not in given]
+    put(own, targets, given)
+    return LoadResult(missing, list(given))
+
+
+def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict that the base had without adapters, under its own names."""
+    own = _adapters(model)
+    return {original: own.model.state_dict()[key] for original, key in _base_keys(own).items()}
+
+
+def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> LoadResult:
+    """Load a state dict of the base, under the base's own names, below the adapters.
+
+    Raises:
+        RuntimeError: `strict`, and names are missing or unknown, as torch has it.
+    """
+    own = _adapters(model)
+    keys = _base_keys(own)
+    result = LoadResult([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
+    problems = [
+        f"{what} key(s) in state_dict: {names}"
+        for what, names in (("Missing", result.missing_keys), ("Unexpected", result.unexpected_keys))
+        if names
+    ]
+    if strict and problems:
+        raise RuntimeError("Error(s) in loading state_dict:\n\t" + "\n\t".join(problems))
+    own.model.load_state_dict({keys[k]: value for k, value in state_dict.items() if k in keys}, strict=False)
+    return result
+
+
+def named(
+    model: Adapters, adapter_name: str, *, save_embedding_layers: bool | Literal["auto"] = False
+) -> dict[str, Named]:
+    """Every tensor of an adapter but the projections, by its name on disk."""
+    config = model.peft_config[adapter_name]
+    tensors: dict[str, Named] = {}
+    for name, layer in model.vera_layers().items():
+        if adapter_name in layer.r:
+            for which in ("vera_lambda_b", "vera_lambda_d"):
+                key = f"model.{name}.{which}.{adapter_name}"
+                tensors[f"{MODULES}{name}.{which}"] = Named(key, getattr(layer, which)[adapter_name], layer.weight)
+    for name, tensor in model.trained_biases(config.bias).items():
+        tensors[MODULES + name] = Named(f"model.{name}", tensor)
+    for name, module in model.saved_modules().items():
+        if adapter_name in module.modules_to_save:
+            copy = f"model.{name}.modules_to_save.{adapter_name}"
+            for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
+                tensors[f"{MODULES}{name}.{key}"] = Named(f"{copy}.{key}", tensor)
+    for name, tensor in embeddings.saved(model.model, config, save_embedding_layers).items():
+        tensors[MODULES + name] = Named(f"model.{name}", tensor)
+    return tensors
+
+
+def places(model: Adapters, adapter_name: str) -> dict[str, Named]:
+    """What a checkpoint of the adapter may hold: the base's embedding, output layer and biases too."""
+    base = embeddings.parameters(model.model) | model.trained_biases("all")
+    found = {MODULES + name: Named(f"model.{name}", tensor) for name, tensor in base.items()}
+    return found | named(model, adapter_name)
+
+
+def values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
+    """The values to write for a tensor: the model's, or those of a state dict."""
+    tensor: Tensor = own.tensor if given is None else given.get(own.key)  # type: ignore[assignment]
+    if tensor is None:
+        raise UsageError(
+            "is not in state_dict",
+            where=own.key,
+            hint="pass the whole state dict of this model; without frozen parameters, name the trained adapter in "
+            "selected_adapters",
+        )
+    if tensor.device.type == "meta":
+        raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
+    if given is not None and hasattr(tensor, "full_tensor"):
+        raise UsageError("is spread over processes", where=f"state_dict: {own.key}", hint="gather it first")
+    if tensor.shape != whole_shape(own.tensor):
+        raise UsageError(
+            "has no values here: another process holds them" if tensor.numel() == 0 else "has another shape",
+            where=name.removeprefix(MODULES) if given is None else f"state_dict: {own.key}",
+            expected=str(list(whole_shape(own.tensor))),
+            found=str(list(tensor.shape)),
+            hint="pass state_dict=accelerator.get_state_dict(model), called by all processes",
+        )
+    return tensor
+
+
+@torch.no_grad()
+def put(model: Adapters, targets: Mapping[str, Named], tensors: dict[str, Tensor]) -> None:
+    """Give tensors their values, by their names on disk, and take those off `tensors`.
+
+    What holds values is written in place, so that an optimizer goes on training it. What is on the meta device is
+    replaced: it would take a copy without a word, and hold nothing.
+    """
+    for name, (key, tensor, like) in targets.items():
+        given = tensors.pop(name, None)
+        if given is None:
+            continue
+        if tensor.device.type != "meta":
+            tensor.copy_(given)
+            continue
+        dtype = given.dtype
+        if like is not None:  # a vector; in half precision it is only where that was asked for
+            half = tensor.dtype in (torch.bfloat16, torch.float16)
+            dtype = tensor.dtype if half else torch.promote_types(tensor.dtype, given.dtype)
+            given = given.to(given.device if like.device.type == "meta" else like.device)
+        where, _, last = key.rpartition(".")
+        module = model.get_submodule(where)
+        if last in module._buffers:
+            module._buffers[last] = given.to(dtype)
+        else:
+            setattr(module, last, nn.Parameter(given.to(dtype), requires_grad=tensor.requires_grad))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that FSDP2 may have spread over processes."""
+    gather: Any = getattr(tensor, "full_tensor", None)
+    gathered: Tensor = gather() if gather is not None else tensor
+    return gathered.detach()
+
+
+def _adapters(model: nn.Module) -> Adapters:
+    found = next((module for module in model.modules() if isinstance(module, Adapters)), None)
+    if found is None:
+        raise UsageError("this is no VeraModel", expected="a VeraModel", found=type(model).__name__)
+    return found
+
+
+def _base_keys(model: Adapters) -> dict[str, str]:
+    """Where the base's tensors are now, by the names that they have without adapters."""
+    layers, saved = model.vera_layers(), model.saved_modules()
+    inside = {f"{name}.base_layer.": f"{name}." for name in layers}
+    inside |= {f"{name}.original_module.": f"{name}." for name in saved}
+    adapted = tuple(f"{name}.{part}" for name in layers for part in ("vera_lambda_", "vera_dropout."))
+    adapted += tuple(f"{name}.modules_to_save." for name in saved)
+    found = {}
+    for key in model.model.state_dict():
+        if not key.startswith(adapted):
+            where = next((part for part in inside if key.startswith(part)), "")
+            found[inside.get(where, "") + key.removeprefix(where)] = key
+    return found
