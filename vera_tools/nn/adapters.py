@@ -75,8 +75,7 @@ class Adapters(nn.Module):
 
         Its projections are drawn from its key exactly as PEFT draws them in float32 on Linux with AVX2, the same on
         every machine, and are not rounded through the base's dtype. An adapter whose pair equals that of an earlier
-        one shares it; one of another
-        rank or for other shapes gets a pair of its own.
+        one shares it; one of another rank or for other shapes gets a pair of its own.
 
         Args:
             adapter_name: Its name.
@@ -85,7 +84,7 @@ class Adapters(nn.Module):
             autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
 
         Warns:
-            VeraToolsWarning: entries of the config match nothing, or the name is part of the vectors' own.
+            VeraToolsWarning: entries of the config match nothing.
 
         Raises:
             UsageError: (a ValueError) the name is taken, the key is not that of the other adapters, or nothing matches.
