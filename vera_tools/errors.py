@@ -144,6 +144,11 @@ class HubError(VeraToolsError):
     exit_code = 5
 
 
+def cut(text: str, most: int = 60) -> str:
+    """The text, or its beginning where it is longer than what is quoted in a message."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def escaped(error: Exception, *, where: str) -> FormatError:
     """What is said of one of many where something else than an error of ours came up while it was worked on.
 

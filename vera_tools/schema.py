@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vera_tools.errors import FormatError
+from vera_tools.errors import FormatError, cut
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,9 +42,16 @@ def problems(document: object, name: str) -> list[FormatError]:
 
 
 def shown(value: object) -> str:
-    """A parsed value as it stood in the file, cut short."""
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    """A parsed value as it stood in the file, cut short: no more of it is written out than is shown."""
+    text = ""
+    try:
+        for piece in json.JSONEncoder().iterencode(value):
+            text += piece
+            if len(text) > 60:
+                break
+    except (ValueError, RecursionError):
+        return "no plain value"
+    return cut(text)
 
 
 def validate(document: object, name: str, *, where: str) -> None:

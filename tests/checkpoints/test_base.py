@@ -75,7 +75,7 @@ WRONG_INDICES = {
     "a file that is not there": ('{"weight_map": {"a": "gone.safetensors"}}', "names a file that is not there"),
     "a file elsewhere": ('{"weight_map": {"a": "../secret.safetensors"}}', "names a file that is not there"),
     "an absolute path": ('{"weight_map": {"a": "/etc/passwd"}}', "names a file that is not there"),
-    "a file that is no name": ('{"weight_map": {"a": 5}}', "names a file that is not there"),
+    "a file that is no name": ('{"weight_map": {"a": 5}}', "has a wrong value"),
     "a tensor that is not there": (
         '{"weight_map": {"a": "model-00001-of-00003.safetensors"}}',
         "the index names a tensor that is not there",

@@ -11,6 +11,7 @@ from tests.adapters import KEPT, set_config
 from tests.command import run_json
 from vera_tools.checkpoints import expressions
 from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.expressions import Expression
 from vera_tools.errors import FormatError
 
 NAME = "model.layers.12.self_attn.q_proj"
@@ -29,13 +30,13 @@ NAME = "model.layers.12.self_attn.q_proj"
 )
 def test_the_answer_is_that_of_re(expression, whole):
     found = (re.fullmatch if whole else re.match)(expression, NAME)
-    answer = expressions.match(expression, NAME, where="here", whole=whole)
+    answer = expressions.match(Expression(expression, "here", whole), NAME)
     assert answer == (None if found is None else found.groupdict())
 
 
 @pytest.mark.parametrize("expression", ["(.*.*)*x", "(a|a)(a|a)" * 20 + "x", ".*" * 12 + "x", "(?x)(.*) # \n *x"])
 def test_what_has_no_end_is_refused_in_time(monkeypatch, expression):
-    monkeypatch.setattr(expressions, "LIMIT", 0.3)
+    monkeypatch.setattr(expressions, "LIMIT", 0.1)
     start = time.monotonic()
     with pytest.raises(
         FormatError, match=r"adapter_config\.json: target_modules: the regular expression takes too long"

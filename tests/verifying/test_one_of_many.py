@@ -2,79 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import pytest
 
-from tests.adapters import CHECKPOINTS, CONFIG, KEPT, WEIGHTS, config_of
+from fuzz import targets
+from tests.adapters import CHECKPOINTS, KEPT, WEIGHTS
 from tests.command import run_cli, run_json
+from tests.hostile import BAD, HARMLESS, ODD, config
 from vera_tools.checkpoints import expressions
 from vera_tools.checkpoints.checkpoint import find
 from vera_tools.verifying.verifier import Verifier
-
-
-def config(**values):
-    return lambda folder: (folder / CONFIG).write_text(json.dumps({**config_of(folder), **values}))
-
-
-def text(before, after):
-    def change(folder):
-        path = folder / CONFIG
-        path.write_text(json.dumps(config_of(folder))[:-1] + f", {before}{after}}}")
-
-    return change
-
-
-def header(change):
-    """Write the header again, the tensors' bytes behind it as long as it says."""
-
-    def apply(folder):
-        path = folder / WEIGHTS
-        data = path.read_bytes()
-        (length,) = struct.unpack("<Q", data[:8])
-        document = json.loads(data[8 : 8 + length])
-        tail = change(document) or data[8 + length :]
-        new = json.dumps(document).encode()
-        path.write_bytes(struct.pack("<Q", len(new)) + new + tail)
-
-    return apply
-
-
-def one_tensor(name, shape, code="F32", values=b""):
-    def change(document):
-        document.clear()
-        document[name] = {"dtype": code, "shape": shape, "data_offsets": [0, len(values)]}
-        return values or b""
-
-    return header(change)
-
-
-VECTOR = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_b"
-BAD = {
-    "repeats beyond counting": config(target_modules="a{9999999999999999999999}"),
-    "a thousand groups": config(target_modules="(" * 1000 + ")" * 1000),
-    "five thousand digits": text('"r": ', "9" * 5000),
-    "flags in modules_to_save": config(modules_to_save=["(?i)x"]),
-    "flags in layers_pattern": config(layers_pattern="(?i)x", layers_to_transform=0),
-    "PEFT's own group": config(layers_pattern="(?P<idx>x)", layers_to_transform=0),
-    "lists nested deeply": text('"auto_mapping": ', "[" * 100_000),
-    "eighteen large dimensions": one_tensor(VECTOR, [2**62] * 18),
-    "weights of no columns": one_tensor("base_model.vera_A", [8, 0]),
-    "a vector of no dimension": one_tensor(VECTOR, [], values=b"\0" * 4),
-    "a million dimensions": one_tensor(VECTOR, [1] * 1_000_000, values=b"\0" * 4),
-    "NaN in 65 dimensions": one_tensor(VECTOR, [1] * 65, values=struct.pack("<f", float("nan"))),
-    "a name of many dots": one_tensor("base_model.model." + "." * 100_000 + "vera_lambda_b", [1], values=b"\0" * 4),
-    "not UTF-8": lambda folder: (folder / CONFIG).write_bytes(b'{"peft_type": "VERA", "x": "\xff"}'),
-}
-HARMLESS = {
-    "half a character": text('"base_model_name_or_path": ', '"\\ud800"'),
-    "a value nested 900 deep": text('"future": ', "[" * 900 + "]" * 900),
-    "a group of a name that PEFT does not use": config(layers_pattern="(?P<index>layers)", layers_to_transform=[0, 1]),
-}
 
 
 @pytest.fixture
@@ -98,6 +38,29 @@ def test_one_bad_adapter_leaves_the_others_verified(change, registry):
     result = run_cli("strip-projections", "-R", registry, "--out-dir", registry.parent / "out")
     assert "internal error" not in result.stdout + result.stderr
     assert (registry.parent / "out" / "z" / WEIGHTS).exists()
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+def test_one_of_each_kind_among_a_thousand(tmp_path):
+    root = tmp_path / "registry"
+    kinds = BAD | ODD
+    for number in range(1000):
+        folder = root / f"{number:04}"
+        folder.mkdir(parents=True)
+        for name, content in targets.adapter().items():
+            (folder / name).write_bytes(content)
+    for number, change in enumerate(kinds.values()):
+        folder = root / f"{number * 7:04}"
+        shutil.rmtree(folder)
+        change(Path(shutil.copytree(CHECKPOINTS / KEPT, folder)))
+    code, document = run_json("verify", "-R", root)
+    assert code in (1, 4)
+    assert len(document["checkpoints"]) == 1000
+    sound = [entry for entry in document["checkpoints"] if entry["verdict"] == "reproducible" and entry["ok"]]
+    assert len(sound) == 1000 - len(kinds)
+    said = [check["message"] for entry in document["checkpoints"] for check in entry["checks"]]
+    assert not [message for message in said if "cannot be worked on" in message]
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)

@@ -77,7 +77,8 @@ class TestManifest:
         assert "projections.match" in failed(report)
 
     def test_a_recorded_pair_beyond_the_limit_is_not_drawn(self, checkpoint, monkeypatch):
-        monkeypatch.setattr("vera_tools.checkpoints.resolution.MOST_BYTES", 1 << 20)
+        monkeypatch.setattr("vera_tools.checkpoints.resolution.MOST_CLAIMED", 1 << 20)
+        monkeypatch.setattr("vera_tools.checkpoints.resolution.CLAIMED_TIMES", 1)
         folder = checkpoint(SEED_ONLY)
         vera_tools.record(folder, base=base_of(SEED_ONLY), recipe="mt19937-f32-fused")
         assert one(folder).verdict == "assumed"

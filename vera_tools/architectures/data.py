@@ -20,6 +20,7 @@ from vera_tools import schema
 from vera_tools.architectures.architecture import Architecture, Tie
 from vera_tools.architectures.renaming import Step
 from vera_tools.architectures.trees import Tree
+from vera_tools.errors import FormatError
 
 __all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "is_of", "origin", "tables", "untied"]
 
@@ -59,8 +60,14 @@ def class_for(config: Config, auto: str | None = None) -> str | None:
     """
     if auto is None:
         names = config.get("architectures")
-        return str(names[0]) if isinstance(names, list) and names else None
-    return _chosen().get((auto, str(config.get("model_type"))))
+        return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
+    return _chosen().get((auto, _model_type(config, "")))
+
+
+def _model_type(config: Config, default: str) -> str:
+    """The model type of a configuration or a part of one; `default` where it says none, or no text."""
+    found = config.get("model_type", default)
+    return found if isinstance(found, str) else default
 
 
 @functools.cache
@@ -137,15 +144,15 @@ def is_of(config: Config, name: str) -> bool:
     """Whether a configuration may be of a class of the data: it, or a part of it, has the class's model type."""
     entry = tables()["classes"][name]
     types = {entry["model_type"], *(model_type for _, types in _autos(entry) for model_type in types)}
-    return config.get("model_type", entry["model_type"]) in types or _place_of(name, config) != ""
+    return _model_type(config, entry["model_type"]) in types or _place_of(name, config) != ""
 
 
 def _place_of(name: str, config: Config) -> str:
     """Where in config.json the configuration of a class stands: see `Architecture.place`."""
-    types = {tables()["classes"][name]["model_type"]}
-    if config.get("model_type", next(iter(types))) in types:
+    wanted = tables()["classes"][name]["model_type"]
+    if _model_type(config, wanted) == wanted:
         return ""
-    parts = (part for part, inner in config.items() if isinstance(inner, Mapping) and inner.get("model_type") in types)
+    parts = (part for part, inner in config.items() if isinstance(inner, Mapping) and _model_type(inner, "") == wanted)
     return next(parts, "")
 
 
@@ -191,7 +198,7 @@ def _compose(name: str, config: Config) -> _Composed:
     )
     for place, part in entry.get("parts", {}).items():
         chosen = _at(config, part["config"]) or {}
-        model_type = chosen.get("model_type", part["model_type"])
+        model_type = _model_type(chosen, part["model_type"])
         if model_type == part["model_type"]:
             continue
         other = _chosen().get((part["auto"], model_type))
@@ -296,7 +303,15 @@ def _any_number(pattern: str) -> str:
 
 def _heads(config: Config, where: dict[str, Any]) -> int:
     part = _at(config, where["at"]) or {}
-    return int(next((part[name] for name in where["names"] if part.get(name) is not None), where["default"]))
+    found: Any = next((part[name] for name in where["names"] if part.get(name) is not None), where["default"])
+    if not isinstance(found, int) or not 0 < found < 2**31:
+        raise FormatError(
+            "has a wrong value",
+            where=f"config.json: {where['names'][0]}",
+            expected="a number of attention heads",
+            found=schema.shown(found),
+        )
+    return found
 
 
 def _value(config: Config, name: str) -> Any:

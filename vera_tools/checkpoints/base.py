@@ -9,6 +9,7 @@ module's name ("model.layers.0..." against "layers.0..."), because transformers 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
 from vera_tools.files.strict_json import parse_json
 
+#: Bytes of an index: a hundred for each tensor are usual.
+MOST_BYTES_OF_INDEX = 256 << 20
 INDEX_SUFFIX = ".safetensors.index.json"
 #: What transformers looks for, in this order.
 MODEL, MODEL_INDEX = "model.safetensors", "model" + INDEX_SUFFIX
@@ -104,12 +107,11 @@ class BaseModel(local.ReadFromFolder):
             return cls(folder, [chosen], label=label)
         if chosen is not None:
             where = folder.path_of(chosen)
-            index = parse_json(local.read_text(folder, chosen, limit=256 << 20), where=where)
-            if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-                raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
-            missing = [file for file in index["weight_map"].values() if file not in names]
-            if missing:
-                raise FormatError("names a file that is not there", where=where, found=str(missing[0]))
+            index = _read_index(folder, chosen)
+            present = set(names)
+            missing = next((file for file in index["weight_map"].values() if file not in present), None)
+            if missing is not None:
+                raise FormatError("names a file that is not there", where=where, found=schema.shown(missing))
             return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index, index_name=chosen)
         files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
         if not files:
@@ -162,6 +164,18 @@ class BaseModel(local.ReadFromFolder):
                 raise FormatError("the index names a tensor that is not there", where=f"{self.label}: {name}: {tensor}")
 
 
+def _read_index(folder: local.Folder, name: str) -> dict[str, Any]:
+    where = folder.path_of(name)
+    index = parse_json(local.read_text(folder, name, limit=MOST_BYTES_OF_INDEX), where=where)
+    if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+        raise FormatError("not an index of safetensors files", where=where, expected="a weight_map")
+    # By hand, because there are as many as tensors, and a schema takes its time for each.
+    wrong = {tensor: file for tensor, file in index["weight_map"].items() if not isinstance(file, str)}
+    first = dict(itertools.islice(wrong.items(), 1))
+    schema.validate({**index, "weight_map": first}, "model_index.v1", where=where)
+    return index
+
+
 def _read_config(folder: local.Folder) -> dict[str, Any]:
     if CONFIG not in folder.names():
         return {}
@@ -170,6 +184,7 @@ def _read_config(folder: local.Folder) -> dict[str, Any]:
     config = parse_json(local.read_text(folder, CONFIG), where=where, finite=False)
     if not isinstance(config, dict):
         raise FormatError("not a model's config", where=where, expected="a JSON object", found=schema.shown(config))
+    schema.validate(config, "model_config.v1", where=where)
     return config
 
 

@@ -15,12 +15,14 @@ from typing import Any
 
 from vera_tools.checkpoints import keys, peft_values
 from vera_tools.checkpoints.base import BaseModel, find_renaming, rounds_through
-from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
+from vera_tools.checkpoints.config import CONFIG_NAME, MOST_BYTES, VeraConfig
 from vera_tools.checkpoints.keys import MODULES as MODULES
 from vera_tools.checkpoints.keys import ROOT as ROOT
-from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord
+from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord, most_bytes
 from vera_tools.checkpoints.names import copied_from
 from vera_tools.checkpoints.placement import Linear, Placement, place
+from vera_tools.checkpoints.targeting import Targeting
+from vera_tools.dtypes import FLOATS, Array
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
@@ -98,7 +100,7 @@ class Place:
         """
         if CONFIG_NAME not in self.names:
             return None
-        text, where = local.read_text(self.folder, CONFIG_NAME), self.folder.path_of(CONFIG_NAME)
+        text, where = local.read_text(self.folder, CONFIG_NAME, limit=MOST_BYTES), self.folder.path_of(CONFIG_NAME)
         reading = peft_values.read(text, where=where)
         return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
 
@@ -140,9 +142,9 @@ class Checkpoint(local.ReadFromFolder):
         self.manifest_error: FormatError | CheckFailedError | None = None
         if MANIFEST_NAME in place.names:
             try:
-                self.manifest = Manifest.from_json(
-                    local.read_text(self.folder, MANIFEST_NAME), where=self.folder.path_of(MANIFEST_NAME)
-                )
+                limit = most_bytes(len(self.weights.header))
+                text = local.read_text(self.folder, MANIFEST_NAME, limit=limit)
+                self.manifest = Manifest.from_json(text, where=self.folder.path_of(MANIFEST_NAME))
             except (FormatError, CheckFailedError) as error:
                 self.manifest_error = error
 
@@ -213,8 +215,13 @@ class Checkpoint(local.ReadFromFolder):
         Raises:
             FormatError: a regular expression takes too long.
         """
-        self.config.prepare(self.layers)
-        return tuple(module for module in self.layers if not self.config.targets(module))
+        self.targeting.prepare(self.layers)
+        return tuple(module for module in self.layers if not self.targeting.adapts(module))
+
+    @cached_property
+    def targeting(self) -> Targeting:
+        """What the config says of modules."""
+        return self.config.targeting()
 
     def is_copy(self, name: str) -> bool:
         """Whether PEFT wrote this tensor beside the saved one that it loads instead (see `names.copied_from`)."""
@@ -257,6 +264,24 @@ class Checkpoint(local.ReadFromFolder):
     def embedded_error(self) -> FormatError | None:
         """Why the file's own record cannot be used."""
         return self._embedded_error
+
+    def vectors(self, layer: Layer) -> tuple[Array, Array] | None:
+        """lambda_b (out_features,) and lambda_d (r,) of a layer; None where the file lacks one of them.
+
+        Raises:
+            CheckFailedError: they are no vectors.
+        """
+        if layer.lambda_b is None or layer.lambda_d is None:
+            return None
+        for info in (layer.lambda_b, layer.lambda_d):
+            if len(info.shape) != 1 or info.dtype not in FLOATS:
+                raise CheckFailedError(
+                    "not a vector of a dtype that VeRA computes in",
+                    where=f"{self.weights.label}: {info.name}",
+                    expected="one dimension",
+                    found=f"{info.dtype} {list(info.shape)}",
+                )
+        return self.weights.read(layer.lambda_b.name), self.weights.read(layer.lambda_d.name)
 
     def placement(self, base: BaseModel) -> Placement:
         """What this adapter's names mean in a base.

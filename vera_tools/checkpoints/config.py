@@ -7,22 +7,22 @@ from __future__ import annotations
 
 import enum
 import json
-import re
-import time
-import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vera_tools import schema
 from vera_tools.checkpoints import expressions, names, peft_values
+from vera_tools.checkpoints.expressions import Expression
+from vera_tools.checkpoints.targeting import IN_LAYERS, Targeting, kept_by, needs_no_expression
 from vera_tools.errors import FormatError, NotVeraError, UsageError
 from vera_tools.files import atomic
 
 CONFIG_NAME = "adapter_config.json"
-#: What PEFT puts around an entry of layers_pattern, its group's name included.
-_IN_LAYERS = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+#: Bytes of it. One that lists every expert of the largest mixtures by name has half of that.
+MOST_BYTES = 4 << 20
+_LISTS = ("target_modules", "modules_to_save", "layers_pattern", "layers_to_transform")
 
 
 TASK_TYPES = ("SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
@@ -103,7 +103,10 @@ class VeraConfig:
                 setattr(self, name, sorted(value))
             elif isinstance(value, tuple):
                 setattr(self, name, list(value))
-        for problem in schema.problems(self.to_dict(), "adapter_config.v1"):
+        document = self.to_dict()
+        for name in _LISTS:
+            document[name] = _looked_at(document[name], name)
+        for problem in schema.problems(document, "adapter_config.v1"):
             if problem.where == "task_type" and isinstance(self.task_type, str):
                 # PEFT's own words, which code written for PEFT may look for.
                 tasks = ", ".join(TASK_TYPES)
@@ -115,19 +118,11 @@ class VeraConfig:
         if self.layers_pattern and self.layers_to_transform is None:
             # PEFT's own words, which code written for PEFT may look for.
             raise UsageError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        for name, expression, within in self._expressions():
-            try:
-                with warnings.catch_warnings():  # Python 3.10 only warns of what later ones refuse, and PEFT with them
-                    warnings.simplefilter("error", DeprecationWarning)
-                    re.compile(within.format(expression) if within else expression)
-            except (re.error, OverflowError, RecursionError, DeprecationWarning) as error:
-                found = repr(expression)
-                raise UsageError(
-                    "is not a regular expression",
-                    where=name,
-                    expected=f"one ({error})",
-                    found=found if len(found) <= 60 else f"{found[:57]}...",
-                ) from error
+        try:
+            expressions.check(list(self._expressions()))
+        except FormatError as error:
+            key = (error.where or "").rpartition(": ")[2]
+            raise UsageError(error.what, where=key, expected=error.expected, found=error.found) from error
 
     def to_dict(self) -> dict[str, Any]:
         """The config as PEFT would write it: every field, then the unknown keys."""
@@ -233,48 +228,23 @@ class VeraConfig:
         atomic.write_bytes(path / CONFIG_NAME, self.to_json().encode())
 
     def targets(self, module: str) -> bool:
-        """Whether this config adapts the module with this dotted name, by PEFT's rules.
+        """Whether this config adapts the module with this dotted name: see `Targeting.adapts`, which does for many."""
+        return self.targeting().adapts(module)
 
-        A name in the list matches as a whole or as a suffix after a dot; a string is a regular expression for the
-        whole name; "all-linear" and None match anything here, because only the model itself can say more.
-
-        Raises:
-            FormatError: a regular expression takes too long.
-        """
-        if self.keeps_from_adapting(module):
-            return False
-        if self.target_modules is None or self.target_modules == "all-linear":
-            return self._in_layers(module)
-        if isinstance(self.target_modules, str):
-            where = f"{CONFIG_NAME}: target_modules"
-            return expressions.match(self.target_modules, module, where=where, whole=True) is not None
-        if module in self.target_modules:
-            return True
-        return any(module.endswith(f".{name}") for name in self.target_modules) and self._in_layers(module)
-
-    def prepare(self, modules: Collection[str]) -> None:
-        """Evaluate what may take long of the regular expressions for these modules, all at once.
-
-        Raises:
-            FormatError: they take too long.
-        """
-        end = time.monotonic() + expressions.BUDGET
-        for name, expression, within in self._expressions():
-            where, whole = f"{CONFIG_NAME}: {name}", not within
-            if whole and expression == "all-linear":
-                continue
-            if time.monotonic() > end:
-                raise expressions.too_long(where, expression, f"all within {expressions.BUDGET:g} s")
-            expressions.prepare(within.format(expression) if within else expression, modules, where=where, whole=whole)
-
-    def keeps_from_adapting(self, module: str) -> bool:
-        """Whether a saved module covers this one, so that PEFT does not adapt it.
-
-        Raises:
-            FormatError: a regular expression takes too long.
-        """
-        where = f"{CONFIG_NAME}: modules_to_save"
-        return any(names.is_kept_from_adapting(module, saved, where=where) for saved in self.saved_modules)
+    def targeting(self) -> Targeting:
+        """What this config says of modules, to be asked of many."""
+        targets, layers, patterns = self.target_modules, self.layers_to_transform, self.layers_pattern
+        by_name = frozenset(targets) if isinstance(targets, list) else None
+        by_expression = isinstance(targets, str) and targets != "all-linear"
+        everywhere = layers is None or layers == []
+        return Targeting(
+            by_name,
+            next(self._expressions()) if by_expression else None,
+            None if everywhere else frozenset(map(str, [layers] if isinstance(layers, int) else layers or ())),
+            tuple(map(self._in_layers, [patterns] if isinstance(patterns, str) else patterns or ())),
+            self.saved_modules,
+            CONFIG_NAME,
+        )
 
     @property
     def saved_modules(self) -> tuple[str, ...]:
@@ -282,28 +252,36 @@ class VeraConfig:
         heads = names.TASK_HEADS.get(self.task_type or "", ())
         return tuple(dict.fromkeys([*(self.modules_to_save or ()), *heads]))
 
-    def _expressions(self) -> Iterator[tuple[str, str, str]]:
-        """The values that PEFT takes for regular expressions: the field's name, the value, what PEFT puts around it."""
+    def _expressions(self) -> Iterator[Expression]:
+        """The values that PEFT takes for regular expressions, but for those that are plain names."""
         if isinstance(self.target_modules, str):
-            yield "target_modules", self.target_modules, ""
-        yield from (("modules_to_save", name, names.KEPT_FROM_ADAPTING) for name in self.modules_to_save or ())
+            yield Expression(self.target_modules, f"{CONFIG_NAME}: target_modules", whole=True)
+        where = f"{CONFIG_NAME}: modules_to_save"
+        yield from (kept_by(name, where=where) for name in self.modules_to_save or () if not needs_no_expression(name))
         patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        yield from (("layers_pattern", pattern, _IN_LAYERS) for pattern in patterns)
+        yield from map(self._in_layers, patterns)
 
-    def _in_layers(self, module: str) -> bool:
-        indices = self.layers_to_transform
-        if indices is None or indices == []:
-            return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        tried = [_IN_LAYERS.format(pattern) for pattern in patterns or ()]
-        for expression in tried if self.layers_pattern else [r".*?\.[^.]*\.(?P<idx>\d+)\."]:
-            found = expressions.match(expression, module, where=f"{CONFIG_NAME}: layers_pattern")
-            if found is not None:
-                index = (found["idx"] or "").lstrip(
-                    "0"
-                ) or "0"  # as text: a name may hold more digits than an int takes
-                return index in map(str, [indices] if isinstance(indices, int) else indices)
-        return False
+    @staticmethod
+    def _in_layers(pattern: str) -> Expression:
+        return Expression(IN_LAYERS.format(pattern), f"{CONFIG_NAME}: layers_pattern", written=pattern)
+
+
+def _looked_at(value: Any, name: str) -> Any:
+    """A list as far as the schema still has to look at it: up to and with its first wrong entry.
+
+    By hand, because a schema takes its time for each entry.
+    """
+    if not isinstance(value, list):
+        return value
+    numbers = name == "layers_to_transform"
+    good = ((type(item) is int and item >= 0) if numbers else isinstance(item, str) for item in value)
+    wrong = next((n for n, is_good in enumerate(good) if not is_good), None)
+    if wrong is None:
+        return []
+    if wrong < 1000:
+        return value[: wrong + 1]
+    expected = "an integer of 0 or more" if numbers else "a string"
+    raise UsageError("has a wrong value", where=f"{name}.{wrong}", expected=expected, found=schema.shown(value[wrong]))
 
 
 def _text(path: Path) -> str:

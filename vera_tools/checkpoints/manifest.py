@@ -10,6 +10,9 @@ base and of the original files can be compared with nothing else.
 
 from __future__ import annotations
 
+import base64
+import functools
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -29,6 +32,8 @@ MANIFEST_NAME = "vera_manifest.json"
 #: The member that holds the digest of all others.
 DIGEST = "digest"
 METADATA_KEY = "vera_tools"
+#: Bytes of a manifest beside its records of tensors.
+MOST_BYTES = 4 << 20
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 #: How it is known that this recipe made the trained pair: taken from the pair in its file, or in the memory of the
@@ -41,6 +46,14 @@ ORIGINS: tuple[Origin, ...] = ("stored", "live", "stated", "assumed")
 ASSUMED: frozenset[Origin] = frozenset({"stated", "assumed"})
 
 
+def most_bytes(header: int) -> int:
+    """Bytes of the largest manifest that is read beside a safetensors file whose header has so many.
+
+    It has a record for each tensor of the file, and for as many of the base, each a few times as long as the header's.
+    """
+    return MOST_BYTES + 12 * header
+
+
 @dataclass(frozen=True)
 class TensorRecord(Document):
     """Shape, dtype and sha256 (little-endian, row-major bytes) of one tensor; no sha256 where it was not at hand."""
@@ -48,6 +61,10 @@ class TensorRecord(Document):
     shape: tuple[int, ...]
     dtype: str
     sha256: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the manifest."""
+        return {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256}  # one for every tensor
 
     @classmethod
     def from_dict(cls, data: Any, *, where: str) -> TensorRecord:
@@ -242,6 +259,10 @@ class Manifest:
 
     def to_json(self) -> str:
         """The file's text. The same manifest always gives the same bytes."""
+        return self._text
+
+    @functools.cached_property
+    def _text(self) -> str:
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
 
     @classmethod
@@ -273,7 +294,10 @@ class Manifest:
 
 
 def _check_digest(document: dict[str, Any], *, where: str) -> None:
-    found = canonical_json.sha256({name: value for name, value in document.items() if name != DIGEST})
+    try:
+        found = canonical_json.sha256({name: value for name, value in document.items() if name != DIGEST})
+    except RecursionError as error:
+        raise FormatError("nested too deeply for a manifest", where=where) from error
     if found != document[DIGEST]:
         raise CheckFailedError(
             "the manifest was changed after it was written",
@@ -288,13 +312,26 @@ def _records(data: dict[str, Any], *, where: str) -> dict[str, TensorRecord]:
     return {name: TensorRecord.from_dict(record, where=f"{where}.{name}") for name, record in data.items()}
 
 
+def _is_base64(text: Any) -> bool:
+    try:
+        return isinstance(text, str) and base64.b64decode(text, validate=True) is not None
+    except ValueError:
+        return False
+
+
 def _without_records(data: Any) -> Any:
-    """The document with its two long tables emptied: `TensorRecord.from_dict` checks their entries."""
+    """The document without what may be long: `TensorRecord.from_dict` checks the entries of its two tables."""
     if not isinstance(data, dict):
         return data
     short = dict(data)
     if isinstance(short.get("tensors"), dict):
         short["tensors"] = {}
+    if isinstance(metadata := short.get("metadata"), dict):  # whoever made the file may have put anything into it
+        wrong = {key: value for key, value in metadata.items() if not isinstance(value, str)}
+        short["metadata"] = dict(itertools.islice(wrong.items(), 1))
+    original = short.get("original")
+    if isinstance(original, dict) and _is_base64(original.get("header")):  # in a moment, where an expression takes GBs
+        short["original"] = {**original, "header": ""}
     if isinstance(short.get("base"), dict) and isinstance(short["base"].get("weights"), dict):
         short["base"] = {**short["base"], "weights": {}}
     return short

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 
-from vera_tools.checkpoints import expressions
-
 #: What transformers' models call their input embedding, ...
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared")
 #: ... the output layer that may share its weight with it, ...
@@ -71,21 +69,4 @@ def is_saved(module: str, saved: str) -> bool:
 
 def lies_in_saved(parameter: str, saved: str) -> bool:
     """Whether a parameter lies in a module that an entry of modules_to_save means (see `is_saved`)."""
-    dot = parameter.find(".")
-    while dot != -1:
-        if parameter.endswith(saved, 0, dot):  # `is_saved`, without a copy of each leading part
-            return True
-        dot = parameter.find(".", dot + 1)
-    return False
-
-
-def is_kept_from_adapting(module: str, saved: str, *, where: str) -> bool:
-    """Whether an entry of modules_to_save keeps a target module from being adapted.
-
-    PEFT's ``check_target_module_exists``: the entry is a regular expression for a part of the path, and whatever lies
-    below that part is meant too.
-
-    Raises:
-        FormatError: the expression takes too long.
-    """
-    return expressions.match(KEPT_FROM_ADAPTING.format(saved), module, where=where) is not None
+    return f"{saved}." in parameter  # a leading part that ends so has a dot behind it

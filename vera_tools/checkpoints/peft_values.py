@@ -7,13 +7,14 @@ be understood all the same is in `Reading.refused`. The rest is left as it is, f
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from vera_tools.files.loose_json import Loose, parse_loosely, plain
+from vera_tools.files.strict_json import uncollected
+from vera_tools.schema import shown
 
 #: The keys of PEFT 0.11's VeraConfig. Releases before 0.14 refuse a config that holds any other.
 _FIRST_KEYS = frozenset(
@@ -87,10 +88,10 @@ def _reading(loose: Loose) -> Reading:
             value = document[key]
             document[key] = understand(value)
             if _is_other(value, document[key]):
-                tolerated[f"{key} is {_shown(value)}, which PEFT takes for {_shown(document[key])}"] = None
+                tolerated[f"{key} is {shown(value)}, which PEFT takes for {shown(document[key])}"] = None
     initial = document.get("d_initial")
     if isinstance(initial, int | float) and _is_too_large(initial):
-        refused.append(f"d_initial {_shown(initial)} is too large for a float32")
+        refused.append(f"d_initial {shown(initial)} is too large for a float32")
         document["d_initial"] = 0.1  # PEFT's default: a loaded adapter does not use it
     bias = document.get("bias")
     if isinstance(bias, str) and bias.endswith("_only") and bias != "vera_only":
@@ -99,7 +100,8 @@ def _reading(loose: Loose) -> Reading:
     unknown = tuple(sorted(str(key) for key in document.keys() - _FIRST_KEYS))
     # What is not finite here was understood by none of the above, and PEFT refuses it: so does the schema.
     not_understood = {key: value for key in _FIRST_KEYS & document.keys() if _is_infinite(value := document[key])}
-    document = plain(document, tolerated) | not_understood
+    with uncollected():
+        document = plain(document, tolerated) | not_understood
     return Reading(document, tuple(refused), tuple(before_21), tuple(tolerated), unknown)
 
 
@@ -196,11 +198,3 @@ def _is_too_large(value: float) -> bool:
     if isinstance(value, int):
         return not -(2**63) <= value < 2**64
     return abs(value) > 3.4028234663852886e38
-
-
-def _shown(value: Any) -> str:
-    try:
-        text = json.dumps(value)
-    except (ValueError, RecursionError):
-        return "no plain value"
-    return text if len(text) <= 60 else f"{text[:57]}..."

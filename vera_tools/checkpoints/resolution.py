@@ -30,8 +30,11 @@ from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests, generate
 from vera_tools.projections.recipe import Method, Recipe
 
-#: Bytes of the largest pair that is drawn, which is far more than any model's. A damaged record may name any size.
+#: Bytes of the largest pair that is drawn for who names its size, which is far more than any model's.
 MOST_BYTES = 64 << 30
+#: Bytes of the largest pair that is drawn because a record claims it: these, or so many times the file that claims it.
+#: A damaged record may name any size. With r = 256, no layer of a model needs a third of the first.
+MOST_CLAIMED, CLAIMED_TIMES = 512 << 20, 64
 
 
 @dataclass(frozen=True)
@@ -160,28 +163,49 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
         _refuse_other_width(given.in_features, record.shape, "the record", where=checkpoint.label)
         _refuse_stale(record, checkpoint)
         _refuse_assumed(record, given, where=checkpoint.label)
-        return Resolved(_proven(record, where=checkpoint.label), "recorded")
+        most = most_claimed(checkpoint) if given.in_features is None else None
+        return Resolved(_proven(record, most=most, where=checkpoint.label), "recorded")
     if given.strict and given.method is None:
         raise unproven(None, where=checkpoint.label)
     return Resolved(_assume(checkpoint, given), "assumed")
 
 
 def refuse_size(
-    shape: PairShape, dtype: str, *, where: str | None = None, error: type[VeraToolsError] = UsageError
+    shape: PairShape,
+    dtype: str,
+    *,
+    where: str | None = None,
+    most: int | None = None,
+    error: type[VeraToolsError] = UsageError,
 ) -> None:
-    """Refuse a pair that would be drawn for hours, before it is begun.
+    """Refuse a pair that would be drawn for long, before it is begun.
+
+    Args:
+        shape: r, in_max and out_max.
+        dtype: The dtype of both.
+        where: Who says so.
+        most: Bytes; None is `MOST_BYTES`.
+        error: What to raise where it is not the user who named the size.
 
     Raises:
-        UsageError: it is larger than `MOST_BYTES`; or another `error`, where it is not the user who named the size.
+        UsageError: it is larger than `most`.
     """
-    size = shape.elements * np_dtype(dtype).itemsize
-    if size > MOST_BYTES:
+    size, limit = shape.elements * np_dtype(dtype).itemsize, MOST_BYTES if most is None else most
+    if size > limit:
         raise error(
             "no adapter has projections of this size",
             where=where,
-            expected=f"at most {MOST_BYTES} bytes",
+            expected=f"at most {limit} bytes",
             found=f"{size} bytes for vera_A {list(shape.vera_A)} and vera_B {list(shape.vera_B)} in {dtype}",
+            hint=None
+            if most is None
+            else f"where that is true, name the width: `vera-tools embed-projections --in-features {shape.in_max}`",
         )
+
+
+def most_claimed(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest pair that is drawn because this checkpoint's record claims it."""
+    return max(MOST_CLAIMED, CLAIMED_TIMES * checkpoint.weights.size)
 
 
 def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
@@ -262,14 +286,14 @@ def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
         )
 
 
-def _proven(record: ProjectionRecord, *, where: str) -> ProjectionRecord:
+def _proven(record: ProjectionRecord, *, most: int | None, where: str) -> ProjectionRecord:
     if record.recipe is None:
         raise CheckFailedError(
             "the projections are not stored, and the record names no recipe that would make them",
             where=where,
             hint="they are lost unless the checkpoint they were stripped from still exists",
         )
-    refuse_size(record.shape, record.dtype, where=where, error=CheckFailedError)
+    refuse_size(record.shape, record.dtype, where=where, most=most, error=CheckFailedError)
     found = digests(record.recipe, record.shape, stored_dtype=record.dtype)
     for name in PROJECTIONS:
         if found[name] != record.sha256[name]:

@@ -120,10 +120,9 @@ def describe(
     Raises:
         CheckFailedError: the base does not fit.
     """
-    known = {ROOT + name: digest for name, digest in record.sha256.items()}
+    sha256 = checkpoint.weights.digests() | {ROOT + name: digest for name, digest in record.sha256.items()}
     tensors = {
-        name: TensorRecord(info.shape, info.dtype, known.get(name) or checkpoint.weights.sha256(name))
-        for name, info in checkpoint.weights.tensors.items()
+        name: TensorRecord(info.shape, info.dtype, sha256[name]) for name, info in checkpoint.weights.tensors.items()
     }
     earlier = checkpoint.manifest
     return Manifest(

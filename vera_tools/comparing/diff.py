@@ -429,13 +429,11 @@ def _refuse_nonfinite(checkpoint: Checkpoint, name: str, values: Array) -> None:
 
 def _vectors(checkpoint: Checkpoint, module: str) -> Vectors | None:
     layer = checkpoint.layers.get(module, Layer(module, None, None))
-    if layer.lambda_b is None or layer.lambda_d is None:
-        return None
-    names = layer.lambda_b.name, layer.lambda_d.name
-    lambda_b, lambda_d = (checkpoint.weights.read(name) for name in names)
-    for name, values in zip(names, (lambda_b, lambda_d), strict=True):
-        _refuse_nonfinite(checkpoint, name, values)
-    return lambda_b, lambda_d
+    vectors = checkpoint.vectors(layer)
+    if vectors is not None:
+        for info, values in zip((layer.lambda_b, layer.lambda_d), vectors, strict=True):
+            _refuse_nonfinite(checkpoint, info.name if info else module, values)
+    return vectors
 
 
 def _diff_beside(a: Checkpoint, b: Checkpoint) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+from vera_tools import schema
 from vera_tools.checkpoints import peft_values
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
@@ -137,7 +138,11 @@ class _Restoration:
         if original is None:
             return cls()
         weights = _file_sha256(original, tensors) == original.sha256
-        before = peft_values.read(original.config, where="the original adapter_config.json")
+        where = "the manifest: original.config"
+        before = peft_values.read(original.config, where=where)
+        if not isinstance(before.document, dict):
+            found = schema.shown(before.document)
+            raise FormatError("not an adapter config", where=where, expected="a JSON object", found=found)
         config = not before.is_odd and {**before.document, "save_projection": False} == checkpoint.raw_config
         notes = []
         if not weights:

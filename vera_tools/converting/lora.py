@@ -278,7 +278,8 @@ def _write(
     (folder / CONFIG_NAME).write_bytes(json.dumps(config, indent=2, sort_keys=True).encode())
     safetensors.save(folder / WEIGHTS_NAME, tensors, {**foreign_metadata(checkpoint), **record.to_metadata()})
     with TensorFile.open(folder / WEIGHTS_NAME) as file:
-        records = {n: TensorRecord(info.shape, info.dtype, file.sha256(n)) for n, info in file.tensors.items()}
+        sha256 = file.digests()
+        records = {n: TensorRecord(info.shape, info.dtype, sha256[n]) for n, info in file.tensors.items()}
         manifest = dataclasses.replace(
             describe(checkpoint, record, base=base_record(checkpoint, base)),
             tensors=records,

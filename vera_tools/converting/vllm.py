@@ -70,7 +70,7 @@ def look(
     if base is None:
         conditions.append("its class for the base calls the layers so (name the base with --base)")
     elif architecture is None:
-        named = (base.config.get("architectures") or ["none"])[0] if isinstance(base.config, dict) else "none"
+        named = data.class_for(base.config) or "none"
         conditions.append(f"its class for the base ({named} in config.json) calls the layers so")
     else:
         found = _Modules.of(modules, architecture, towers=any(part in base.config for part in _TOWERS))

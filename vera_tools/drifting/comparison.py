@@ -10,12 +10,16 @@ from typing import Any
 
 from vera_tools import schema
 from vera_tools.errors import FormatError, UsageError
+from vera_tools.files import local
 from vera_tools.files.strict_json import parse_json
 from vera_tools.platforms import atlas
 from vera_tools.platforms.streams import Draw, Environment, shortened
 
 #: What a run's own rows are called beside those of saved reports.
 THIS_RUN = "this run"
+
+#: Bytes of a saved report, of which this machine's takes ten thousand.
+MOST_BYTES = 64 << 20
 
 #: A saved report: the pairs that were drawn, and the rows.
 Saved = tuple[tuple[Draw, ...], tuple[Environment, ...]]
@@ -82,14 +86,10 @@ def load(file: str | os.PathLike[str]) -> Saved:
     Raises:
         FormatError: not there, or not a drift/v1 document.
     """
-    try:
-        text = Path(file).read_text("utf-8")
-    except FileNotFoundError as error:
-        raise FormatError("no such file", where=file) from error
-    except OSError as error:
-        raise FormatError(f"cannot be read: {error.strerror}", where=file) from error
-    except UnicodeDecodeError as error:
-        raise FormatError("not JSON: not UTF-8", where=file) from error
+    path = Path(file)
+    if not os.path.lexists(path):
+        raise FormatError("no such file", where=file)
+    text = local.read_text(local.LocalFolder(path.parent), path.name, limit=MOST_BYTES)
     document = parse_json(text, where=os.fspath(file))
     schema.validate(document, "drift.v1", where=os.fspath(file))
     entry = atlas.Entry.from_document(document, name=os.fspath(file))

@@ -100,10 +100,9 @@ def measure(
     layers = [layer for layer in checkpoint.layers.values() if layer.lambda_b and layer.lambda_d]
     changes = []
     for number, layer in enumerate(layers):
-        assert layer.lambda_b is not None
-        assert layer.lambda_d is not None
         columns = widths.get(layer.module) or trained[0].shape[1]
-        vectors = checkpoint.weights.read(layer.lambda_b.name), checkpoint.weights.read(layer.lambda_d.name)
+        vectors = checkpoint.vectors(layer)
+        assert layer.lambda_b is not None
         norms = comparison.layer(columns, vectors, vectors)
         change = norms.difference / norms.a if norms.a else None
         changes.append(LayerChange(layer.module, columns, layer.lambda_b.size, change))

@@ -32,9 +32,11 @@ Result = TypeVar("Result")
 
 SCHEME = "hf://"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+# Revisions whose slashes stand as they are.
+_SPECIAL = r"refs/(?:pr/\d+|convert/[\w.-]+)"
 _REFERENCE = re.compile(
     rf"(?:hf://)?(?:models/(?=[^/@]+/))?(?P<repo>{_NAME}/{_NAME})"
-    r"(?:@(?P<revision>refs/(?:pr/\d+|convert/[\w.-]+)|[^/]+))?(?:/(?P<subfolder>.*))?"
+    rf"(?:@(?P<revision>{_SPECIAL}|[^/]+))?(?:/(?P<subfolder>.*))?"
 )
 _SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
 # How hf_xet, which is written in Rust, quotes an error of the system.
@@ -81,9 +83,11 @@ class Reference:
         return cls(match["repo"], revision.replace("%2F", "/") if revision else None, subfolder)
 
     def __str__(self) -> str:
-        text = SCHEME + self.repo
+        # "hf://models/a/b" is model b of a: an owner of that name needs the word twice.
+        doubled = self.repo.startswith("models/") and self.revision is None and self.subfolder
+        text = SCHEME + ("models/" if doubled else "") + self.repo
         if self.revision is not None:
-            special = self.revision.startswith(("refs/pr/", "refs/convert/"))
+            special = re.fullmatch(_SPECIAL, self.revision) is not None
             text += "@" + (self.revision if special else self.revision.replace("/", "%2F"))
         return f"{text}/{self.subfolder}" if self.subfolder else text
 

@@ -6,6 +6,7 @@ Files are read by ranges, not mapped: a file that is truncated while it is read 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import stat
@@ -407,6 +408,13 @@ def read_all(source: ByteSource, *, limit: int) -> bytes:
     Raises:
         FormatError: larger than `limit` bytes, or unreadable.
     """
+    _refuse_size(source, limit)
+    data = bytearray(source.size)
+    source.read_into(memoryview(data), 0)
+    return bytes(data)
+
+
+def _refuse_size(source: ByteSource, limit: int) -> None:
     if source.size > limit:
         raise FormatError(
             "too large for what it is",
@@ -414,12 +422,13 @@ def read_all(source: ByteSource, *, limit: int) -> bytes:
             expected=f"at most {limit} bytes",
             found=f"{source.size}",
         )
-    data = bytearray(source.size)
-    source.read_into(memoryview(data), 0)
-    return bytes(data)
 
 
-def read_text(folder: Folder, name: str, *, limit: int = 16 << 20) -> str:
+#: Bytes of a text that is read whole, where nothing else is said: configs, cards, indices of little.
+MOST_TEXT = 16 << 20
+
+
+def read_text(folder: Folder, name: str, *, limit: int = MOST_TEXT) -> str:
     """A small text file of a folder, UTF-8, line ends and a byte-order mark as they are.
 
     Raises:
@@ -434,16 +443,38 @@ def read_text(folder: Folder, name: str, *, limit: int = 16 << 20) -> str:
         source.close()
 
 
-def copy(folder: Folder, name: str, target: Path) -> None:
+def same(one: Folder, other: Folder, name: str) -> bool:
+    """Whether a file of two folders has the same bytes.
+
+    Raises:
+        FormatError: it cannot be read.
+    """
+    with contextlib.ExitStack() as stack:
+        a, b = (stack.enter_context(contextlib.closing(folder.open(name))) for folder in (one, other))
+        if a.size != b.size:
+            return False
+        here, there = bytearray(min(_PIECE, a.size)), bytearray(min(_PIECE, a.size))
+        for start in range(0, a.size, _PIECE):
+            length = min(_PIECE, a.size - start)
+            a.read_into(memoryview(here)[:length], start)
+            b.read_into(memoryview(there)[:length], start)
+            if here[:length] != there[:length]:
+                return False
+    return True
+
+
+def copy(folder: Folder, name: str, target: Path, *, limit: int | None = None) -> None:
     """Copy a file of a folder to `target`.
 
     Raises:
-        FormatError: it cannot be read, or is a link that leads out of the folder.
+        FormatError: it cannot be read, is larger than `limit` bytes, or is a link that leads out of the folder.
         OSError: `target` cannot be written.
     """
     source = folder.open(name)
     try:
         folder.refuse_leaving(name)
+        if limit is not None:
+            _refuse_size(source, limit)
         with target.open("wb") as stream:
             buffer = memoryview(bytearray(min(_PIECE, source.size)))
             for start in range(0, source.size, _PIECE):

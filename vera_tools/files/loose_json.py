@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vera_tools.errors import FormatError
+from vera_tools.files.strict_json import uncollected
 
 #: Python refuses to read integers of more digits (`sys.set_int_max_str_digits`).
 MAX_DIGITS = 4300
@@ -74,13 +75,14 @@ def parse_loosely(text: str, *, where: str) -> Loose:
     if text.startswith("\ufeff"):
         refused.append("it begins with a byte-order mark")
     try:
-        document = json.loads(
-            text.removeprefix("\ufeff"),
-            object_pairs_hook=unique,
-            parse_constant=constant,
-            parse_int=whole,
-            parse_float=real,
-        )
+        with uncollected():
+            document = json.loads(
+                text.removeprefix("\ufeff"),
+                object_pairs_hook=unique,
+                parse_constant=constant,
+                parse_int=whole,
+                parse_float=real,
+            )
     except json.JSONDecodeError as error:
         raise FormatError(
             f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"

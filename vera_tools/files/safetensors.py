@@ -4,7 +4,9 @@ A file is an 8-byte little-endian header length, a JSON header, and the tensors'
 rules, each of which stops a file that would otherwise be read wrongly or not end:
 
 - the header is at most `MAX_HEADER` bytes and lies within the file; it is one JSON object without duplicate names;
-- every dtype is known, every dimension is a non-negative integer, and a tensor's extent is shape times element size;
+- it is no longer than its tensors explain, and holds no more of them, and no longer names, than any model has;
+- every dtype is known, every dimension is a non-negative integer, of which there are at most `MAX_DIMENSIONS`, and a
+  tensor's extent is shape times element size;
 - the tensors follow each other without hole or overlap and fill the file to its last byte;
 - ``__metadata__`` maps strings to strings.
 
@@ -27,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
-from vera_tools.errors import CheckFailedError, FormatError
+from vera_tools.errors import CheckFailedError, FormatError, cut
 from vera_tools.files import safetensors_library
 from vera_tools.files.local import ByteSource, Closing, LocalFile
 from vera_tools.files.strict_json import parse_json
@@ -35,6 +37,15 @@ from vera_tools.files.strict_json import parse_json
 Array = npt.NDArray[Any]
 
 MAX_HEADER = 100_000_000  # the limit of the safetensors library
+#: Tensors in one file. The largest mixtures of experts have some 150,000, in all of their files together.
+MAX_TENSORS = 500_000
+#: What a header may hold beside its tensors, which is metadata, and for each of them. Two hundred bytes are usual.
+HEADER_ROOM, TENSOR_ROOM = 16 << 20, 1024
+#: Values in a header beside those of its tensors.
+MAX_VALUES = 1_000_000
+#: Characters of a tensor's name. A tenth of this would be long.
+MAX_NAME = 4096
+MAX_DIMENSIONS = 64  # of torch and of NumPy 2
 CHUNK = 1 << 20
 
 
@@ -158,6 +169,27 @@ class TensorFile(Closing):
             self._source.read_into(view, self.data_start + start)
             yield view
 
+    def walk(self) -> Iterator[tuple[TensorInfo, Iterator[memoryview]]]:
+        """Every tensor with its bytes, at most `CHUNK` at a time, in the order of the file.
+
+        Small tensors share a read. What was handed out is overwritten when the next one is asked for.
+        """
+        infos = list(self.tensors.values())
+        end = max((info.stop for info in infos), default=0)
+        buffer, first, last = memoryview(bytearray(min(CHUNK, end))), 0, 0  # it holds the bytes from first to last
+
+        def pieces(info: TensorInfo) -> Iterator[memoryview]:
+            nonlocal first, last
+            for start in range(info.start, info.stop, CHUNK):
+                stop = min(start + CHUNK, info.stop)
+                if not first <= start <= stop <= last:
+                    first, last = start, min(start + CHUNK, end)
+                    self._source.read_into(buffer[: last - first], self.data_start + first)
+                yield buffer[start - first : stop - first]
+
+        for info in infos:
+            yield info, pieces(info)
+
     def deferred(self, name: str) -> Deferred:
         """One tensor as it stands, to be copied into another file."""
         info = self.tensors[name]
@@ -173,10 +205,22 @@ class TensorFile(Closing):
     def file_sha256(self) -> str:
         """sha256 over the whole file."""
         digest = hashlib.sha256(struct.pack("<Q", len(self.header)) + self.header)
-        for info in self._entries.values():  # without hole or overlap, so together they are the rest of the file
-            for chunk in self.chunks(info):
-                digest.update(chunk)
+        end = (
+            self._source.size - self.data_start
+        )  # the tensors are without hole or overlap, and so the rest of the file
+        for piece in self.chunks(TensorInfo("", "uint8", (end,), 0, end)):
+            digest.update(piece)
         return digest.hexdigest()
+
+    def digests(self) -> dict[str, str]:
+        """sha256 over each tensor's bytes, by name."""
+        found = {}
+        for info, pieces in self.walk():
+            digest = hashlib.sha256()
+            for piece in pieces:
+                digest.update(piece)
+            found[info.name] = digest.hexdigest()
+        return found
 
     def objection(self) -> str | None:
         """How the safetensors library reads the file otherwise, in one sentence; None where it reads the same.
@@ -246,6 +290,7 @@ def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str
     Raises:
         FormatError: not a header, or its tensors leave holes or overlap.
     """
+    _refuse_excess(header, where=where)
     try:
         text = header.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -257,7 +302,7 @@ def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FormatError("wrong metadata", where=f"{where}: __metadata__", expected="an object of strings")
     infos = sorted(
-        (_parse_entry(name, entry, where=f"{where}: {name}") for name, entry in document.items()),
+        (_parse_entry(name, entry, where=where) for name, entry in document.items()),
         key=lambda info: (info.start, info.stop),
     )
     position = 0
@@ -273,6 +318,25 @@ def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str
     return metadata, {info.name: info for info in infos}
 
 
+def _refuse_excess(header: bytes, *, where: str) -> None:
+    """Refuse a header that would take more time and memory to parse than its tensors explain, before it is parsed."""
+    tensors = header.count(b'"data_offsets"')  # nobody writes these with escapes, and who does gets less room
+    for what, most, found in (
+        ("tensors", MAX_TENSORS, tensors),
+        ("bytes", HEADER_ROOM + TENSOR_ROOM * tensors, len(header)),
+        ("values", MAX_VALUES + (MAX_DIMENSIONS + 8) * tensors, header.count(b",")),
+    ):
+        if found > most:
+            many = f" for {tensors} tensors" if what != "tensors" else ""
+            raise FormatError(
+                f"the header has too many {what}",
+                where=where,
+                expected=f"at most {most:,}{many}",
+                found=f"{found:,}",
+                hint="no model is known that has so many: if yours is one, please report it",
+            )
+
+
 def _check_extent(tensors: Mapping[str, TensorInfo], room: int, *, where: str) -> None:
     position = max((info.stop for info in tensors.values()), default=0)
     if position != room:
@@ -286,30 +350,59 @@ def _check_extent(tensors: Mapping[str, TensorInfo], room: int, *, where: str) -
 
 
 def _parse_entry(name: str, entry: Any, *, where: str) -> TensorInfo:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError("wrong header entry", where=where, expected="dtype, shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in NAMES:
-        raise FormatError("unknown dtype", where=where, expected=" ".join(NAMES), found=repr(code))
-    if not _are_counts(shape):
-        raise FormatError("wrong shape", where=where, expected="a list of non-negative integers", found=repr(shape))
-    if not _are_counts(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise FormatError("wrong data_offsets", where=where, expected="[start, stop]", found=repr(offsets))
+    if len(name) > MAX_NAME:
+        raise FormatError(
+            "the name of a tensor is too long",
+            where=f"{where}: {cut(name)}",
+            expected=f"at most {MAX_NAME:,} characters",
+            found=f"{len(name):,}",
+        )
+    try:
+        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+        start, stop = offsets
+        good = len(entry) == 3 and code in NAMES and _are_counts(shape) and _are_counts(offsets) and start <= stop
+    except (KeyError, TypeError, ValueError):
+        good = False
+    if not good or len(shape) > MAX_DIMENSIONS:
+        raise _wrong_entry(entry, where=f"{where}: {name}")
     bits = math.prod(shape) * BITS[code]
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+    if bits != 8 * (stop - start):
         raise FormatError(
             f"shape and extent contradict each other for {code} {shape}",
-            where=where,
-            expected=f"{bits / 8:g} bytes",
-            found=str(offsets[1] - offsets[0]),
+            where=f"{where}: {name}",
+            expected=f"{_in_bytes(bits)} bytes",
+            found=str(stop - start),
         )
-    return TensorInfo(name, NAMES[code], tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(name, NAMES[code], tuple(shape), start, stop)
+
+
+def _wrong_entry(entry: Any, *, where: str) -> FormatError:
+    """What is wrong with an entry that is none."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return FormatError("wrong header entry", where=where, expected="dtype, shape and data_offsets")
+    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(code, str) or code not in NAMES:
+        return FormatError("unknown dtype", where=where, expected=" ".join(NAMES), found=cut(repr(code)))
+    if not _are_counts(shape):
+        found = cut(repr(shape))
+        return FormatError("wrong shape", where=where, expected="a list of non-negative integers", found=found)
+    if len(shape) > MAX_DIMENSIONS:
+        found = f"{len(shape):,}"
+        return FormatError("too many dimensions", where=where, expected=f"at most {MAX_DIMENSIONS}", found=found)
+    return FormatError("wrong data_offsets", where=where, expected="[start, stop]", found=cut(repr(offsets)))
+
+
+def _in_bytes(bits: int) -> str:
+    whole, rest = divmod(bits, 8)
+    if whole >= 2**64:
+        return "2**64 or more"
+    return f"{whole}{f'{rest / 8:g}'[1:] if rest else ''}"
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(item, int) and not isinstance(item, bool) and 0 <= item < 2**63 for item in value
-    )
+    if type(value) is not list:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def layout(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
-from vera_tools.errors import FormatError
+from vera_tools.errors import FormatError, cut
 
 _MAX_DIGITS = 4000  # Python refuses to parse a few more
 
@@ -32,7 +35,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
             refuse_oversized(next((f": {name}" for name, value in pairs if _holds_infinity(value)), ""))
         if len(result) != len(pairs):
             ((twice, _),) = Counter(name for name, _ in pairs).most_common(1)
-            raise FormatError(f"duplicate key {twice!r}", where=where)
+            raise FormatError(f"duplicate key {cut(repr(twice))}", where=where)
         return result
 
     def refuse(constant: str) -> float:
@@ -54,13 +57,14 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
         )
 
     try:
-        document = json.loads(
-            text.removeprefix("\ufeff"),
-            object_pairs_hook=unique,
-            parse_constant=refuse if finite else float,
-            parse_int=whole,
-            parse_float=real,
-        )
+        with uncollected():
+            document = json.loads(
+                text.removeprefix("\ufeff"),
+                object_pairs_hook=unique,
+                parse_constant=refuse if finite else float,
+                parse_int=whole,
+                parse_float=real,
+            )
         if oversized:
             refuse_oversized("")
         if "\\ud" in text.lower():  # an escaped surrogate; half a pair is no character and could not be written again
@@ -75,6 +79,21 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
     except UnicodeEncodeError as error:
         half = f"\\u{ord(error.object[error.start]):04x}"
         raise FormatError("not JSON: half a character", where=where, expected="a pair", found=half) from error
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Look for no garbage: while a large document grows there is none, and looking takes longer than parsing.
+
+    Whatever threads do at the same time, in the end it is on again where it was.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _holds_infinity(value: Any) -> bool:

@@ -248,7 +248,7 @@ def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
     staged.mkdir()
     for name in names:
         try:
-            local.copy(source, name, staged / name)
+            local.copy(source, name, staged / name, limit=local.MOST_TEXT if name == CARD_NAME else None)
         except OSError as error:
             raise VeraToolsError(f"could not be copied: {error.strerror}", where=folder / name) from error
     source.check_unchanged()
@@ -340,7 +340,7 @@ class _Remote:
         with contextlib.closing(
             HubFile(self.api, self.reference.repo, self.head, self.files[name], label=label)
         ) as file:
-            return local.read_all(file, limit=16 << 20)
+            return local.read_all(file, limit=local.MOST_TEXT)
 
     def holds(self, name: str, digest: Digests) -> bool:
         """Whether this very content is there."""

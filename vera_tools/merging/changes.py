@@ -9,7 +9,7 @@ import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Layer
-from vera_tools.checkpoints.names import copied_from, is_embedding, lies_in_saved
+from vera_tools.checkpoints.names import copied_from, is_embedding
 from vera_tools.checkpoints.placement import Linear, Part, Placement, shape_of
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
@@ -183,7 +183,7 @@ def _linear(placement: Placement, adapter: Adapter, layer: Layer) -> Linear:
 def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str, Replacement]:
     """The adapter's biases and saved modules, by the class's parameters."""
     checkpoint = adapter.checkpoint
-    config, saved = checkpoint.config, dict[str, Replacement]()
+    saved = dict[str, Replacement]()
     for full, info in checkpoint.other_tensors.items():
         where = f"{checkpoint.weights.label}: {full}"
         if not full.startswith(MODULES):
@@ -197,7 +197,7 @@ def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str,
         parts = placement.parts(name)
         if parts:
             _check_shape(shape_of(parts), info, name, where=where, resize=resize and adapter.weight == 1)
-        elif not any(lies_in_saved(path, saved) for saved in config.saved_modules) and ".base_layer." not in full:
+        elif not checkpoint.targeting.saves(path) and ".base_layer." not in full:
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",
                 where=where,
@@ -214,7 +214,7 @@ def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str,
             raise FormatError("a saved tensor is not of a floating-point dtype", where=where, found=info.dtype)
         if not adapter.allow_nonfinite:
             check_finite(checkpoint.weights.read(full), where=where, what="the adapter holds")
-        alone = any(lies_in_saved(path, module) for module in config.saved_modules)
+        alone = checkpoint.targeting.saves(path)
         saved[name] = Replacement(adapter, info, alone)
     return saved
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vera_tools._version import __version__
-from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, BaseModel
+from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, MOST_BYTES_OF_INDEX, BaseModel
 from vera_tools.checkpoints.placement import Placement
 from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.errors import UsageError
@@ -268,7 +268,7 @@ def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tupl
     old = base.index or {}
     metadata = {**old.get("metadata", {}), "total_size": total}
     if old.get("weight_map") == weight_map and total == sum(info.nbytes for _, info in base.tensors.values()):
-        return name, local.read_text(base.folder, name, limit=256 << 20)
+        return name, local.read_text(base.folder, name, limit=MOST_BYTES_OF_INDEX)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.info.size for shard in shards for entry in shard.entries)
     document = {**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}

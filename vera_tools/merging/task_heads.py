@@ -26,7 +26,7 @@ def notes(plan: Plan) -> list[str]:
     if not heads:
         return []
     config = plan.base.config
-    architectures = [str(name) for name in config.get("architectures") or []]
+    architectures = list(config.get("architectures") or [])
     tasks = {str(entry.saved.adapter.checkpoint.config.task_type) for entry in added}
     ending = next((_CLASSES[task] for task in sorted(tasks) if task in _CLASSES), None)
     settings = []

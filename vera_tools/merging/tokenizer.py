@@ -81,12 +81,4 @@ def choose(copied: Mapping[str, local.Folder], adapters: Sequence[Adapter], choi
 
 def _are_same(one: Mapping[str, local.Folder], other: Mapping[str, local.Folder]) -> bool:
     """Whether all files of `other` are in `one` with the same bytes."""
-    return all(path in one and _read(one[path], path) == _read(other[path], path) for path in other)
-
-
-def _read(folder: local.Folder, path: str) -> bytes:
-    source = folder.open(path.rpartition("/")[2])
-    try:
-        return local.read_all(source, limit=1 << 30)
-    finally:
-        source.close()
+    return all(path in one and local.same(one[path], other[path], path.rpartition("/")[2]) for path in other)

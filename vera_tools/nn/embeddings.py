@@ -56,7 +56,8 @@ def saved(model: nn.Module, config: VeraConfig, wanted: bool | Literal["auto"]) 
     why = _resized(model, config)
     if why is None:
         layers = [module.name for module in model.modules() if isinstance(module, VeraLinear)]
-        adapted = [name for name in layers if name.rpartition(".")[2] in _NAMES and config.targets(name)]
+        adapts = config.targeting().adapts
+        adapted = [name for name in layers if name.rpartition(".")[2] in _NAMES and adapts(name)]
         found = {name: tensor for name, tensor in found.items() if any(name.startswith(f"{a}.") for a in adapted)}
         why = f"{' and '.join(adapted)} is adapted" if found else None
     if why is None:

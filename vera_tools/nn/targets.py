@@ -68,14 +68,15 @@ def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
             )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = "all-linear"
-        heads_left_out = _heads(model, config)
+        heads_left_out, adapts = _heads(model, config), config.targeting().adapts
         config.target_modules = [
             name
             for name, module in named_modules(model)
-            if name and is_linear(module) and module not in heads_left_out and config.targets(name)
+            if name and is_linear(module) and module not in heads_left_out and adapts(name)
             if not _is_never_called(name, model)
         ]
-    found = [base_layer(module) for name, module in named_modules(model) if name and config.targets(name)]
+    adapts = config.targeting().adapts
+    found = [base_layer(module) for name, module in named_modules(model) if name and adapts(name)]
     config.fan_in_fan_out = any(is_conv1d(module) for module in found)
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
@@ -88,7 +89,8 @@ def find(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         UsageError: nothing matches, or something that matches cannot be adapted; the message names it.
     """
-    found = {name: module for name, module in named_modules(model) if name and config.targets(name)}
+    adapts = config.targeting().adapts
+    found = {name: module for name, module in named_modules(model) if name and adapts(name)}
     if not found:
         layers = ""
         if config.layers_to_transform is not None:

@@ -39,8 +39,12 @@ class Entry:
         Raises:
             FormatError: a row contradicts itself.
         """
-        rows = [Environment.from_dict(row, where=f"{name}: environments.{n}") for n, row in _numbered(document)]
-        return cls(name, tuple(Draw(**draw) for draw in document["pairs"]), tuple(rows))
+        draws = tuple(Draw(**draw) for draw in document["pairs"])
+        rows = [
+            Environment.from_dict(row, pairs=len(draws), where=f"{name}: environments.{n}")
+            for n, row in _numbered(document)
+        ]
+        return cls(name, draws, tuple(rows))
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vera_tools.errors import FormatError
 from vera_tools.platforms.names import platform_of
 from vera_tools.projections import philox
 from vera_tools.projections.identification import Match
@@ -157,12 +158,25 @@ class Environment:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, where: str) -> Environment:
+    def from_dict(cls, data: Mapping[str, Any], *, pairs: int, where: str) -> Environment:
         """The row of a saved report that its schema has passed. Figures against a checkpoint stay behind.
 
+        Args:
+            data: The row.
+            pairs: How many pairs the report drew.
+            where: The row's place in the report.
+
         Raises:
-            FormatError: a recipe's name contradicts its fields.
+            FormatError: a recipe's name contradicts its fields, or there is not one digest for each pair.
         """
+        for dtype, drawn in data["digests"].items():
+            if len(drawn) not in (0, pairs):
+                raise FormatError(
+                    "not one entry for each of pairs",
+                    where=f"{where}: digests.{dtype}",
+                    expected=f"{pairs}",
+                    found=f"{len(drawn)}",
+                )
         streams = {
             dtype: Stream(
                 tuple(data["digests"].get(dtype, ())),

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
+from vera_tools.checkpoints.targeting import idle
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.files.safetensors import TensorInfo
 from vera_tools.files.safetensors_library import LIBRARY
@@ -22,8 +23,7 @@ from vera_tools.projections.key import seed
 from vera_tools.verifying.findings import Check
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """What one pass over a tensor's bytes finds."""
 
     sha256: str
@@ -33,7 +33,7 @@ class Scan:
 
 def scan(checkpoint: Checkpoint) -> dict[str, Scan]:
     """Read every tensor once: its digest, its first element that is NaN or infinite, and whether it is all zero."""
-    return {name: _scan(checkpoint, info) for name, info in checkpoint.weights.tensors.items()}
+    return {info.name: _scan(info, pieces) for info, pieces in checkpoint.weights.walk()}
 
 
 def structure(checkpoint: Checkpoint) -> Iterator[Check]:
@@ -108,15 +108,12 @@ def _layers(checkpoint: Checkpoint) -> Check:
     if missing:
         return Check("tensors.layers", "fail", f"missing: {some(missing)}")
     targets = checkpoint.config.target_modules
-    idle = [
-        target
-        for target in (targets if isinstance(targets, list) else [])
-        if not any(module == target or module.endswith(f".{target}") for module in checkpoint.layers)
-        and not checkpoint.config.keeps_from_adapting(target)
-    ]
-    if idle:
+    without = idle(targets, checkpoint.layers) if isinstance(targets, list) else []
+    checkpoint.targeting.prepare(without)
+    without = [target for target in without if not checkpoint.targeting.keeps_from_adapting(target)]
+    if without:
         message = (
-            f"target_modules names {some(idle)}, for which there are no vectors: --base tells whether any is missing"
+            f"target_modules names {some(without)}, for which there are no vectors: --base tells whether any is missing"
         )
         return Check("tensors.layers", "warn", message)
     return Check(
@@ -208,18 +205,15 @@ def _is_expected(parameter: str, checkpoint: Checkpoint) -> bool:
         return True
     if adapted and is_embedding(parameter):
         return True  # PEFT saves the weight of an embedding or output layer that is adapted, too
-    return any(lies_in_saved(parameter, name) for name in config.saved_modules)
+    return checkpoint.targeting.saves(parameter)
 
 
 def _saved(checkpoint: Checkpoint) -> Check:
     parameters = [name.removeprefix(MODULES) for name in checkpoint.other_tensors]
     # PEFT names the usual heads itself, and a model may have others: their absence proves nothing.
     heads = {head for names in TASK_HEADS.values() for head in names}
-    absent = [
-        name
-        for name in checkpoint.config.modules_to_save or []
-        if not any(lies_in_saved(parameter, name) for parameter in parameters)
-    ]
+    there = {name for parameter in parameters for name in checkpoint.targeting.saving(parameter)}
+    absent = [name for name in checkpoint.config.modules_to_save or [] if name not in there]
     missing = [name for name in absent if name not in heads]
     if missing:
         return Check("tensors.saved", "fail", f"modules_to_save names {some(missing)}, of which nothing is in the file")
@@ -231,15 +225,15 @@ def _saved(checkpoint: Checkpoint) -> Check:
     return Check("tensors.saved", "pass", f"{len(parameters)} tensors of biases and saved modules")
 
 
-def _scan(checkpoint: Checkpoint, info: TensorInfo) -> Scan:
+def _scan(info: TensorInfo, pieces: Iterable[memoryview]) -> Scan:
     digest, bad, zero, done = hashlib.sha256(), None, True, 0
     dtype = np_dtype(info.dtype) if info.dtype in FLOATS else None
-    for chunk in checkpoint.weights.chunks(info):
-        digest.update(chunk)
+    for piece in pieces:
+        digest.update(piece)
         if dtype is None:
             continue
-        values = np.frombuffer(chunk, dtype)
-        zero = zero and not (values != 0).any()
+        values = np.frombuffer(piece, dtype)
+        zero = zero and not values.any()
         if bad is None:
             finite = np.isfinite(values)
             if not finite.all():

@@ -117,10 +117,11 @@ def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
         return []
     adapted = {placement.module(module) for module in checkpoint.layers}
     missing = []
-    for module in _linear_modules(placement):
-        theirs = placement.name_in_adapter(module)
+    linear = {module: placement.name_in_adapter(module) for module in _linear_modules(placement)}
+    checkpoint.targeting.prepare(linear.values())
+    for module, theirs in linear.items():
         wanted = layout.is_linear_target(module, task_type=config.task_type) if everything else True
-        if module not in adapted and wanted and config.targets(theirs):
+        if module not in adapted and wanted and checkpoint.targeting.adapts(theirs):
             missing.append(module)
     return sorted(missing)
 
@@ -183,7 +184,7 @@ def _trained_parameters(checkpoint: Checkpoint, placement: Placement) -> set[str
         module, _, kind = name.rpartition(".")
         theirs = placement.name_in_adapter(name)
         trained = config.bias == "all" or (module in adapted and config.bias != "none")
-        if any(lies_in_saved(theirs, saved) for saved in config.saved_modules):
+        if checkpoint.targeting.saves(theirs):
             names.add(name)
         elif kind == "bias" and trained and len(shape_of(placement.parts(name))) == 1:
             names.add(name)  # GPT-2's old files hold its causal mask as attn.bias, in four dimensions

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -22,11 +23,15 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
-from vera_tools.errors import FormatError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, UsageError, VeraToolsError, escaped
 from vera_tools.files import local, locking
 from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 
+#: The member of a line that says more of each status.
+_MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
+#: Bytes. A checkpoint's own line has some six thousand.
+_LONGEST_LINE = 16 << 20
 #: What `verify` reads of a checkpoint.
 _READ = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)
 
@@ -122,6 +127,48 @@ def read(line: bytes, *, where: str) -> Line:
     """
     data = parse_json(line.decode("utf-8", "replace"), where=where)
     schema.validate(data, "verify-line.v1", where=where)
+    member = _MEMBERS[data["status"]]
+    if data[member] is None:
+        raise FormatError(f"{data['status']}, and {member} is null", where=where)
+    try:
+        return _line(data, where=where)
+    except VeraToolsError:
+        raise
+    except Exception as error:  # members that contradict each other in a way that no schema tells
+        raise escaped(error, where=where) from error
+
+
+def read_lines(stream: io.RawIOBase, *, where: str | os.PathLike[str]) -> Iterator[Line]:
+    """Parse the lines of a log, one after the other.
+
+    Raises:
+        FormatError: one of them is none, or longer than any.
+    """
+    lines = io.BufferedReader(stream)
+    try:
+        for number in itertools.count(1):
+            line, place = lines.readline(_LONGEST_LINE + 1), f"{os.fspath(where)}: line {number}"
+            if not line:
+                return
+            if len(line) > _LONGEST_LINE:
+                most = f"at most {_LONGEST_LINE} bytes"
+                raise FormatError("too long for a line of a log", where=place, expected=most)
+            yield read(line.rstrip(b"\r\n"), where=place)
+    finally:
+        lines.detach()
+
+
+def refuse_no_file(path: Path) -> None:
+    """Refuse what is there and is no file: a pipe or a device has no end.
+
+    Raises:
+        UsageError: names what it is.
+    """
+    if kind := local.not_a_file(path):
+        raise UsageError(f"this is {kind}, not a file", where=path, hint="`--log -` writes to stdout")
+
+
+def _line(data: dict[str, Any], *, where: str) -> Line:
     conditions = Conditions(
         data["base"], data.get("base_state"), data.get("base_digests", False), data.get("allow_pickle", False)
     )
@@ -191,10 +238,10 @@ class Log:
             return
         self._path = Path(target)
         try:
+            refuse_no_file(self._path)
             with self._alone(self._path) as stream:
-                whole = stream.read()
-            for number, line in enumerate(whole.splitlines(), start=1):
-                self._remember(read(line, where=f"{self._path}: line {number}"))
+                for line in read_lines(stream, where=self._path):
+                    self._remember(line)
         except OSError as error:
             raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.files import opening
+from vera_tools.files import local, opening
 from vera_tools.verifying.findings import Verdict
 from vera_tools.verifying.gathering import Gathered
 from vera_tools.verifying.log import Line, read
@@ -61,6 +61,8 @@ def summarize(
 
 
 def _lines(log: Path) -> Iterator[Line]:
+    if kind := local.not_a_file(log):  # a pipe or a device has no end
+        raise FormatError(f"this is {kind}, not a file", where=log)
     try:
         with log.open("rb") as file:
             for number, line in enumerate(file, start=1):

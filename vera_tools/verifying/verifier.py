@@ -17,7 +17,7 @@ import numpy as np
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Place
 from vera_tools.checkpoints.manifest import ASSUMED, Origin, ProjectionRecord
-from vera_tools.checkpoints.resolution import refuse_size, stored_pair
+from vera_tools.checkpoints.resolution import most_claimed, refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
@@ -171,7 +171,7 @@ class Verifier:
             message = "vera_A and vera_B are not stored, and no known recipe makes the recorded ones: they are lost"
             found.append(Check(MATCH, "fail", message))
         else:
-            verdict, check, regenerated = self._regenerate(record.recipe, record, key)
+            verdict, check, regenerated = self._regenerate(record.recipe, record, key, most=most_claimed(checkpoint))
             found.append(check)
             if verdict != "unproven":
                 recipes = self._same(record.recipe, record.shape, record.dtype) if verdict != "drift" else ()
@@ -210,10 +210,12 @@ class Verifier:
     def _base_of(self, checkpoint: Checkpoint) -> str | None:
         return self._base.label if self._base else checkpoint.config.base_model_name_or_path
 
-    def _regenerate(self, recipe: Recipe, record: ProjectionRecord, key: int) -> tuple[Verdict, Check, dict[str, str]]:
+    def _regenerate(
+        self, recipe: Recipe, record: ProjectionRecord, key: int, *, most: int
+    ) -> tuple[Verdict, Check, dict[str, str]]:
         shape, dtype = record.shape, record.dtype
         try:
-            refuse_size(shape, dtype)
+            refuse_size(shape, dtype, most=most)
         except UsageError as error:
             return "unproven", Check(MATCH, "fail", f"not regenerated: {error}"), {}
         got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))

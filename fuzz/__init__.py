@@ -1,0 +1,1 @@
+"""Fuzzing of whatever vera-tools reads: see README.md."""
