@@ -13,11 +13,23 @@ import torch
 
 import vera_tools
 from tests import FIXTURES, ROOT
-from tests.adapters import CHECKPOINTS, GPT2, KEPT, MANIFEST, SEED_ONLY, WEIGHTS, edit_json, edit_manifest, files_of
+from tests.adapters import (
+    CHECKPOINTS,
+    GPT2,
+    KEPT,
+    MANIFEST,
+    SEED_ONLY,
+    WEIGHTS,
+    edit_json,
+    edit_manifest,
+    files_of,
+    flip,
+)
 from tests.nn.models import OPTIONS, llama, logits, peft_model, randomise, some_ids, train
 from tests.peers import QUIET_PEERS, base_model, load_peft
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UsageError
+from vera_tools.nn import recording
 from vera_tools.nn.peft import load, record, restore_projections, save
 
 pytestmark = [pytest.mark.capability, *QUIET_PEERS]
@@ -141,6 +153,20 @@ class TestLoaded:
         with pytest.warns(AssumedRecipeWarning, match="cannot be used: .*changed after it was written"):
             save(resumed(tmp_path / "a"), tmp_path / "b")
         assert origins(tmp_path / "b") == {"assumed"}
+
+    def test_a_file_that_changes_while_it_is_recorded_is_refused(self, tmp_path, monkeypatch):
+        model = new()
+        model.save_pretrained(tmp_path)
+        write = recording.write_checkpoint
+
+        def writing(*arguments, **options):
+            flip(tmp_path / WEIGHTS, -1)
+            return write(*arguments, **options)
+
+        monkeypatch.setattr(recording, "write_checkpoint", writing)
+        with pytest.raises(FormatError, match=f"{WEIGHTS}: the file was changed while it was read"):
+            record(model, tmp_path)
+        assert not (tmp_path / MANIFEST).exists()
 
     def test_a_pair_that_it_was_not_trained_with_is_refused_until_it_is_restored(self, tmp_path):
         trained = new(torch.bfloat16)

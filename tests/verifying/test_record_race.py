@@ -15,6 +15,7 @@ import vera_tools
 from tests.adapters import CONFIG, MANIFEST, WEIGHTS, edit, files_of, flip
 from tests.merging.models import make_adapter
 from tests.verifying.reports import failed, one
+from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.writing import replaced_files
 from vera_tools.errors import FormatError, VeraToolsError
 from vera_tools.files import atomic
@@ -53,6 +54,20 @@ def test_who_asks_for_no_lock_and_writes_meanwhile(tmp_path, monkeypatch, when, 
     after = files_of(folder)
     assert after.pop(WEIGHTS) != before.pop(WEIGHTS)
     assert after == before
+
+
+def test_what_was_changed_before_is_not_recorded_for_a_moment(tmp_path, monkeypatch):
+    folder = make_adapter(tmp_path / "x")
+    alone = atomic.alone
+
+    def waiting(path):
+        train_on(folder)
+        return alone(path)
+
+    monkeypatch.setattr(atomic, "alone", waiting)
+    monkeypatch.setattr(atomic, "write_bytes", lambda *_, **__: pytest.fail("it was written"))
+    with pytest.raises(FormatError, match="was changed while it was read"):
+        vera_tools.record(folder)
 
 
 @needs_exchange
@@ -112,6 +127,21 @@ def test_record_is_waited_for(tmp_path, monkeypatch, kind):
     assert order == ["record", "write"]
     assert not failed(one(folder))
     assert json.loads((folder / MANIFEST).read_text())["original"]
+
+
+def test_nothing_is_saved_over_what_was_changed_since_it_was_read(tmp_path):
+    folder = make_adapter(tmp_path / "x")
+    with Checkpoint.open(folder) as checkpoint:
+        train_on(folder)
+        before = files_of(folder)
+        with (  # noqa: PT012
+            pytest.raises(FormatError, match=f"{WEIGHTS}: the file was changed while"),
+            replaced_files(folder, check=checkpoint.check_unchanged) as scratch,
+        ):
+            for name in (WEIGHTS, CONFIG, MANIFEST):
+                (scratch / name).write_text("other")
+        assert files_of(folder) == before
+        checkpoint.folder.forget()
 
 
 def test_a_file_that_is_written_while_others_are_saved_is_an_error(tmp_path, monkeypatch):

@@ -146,9 +146,8 @@ class BaseModel(local.ReadFromFolder):
         if stamp is None:
             return file.sha256(name)
         if (stamp, name) not in _digests:
-            digest = file.sha256(name)
-            self.check_unchanged()  # else it may be of another state than the stamp
-            _digests[stamp, name] = digest
+            # Where the file is written to meanwhile, this is of no state of it; nor has any other state this stamp.
+            _digests[stamp, name] = file.sha256(name)
         return _digests[stamp, name]
 
     def layout(self, known: Architecture) -> Layout:

@@ -15,7 +15,6 @@ from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve
 from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import atomic, local, opening
-from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
 
 
@@ -109,8 +108,6 @@ def record(
         path = folder.path / MANIFEST_NAME
         if kind := local.not_a_file(path):
             raise FormatError(f"this is {kind}, not a file", where=path, hint="remove it")
-        if len(opened.projections) == len(PROJECTIONS) and not strict:
-            opened.manifest_error = None  # the file says by itself what the new one says
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
