@@ -69,11 +69,12 @@ def test_the_card_of_a_merged_model(tmp_path, text):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no such names there")
 def test_a_path_with_line_breaks_does_not_end_the_block(tmp_path):
-    adapter = make_adapter(tmp_path / "a\n```\n<b>")
+    adapter = make_adapter(tmp_path / "a\n```\n<b>\x1b[2J")
     vera_tools.merge(adapter, base=make_base(tmp_path / "base"), output=tmp_path / "out")
     rendered = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert rendered.count("\n````\n") == 2
     assert rendered.rstrip().endswith("````")
+    assert "\x1b" not in rendered
 
 
 @pytest.mark.parametrize(

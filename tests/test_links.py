@@ -165,3 +165,10 @@ def test_a_link_that_is_turned_after_it_was_looked_at(tmp_path, secret, monkeypa
     with pytest.raises(FormatError, match="leads out"):
         vera_tools.strip_projections(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    adapter, source = make_adapter(tmp_path / "other"), make_base(tmp_path / "base")
+    (source / "NOTICE.txt").write_text("free")
+    monkeypatch.setattr(LocalFolder, "open", turn)
+    with pytest.raises(FormatError, match="leads out"):
+        vera_tools.merge(adapter, base=source, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import vera_tools
+from tests import swap_loop
 from tests.adapters import CONFIG, MANIFEST, WEIGHTS, edit, files_of
 from tests.merging.models import make_adapter, make_base
 from tests.swapping import SWAPS, outcomes, write
@@ -193,6 +194,14 @@ def test_an_edited_pair_is_never_called_reproducible(states, tmp_path, swap, bac
                 (twin,) = (other for other in (second, third) if other.verdict == first.verdict)
                 assert first.projections == twin.projections, moment
                 assert first.loads == twin.loads, moment
+
+
+@pytest.mark.parametrize("command", swap_loop.COMMANDS)
+def test_any_input_and_any_moment(command):
+    """Thirty changes drawn from all that may be drawn; `python -m tests.swap_loop` draws a thousand."""
+    found = swap_loop.run(command, 30, seed=1)
+    assert sum(found.values()) == 30
+    assert found["error"] > 5
 
 
 def test_a_file_that_is_opened_again_must_be_the_same(states, tmp_path):

@@ -19,7 +19,7 @@ import vera_tools
 from tests.adapters import files_of
 from tests.merging.models import make_adapter
 from vera_tools.checkpoints.writing import replaced_files
-from vera_tools.errors import LeftoverWarning, UsageError
+from vera_tools.errors import FormatError, LeftoverWarning, UsageError
 from vera_tools.files import atomic, attributes
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="folders are exchanged in one step")
@@ -37,6 +37,7 @@ def test_what_comes_while_a_folder_is_replaced_is_carried_over(tmp_path):
         (folder / name).write_text("old")
 
     def come(at):
+        assert (folder / "notes").exists()  # at every moment, before the exchange and after it
         (at / "new").write_text("new")
         (at / "runs" / "new").write_text("new")
         (at / "more").mkdir(exist_ok=True)
@@ -56,6 +57,23 @@ def test_what_comes_while_a_folder_is_replaced_is_carried_over(tmp_path):
         "more/new": "new",
     }
     assert hidden(tmp_path) == []
+
+
+def test_what_is_written_in_the_last_moment_before_the_exchange_comes_back(tmp_path, monkeypatch):
+    folder, exchange, calls = make_adapter(tmp_path / "x"), atomic.exchange, []
+    before = files_of(folder)
+
+    def exchanging(a, b):
+        if not calls:
+            (folder / "adapter_config.json").write_bytes(before["adapter_config.json"] + b" ")
+        calls.append(a)
+        exchange(a, b)
+
+    monkeypatch.setattr(atomic, "exchange", exchanging)
+    with pytest.raises(FormatError, match="was changed while it was read"):
+        vera_tools.strip_projections(folder, in_place=True)
+    assert len(calls) == 2
+    assert files_of(folder) == {**before, "adapter_config.json": before["adapter_config.json"] + b" "}
 
 
 def test_files_that_appear_during_a_real_conversion(tmp_path):
@@ -106,7 +124,7 @@ def kill_within(out):
 
 def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     kill_within(tmp_path / "out")
-    kill_within(tmp_path / "other")
+    kill_within(tmp_path / "oth")  # as long a name
     assert len(hidden(tmp_path)) == 2
     with (
         pytest.warns(LeftoverWarning, match=r"\.out\..*removed what a run that was killed"),
@@ -114,7 +132,7 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path):
     ):
         pass
     (left,) = hidden(tmp_path)
-    assert left.startswith(".other.")
+    assert left.startswith(".oth.")
 
 
 def test_what_somebody_works_in_or_made_otherwise_stays(tmp_path):

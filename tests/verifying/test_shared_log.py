@@ -6,8 +6,27 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 
+import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT
+from vera_tools.files import locking
+
+
+def test_a_run_waits_until_the_log_is_free(tmp_path):
+    """Who holds it may be in the middle of a line."""
+    shutil.copytree(CHECKPOINTS / KEPT, tmp_path / "a")
+    log = tmp_path / "log"
+    run = threading.Thread(target=lambda: vera_tools.verify(tmp_path / "a", log=log))
+    with log.open("wb", buffering=0) as held:
+        assert locking.wait(held.fileno())
+        held.write(b'{"half')
+        run.start()
+        run.join(0.5)
+        assert run.is_alive()
+        assert log.read_bytes() == b'{"half'
+    run.join()
+    assert [json.loads(line)["path"] for line in log.read_text().splitlines()] == [str(tmp_path / "a")]
 
 
 def test_two_runs_share_a_log(tmp_path):
