@@ -67,6 +67,7 @@ def _record(at: Places) -> End:
 #: Each command, and the kind of adapter that it takes.
 COMMANDS: dict[str, tuple[str, Callable[[Places], End]]] = {
     "verify": ("kept", _verify),
+    "verify seeds": ("seeds", _verify),
     "strip": ("kept", _written(lambda at: vera_tools.strip_projections(at.adapter, at.out))),
     "record": ("kept", _record),
     "embed": ("seeds", _written(lambda at: vera_tools.embed_projections(at.adapter, at.out, base=at.base))),
