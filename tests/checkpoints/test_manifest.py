@@ -253,6 +253,12 @@ def test_values_that_look_alike_are_told_apart(before, after):
         Manifest.from_json(json.dumps(document))
 
 
+def test_a_manifest_that_is_nested_too_deeply_is_refused():
+    text = make(config={"deep": "here"}).to_json().replace('"here"', "[" * 700 + "]" * 700)
+    with pytest.raises(FormatError, match=r"vera_manifest\.json: .*nested too deeply"):
+        Manifest.from_json(text)
+
+
 def test_another_layout_is_the_same_manifest():
     manifest = make(config={"é": [None, 2**63, 1e-5, 1e22, "\n\x7f"]})
     document = json.loads(manifest.to_json())
