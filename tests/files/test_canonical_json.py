@@ -58,7 +58,7 @@ def test_the_documentations_lines_give_the_same(tmp_path, monkeypatch):
                 exec(program, {})
 
 
-@pytest.mark.parametrize("value", [b"x", {1, 2}, object(), {"a": b"x"}], ids=repr)
+@pytest.mark.parametrize("value", [b"x", {1, 2}, object(), {"a": b"x"}], ids=["bytes", "set", "object", "inside"])
 def test_what_json_does_not_have_is_no_text(value):
     with pytest.raises(TypeError, match="JSON has no"):
         canonical(value)
