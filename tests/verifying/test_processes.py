@@ -163,7 +163,8 @@ def test_a_script_without_a_guard_and_one_from_standard_input(root, tmp_path):
 
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a run in the background has ignored
 from vera_tools.cli import main
 from vera_tools.verifying import registry, work
 from vera_tools.verifying.verifier import Verifier
