@@ -55,6 +55,9 @@ def test_every_help_has_two_examples_that_work(name, desk, request, monkeypatch)
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
         if name == "pull":
             hub.add_repo("you/my-adapter", files_of(CHECKPOINTS / KEPT))
+    if name == "summarize":
+        for adapter, log in (("my-adapter", "one.jsonl"), ("registry/one", "two.jsonl")):
+            run_cli("verify", adapter, "--log", log)
     if name == "drift":
         pytest.importorskip("torch")
         monkeypatch.setattr("vera_tools.drifting.drift.ask", request.getfixturevalue("probes").ask)

@@ -18,7 +18,9 @@ from vera_tools.cli.forms import (
 from vera_tools.cli.shared import Output, examples, output_options
 
 
-@click.command("summarize", epilog=examples("summarize one.jsonl two.jsonl --junit report.xml"))
+@click.command(
+    "summarize", epilog=examples("summarize one.jsonl two.jsonl", "summarize one.jsonl two.jsonl --junit report.xml")
+)
 @click.argument("logs", nargs=-1, required=True, metavar="LOG...")
 @requirement_options
 @junit_option
