@@ -188,6 +188,8 @@ def _open_files_stay() -> None:
                 held = os.readlink(f"/proc/self/fd/{number}")
             except OSError:
                 continue
+            if os.path.isdir(held):
+                continue  # Windows opens no folder
             if held == name or held.startswith(name + "/"):
                 _count("open file")
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), name)
