@@ -171,6 +171,8 @@ def check(tmp_path, dtype, adapter, base, *, columns=None):
 @pytest.mark.parametrize("scale", [1.0, 0.02, 1e-20])
 @pytest.mark.parametrize("make", MADE)
 def test_what_was_made_to_defeat_it_is_correctly_rounded(make, scale, dtype, tmp_path):
+    if (make, dtype) == (uneven, "float16"):
+        pytest.skip("its sums are beyond float16, and the merge is refused")
     adapter = make_adapter(tmp_path / "a", SHAPES, r=64)
     edit(adapter, make)
     check(tmp_path, dtype, adapter, base_near_the_middle(tmp_path / "base", dtype, adapter, scale=scale))
