@@ -11,7 +11,8 @@ import sys
 
 import pytest
 
-from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of
+import vera_tools
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of, edit
 
 USES = """
 def test_one(verify_vera):
@@ -60,6 +61,17 @@ def test_what_passes_can_be_said(registry):
     assert (result.returncode, "3 passed, 1 skipped" in result.stdout) == (0, True), result.stdout
     result = run_pytest(registry.parent, "--vera", "--vera-require-loads", "peft<0.21:bfloat16", "registry/good")
     assert (result.returncode, "good: REPRODUCIBLE" in result.stdout) == (1, True), result.stdout
+
+
+def test_another_base_of_the_same_shapes_fails_as_it_does_in_verify(registry, tmp_path):
+    base = shutil.copytree(base_of(CHECKPOINTS / KEPT), tmp_path / "base")
+    vera_tools.record(registry / "good", base=base)
+    arguments = ("--vera", "--vera-base", str(base), "registry/good")
+    assert run_pytest(registry.parent, *arguments).returncode == 0
+    edit(base, lambda tensors: [tensors[name].__imul__(2) for name in tensors], file="model.safetensors")
+    assert vera_tools.verify(registry / "good", base=base).exit_code == 1
+    result = run_pytest(registry.parent, *arguments)
+    assert (result.returncode, "base.digests" in result.stdout) == (1, True), result.stdout
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def set_peft_model_state_dict(
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the base had without adapters, under its own names."""
     own = _adapters(model)
-    return {original: own.model.state_dict()[key] for original, key in _base_keys(own).items()}
+    state = own.model.state_dict()
+    return {original: state[key] for original, key in _base_keys(own).items()}
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], strict: bool = True) -> LoadResult:

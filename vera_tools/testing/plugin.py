@@ -134,6 +134,8 @@ class _Verification:
         with warnings.catch_warnings():  # what the tool warns of is in its report
             warnings.simplefilter("ignore", VeraToolsWarning)
             outcome = self._verifier.verify(str(folder))
+            if self._base:
+                self._base.check_unchanged()
         if isinstance(outcome, Skipped):
             pytest.skip(f"not VeRA: {outcome.kind}")
         if isinstance(outcome, Failed):

@@ -20,6 +20,7 @@ from vera_tools.checkpoints.manifest import ASSUMED, Origin, ProjectionRecord
 from vera_tools.checkpoints.resolution import most_claimed, refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
+from vera_tools.files import local
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
@@ -44,11 +45,14 @@ class Verifier:
         self,
         *,
         base: BaseModel | None = None,
-        base_digests: bool = False,
+        base_digests: bool | None = None,
         allow_pickle: bool = False,
         skip_others: bool = False,
     ) -> None:
-        self._base, self._base_digests = base, base_digests
+        on_disk = base is not None and isinstance(base.folder, local.LocalFolder)
+        #: Whether the base's weights are hashed where a manifest has digests of them. Default: where it lies on disk.
+        self.base_digests = on_disk if base_digests is None else base_digests
+        self._base = base
         self._allow_pickle, self._skip_others = allow_pickle, skip_others
         self._memory = _Once()
 
@@ -104,7 +108,7 @@ class Verifier:
         scans = checks.scan(checkpoint)
         found += [*checks.values(checkpoint, scans), *recorded.against_manifest(checkpoint, scans)]
         if self._base:
-            found += fit.against_base(checkpoint, self._base, digests=self._base_digests)
+            found += fit.against_base(checkpoint, self._base, digests=self.base_digests)
         pair = stored_pair(checkpoint)
         if pair:
             return self._stored(path, checkpoint, pair, scans, found)

@@ -92,8 +92,8 @@ def verify(
         raise UsageError("no checkpoint given")
     named = list(_search(checkpoints) if recursive else _listed(checkpoints))
     model = BaseModel.open(base) if base is not None else None
-    hashed = base_digests if base_digests is not None else base is not None and not opening.is_remote(base)
-    verifier = Verifier(base=model, base_digests=hashed, allow_pickle=allow_pickle, skip_others=recursive)
+    verifier = Verifier(base=model, base_digests=base_digests, allow_pickle=allow_pickle, skip_others=recursive)
+    hashed = verifier.base_digests
     many = len(named) > 1 or log is not None or part is not None or any(registry.is_pattern(path) for path, _ in named)
     try:
         if not many:
