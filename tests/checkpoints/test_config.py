@@ -7,7 +7,7 @@ import re
 import warnings
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests import FIXTURES
@@ -316,6 +316,8 @@ SAVED = st.one_of(st.none(), st.lists(st.sampled_from(["score", "proj", "q_proj"
 
 @settings(max_examples=600, deadline=None)
 @given(module=MODULES, targets=TARGETS, layers=LAYERS, pattern=PATTERNS, saved=SAVED)
+@example(module="model.layers.0.attn.q_proj", targets=["q_proj"], layers=[0], pattern="", saved=None)
+@example(module="model.layers.0.attn.q_proj", targets=["q_proj"], layers=[0], pattern=[""], saved=None)
 def test_targets_what_peft_targets(module, targets, layers, pattern, saved):
     import peft
     from peft.tuners.tuners_utils import check_target_module_exists

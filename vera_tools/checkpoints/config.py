@@ -233,7 +233,7 @@ class VeraConfig:
 
     def targeting(self) -> Targeting:
         """What this config says of modules, to be asked of many."""
-        targets, layers, patterns = self.target_modules, self.layers_to_transform, self.layers_pattern
+        targets, layers = self.target_modules, self.layers_to_transform
         by_name = frozenset(targets) if isinstance(targets, list) else None
         by_expression = isinstance(targets, str) and targets != "all-linear"
         everywhere = layers is None or layers == []
@@ -241,7 +241,7 @@ class VeraConfig:
             by_name,
             next(self._expressions()) if by_expression else None,
             None if everywhere else frozenset(map(str, [layers] if isinstance(layers, int) else layers or ())),
-            tuple(map(self._in_layers, [patterns] if isinstance(patterns, str) else patterns or ())),
+            self._layer_lists(),
             self.saved_modules,
             CONFIG_NAME,
         )
@@ -258,12 +258,14 @@ class VeraConfig:
             yield Expression(self.target_modules, f"{CONFIG_NAME}: target_modules", whole=True)
         where = f"{CONFIG_NAME}: modules_to_save"
         yield from (kept_by(name, where=where) for name in self.modules_to_save or () if not needs_no_expression(name))
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or ()
-        yield from map(self._in_layers, patterns)
+        yield from self._layer_lists()
 
-    @staticmethod
-    def _in_layers(pattern: str) -> Expression:
-        return Expression(IN_LAYERS.format(pattern), f"{CONFIG_NAME}: layers_pattern", written=pattern)
+    def _layer_lists(self) -> tuple[Expression, ...]:
+        """layers_pattern as the expressions that PEFT makes of it; empty text is none, as to PEFT."""
+        given = self.layers_pattern or ()
+        where = f"{CONFIG_NAME}: layers_pattern"
+        patterns = [given] if isinstance(given, str) else given
+        return tuple(Expression(IN_LAYERS.format(pattern), where, written=pattern) for pattern in patterns)
 
 
 def _looked_at(value: Any, name: str) -> Any:
