@@ -205,9 +205,8 @@ class TensorFile(Closing):
     def file_sha256(self) -> str:
         """sha256 over the whole file."""
         digest = hashlib.sha256(struct.pack("<Q", len(self.header)) + self.header)
-        end = (
-            self._source.size - self.data_start
-        )  # the tensors are without hole or overlap, and so the rest of the file
+        # The tensors are without hole or overlap, and so the rest of the file.
+        end = self._source.size - self.data_start
         for piece in self.chunks(TensorInfo("", "uint8", (end,), 0, end)):
             digest.update(piece)
         return digest.hexdigest()
