@@ -26,3 +26,16 @@ import platform, torch
 from vera_tools.drifting.environments import weaker_capabilities
 print(*weaker_capabilities(platform.machine(), torch.backends.cpu.get_cpu_capability().lower()))'
 }
+
+fuzzing() { # how many inputs, and the first seed: shared by the cores, each with a seed of its own
+    local cores seed failed=0 workers=()
+    cores=$(.venv/bin/python -c 'import os; print(os.cpu_count())')
+    for ((seed = $2; seed < $2 + cores; seed++)); do
+        .venv/bin/python -m fuzz --runs $(($1 / cores)) --seed "$seed" &
+        workers+=($!)
+    done
+    for worker in "${workers[@]}"; do
+        wait "$worker" || failed=1
+    done
+    return $failed
+}

@@ -85,7 +85,7 @@ def test_what_is_given_reaches_verify_as_it_is(tmp_path, here, inputs, code):
     assert not (tmp_path / "injected").exists()
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_first_step_installs_the_package(tmp_path):
     result, files = run_step(INSTALL, {"package": str(ROOT)}, tmp_path)
     assert result.returncode == 0, result.stderr

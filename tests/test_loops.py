@@ -16,7 +16,7 @@ LOOPS = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="SIGKILL, and folders that are exchanged in one step")
 @pytest.mark.parametrize("loop", LOOPS)
 def test_in_full(loop, capsys):

@@ -19,7 +19,12 @@ from tests.merging.models import make_adapter, make_base
 from tests.swapping import SWAPS, outcomes, write
 from vera_tools.errors import FormatError, VeraToolsError, VeraToolsWarning
 
-pytestmark = [pytest.mark.long, pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+
+#: One kind of change for every commit: the one that a file's number does not give away. The others in .ci/full.
+each_swap = pytest.mark.parametrize(
+    "swap", [pytest.param(swap, marks=pytest.mark.long if swap == "rewritten" else pytest.mark.slow) for swap in SWAPS]
+)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +73,7 @@ def check(found, sound, moment):
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "and back"])
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 @pytest.mark.parametrize("command", COMMANDS)
 def test_no_mixture_of_an_adapter_is_written(states, tmp_path, command, swap, back):
     prefix, call = COMMANDS[command]
@@ -89,7 +94,7 @@ def test_no_mixture_of_an_adapter_is_written(states, tmp_path, command, swap, ba
     assert refused > 3
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 @pytest.mark.parametrize("names", [(WEIGHTS,), (CONFIG, MANIFEST)], ids=["the weights", "config and manifest"])
 @pytest.mark.parametrize("command", ["strip", "convert", "merge"])
 def test_part_of_an_adapter(states, tmp_path, command, names, swap):
@@ -115,7 +120,7 @@ def test_part_of_an_adapter(states, tmp_path, command, names, swap):
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "and back"])
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 @pytest.mark.parametrize("command", ["merge", "merge seeds"])
 def test_no_mixture_of_a_base_is_written(states, tmp_path, command, swap, back):
     prefix, call = COMMANDS[command]
@@ -134,7 +139,7 @@ def test_no_mixture_of_a_base_is_written(states, tmp_path, command, swap, back):
     assert sum(check(f, sound, n) for n, f in found) > 3
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 @pytest.mark.parametrize("command", ["strip", "embed"])
 def test_in_place(states, tmp_path, command, swap):
     """An error leaves what the other wrote; nothing of it is lost."""
@@ -159,7 +164,7 @@ def test_in_place(states, tmp_path, command, swap):
     assert refused > 3
 
 
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 def test_record(states, tmp_path, swap):
     source = tmp_path / "adapter"
     one, two = ({k: v for k, v in states[name].items() if k != MANIFEST} for name in ("one", "two"))
@@ -174,7 +179,7 @@ def test_record(states, tmp_path, swap):
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["for good", "and back"])
-@pytest.mark.parametrize("swap", SWAPS)
+@each_swap
 def test_an_edited_pair_is_never_called_reproducible(states, tmp_path, swap, back):
     """Nor does what is remembered of it vouch for another checkpoint of the same bytes."""
     racing, edited, sound = tmp_path / "racing", tmp_path / "edited", tmp_path / "sound"
@@ -196,6 +201,7 @@ def test_an_edited_pair_is_never_called_reproducible(states, tmp_path, swap, bac
                 assert first.loads == twin.loads, moment
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", swap_loop.COMMANDS)
 def test_any_input_and_any_moment(command):
     """Thirty changes drawn from all that may be drawn; `python -m tests.swap_loop` draws a thousand."""
@@ -204,6 +210,7 @@ def test_any_input_and_any_moment(command):
     assert found["error"] > 5
 
 
+@pytest.mark.long
 def test_a_file_that_is_opened_again_must_be_the_same(states, tmp_path):
     from vera_tools.files.local import LocalFolder
 
@@ -215,6 +222,7 @@ def test_a_file_that_is_opened_again_must_be_the_same(states, tmp_path):
         folder.open(CONFIG)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", ["verify", "inspect", "diff", "strip", "merge"])
 def test_in_a_real_race(states, tmp_path, command):
     """Another process writes all the time, and does not keep to our reads."""

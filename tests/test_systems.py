@@ -109,7 +109,7 @@ def test_an_ordinary_run_asks_for_what_is_taken_away(ordinary):
 
 
 @pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.long) for name in systems.LACKS), *systems.SYSTEMS]
+    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in systems.LACKS), *systems.SYSTEMS]
 )
 def test_a_system_without(name, ordinary, tmp_path):
     hub = name in WITH_HUB or name in systems.SYSTEMS

@@ -98,7 +98,7 @@ def _generate(*arguments: str) -> str:
     return result.stdout
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_classes_generated_again_are_the_same():
     """One of each kind: entries are equal, and every module that is built is in the data."""
     pytest.importorskip("transformers")
@@ -115,7 +115,7 @@ def test_classes_generated_again_are_the_same():
         assert set(Tree(entry.get("modules", f"@{name}"), made["structures"]).walk()) <= there, name
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_of_it_generated_again_is_the_same():
     _generate("--check")
 

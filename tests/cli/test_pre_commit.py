@@ -48,7 +48,7 @@ def test_it_ends_as_verify_does(monkeypatch, capsys, names, code, words):
     assert capsys.readouterr().out.count(words) == (1 if words else 1 - len(names))
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_real_pre_commit_runs_it(tmp_path):
     """It installs this repository as it is committed, and hands over the files of a repository of somebody's."""
     pytest.importorskip("pre_commit")

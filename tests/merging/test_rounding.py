@@ -166,8 +166,9 @@ def check(tmp_path, dtype, adapter, base, *, columns=None):
     assert not wrong
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param("bfloat16", marks=pytest.mark.long), pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("scale", [1.0, 0.02, 1e-20])
 @pytest.mark.parametrize("make", MADE)
 def test_what_was_made_to_defeat_it_is_correctly_rounded(make, scale, dtype, tmp_path):
