@@ -3,6 +3,9 @@ from __future__ import annotations
 import pytest
 
 from tests import ROOT
+
+pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+
 from tests.peer.comparison import Difference, compare, known
 
 GAP = Difference("gap", "to be done")
