@@ -35,6 +35,7 @@ from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.log import Conditions, Log, Result
+from vera_tools.verifying.runs import Run
 from vera_tools.verifying.verifier import Verifier
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "vera_manifest.json"
@@ -204,7 +205,9 @@ def log(source: Source) -> None:
         _document(log_line(), source).replace(b"\n", b" ") + b"\n" * source.below(2) for _ in range(1 + source.below(3))
     ]
     with oracle.folder({"log": b"".join(lines)}) as path:
-        Log(path / "log", Conditions()).get("hf://ann/x", "0" * 40, skip_others=False)
+        log = Log(path / "log", Run("0" * 64))
+        log.begin(Conditions(), total=1, whole="0" * 64)
+        log.get("hf://ann/x", "0" * 40, skip_others=False)
 
 
 def drift(source: Source) -> None:

@@ -18,13 +18,14 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.drifting import comparison
 from vera_tools.errors import VeraToolsError
-from vera_tools.verifying.log import Conditions, Log
+from vera_tools.verifying.log import Log
+from vera_tools.verifying.runs import Run
 
 
 def log(text: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "log").write_text(text + "\n")
-        Log(Path(folder) / "log", Conditions())
+        Log(Path(folder) / "log", Run("0" * 64))
 
 
 def report(text: str) -> None:
@@ -54,6 +55,7 @@ READERS = {
     "manifest.v1": Manifest.from_json,
     "projections.v1": metadata,
     "verify-line.v1": log,
+    "verify-run.v1": log,
     "drift.v1": report,
     "model_config.v1": base("config.json"),
     "model_index.v1": base("model.safetensors.index.json"),

@@ -43,7 +43,10 @@ EXPECTED = {
 
 
 def lines_of(text):
+    """The lines on checkpoints. The last may be on the run alone, where nothing was left to say of it."""
     lines = [json.loads(line) for line in text.splitlines()]
+    if "path" not in lines[-1]:
+        schema.validate(lines.pop(), "verify-run.v1", where="line")
     for line in lines:
         schema.validate(line, "verify-line.v1", where="line")
     return lines

@@ -43,8 +43,8 @@ def command(
 ) -> int:
     """Make one report of the lines that several runs of `verify --log` wrote, as if one run had verified all.
 
-    Of two lines on one checkpoint the later one holds. Verdicts, summary and exit code are those of one `verify`. That
-    every run ended is for you to know, from its exit code: one that was interrupted has 130.
+    Of two lines on one checkpoint the later one holds. Verdicts, summary and exit code are those of one `verify`. A log
+    whose run did not end, or of which lines are missing, and parts of which one is not there, exit with 4.
     """
     shown = Form.of(output, form, junit, failed_only=failed_only)
     return shown.show(vera_tools.summarize(*logs, **requirements))

@@ -1,7 +1,8 @@
 """The log of `verify`: a JSON line for each checkpoint (verify-line/v1), from which later runs and `summarize` take.
 
 A line holds for as long as what it tells of stays what it was: a commit on the Hub for ever, and a folder on disk until
-the size, the times or the name of one of its files changes.
+the size, the times or the name of one of its files changes. Each says how far its run was (see `runs`); where there is
+no checkpoint to say it of, before the first and where the last was known, a line of its own does (verify-run/v1).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,6 +28,7 @@ from vera_tools.errors import FormatError, UsageError, VeraToolsError, escaped
 from vera_tools.files import local, locking
 from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
+from vera_tools.verifying.runs import Run, Runs
 
 #: The member of a line that says more of each status.
 _MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
@@ -85,7 +87,7 @@ class Result:
     outcome: Outcome
     state: State | None = field(default=None, compare=False)
 
-    def to_dict(self, conditions: Conditions | None = None) -> dict[str, Any]:
+    def to_dict(self, conditions: Conditions | None = None, run: Run | None = None) -> dict[str, Any]:
         """The verify-line/v1 document."""
         outcome, under = self.outcome, conditions or Conditions()
         status = {Skipped: "skipped", Failed: "failed"}.get(type(outcome), "verified")
@@ -103,6 +105,7 @@ class Result:
             "base_digests": under.base_digests,
             "allow_pickle": under.allow_pickle,
             "files": None if self.state is None else [dict(zip(_FILE, file, strict=True)) for file in self.state],
+            **({"run": run.to_dict()} if run else {}),
         }
 
 
@@ -111,21 +114,35 @@ _FILE = ("name", "size", "modified_ns", "changed_ns")
 
 @dataclass(frozen=True)
 class Line:
-    """A line that was read: a result, and under what it was found. `old` says why nothing may rest on it."""
+    """A line that was read: a result, and under what it was found.
+
+    Attributes:
+        old: Why nothing may rest on it; None where something may.
+        run: The run that wrote it; None where an older version did.
+    """
 
     result: Result
     conditions: Conditions
     tool: dict[str, str]
     old: str | None
+    run: Run | None
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        """The checkpoint that it is on."""
+        return self.result.path, self.result.commit
 
 
-def read(line: bytes, *, where: str) -> Line:
-    """Parse a line.
+def read(line: bytes, *, where: str) -> Line | Run:
+    """Parse a line: one on a checkpoint, or on a run alone.
 
     Raises:
         FormatError: it is none.
     """
     data = parse_json(line.decode("utf-8", "replace"), where=where)
+    if isinstance(data, dict) and data.get("schema") == "vera-tools/verify-run/v1":
+        schema.validate(data, "verify-run.v1", where=where)
+        return Run.from_dict(data["run"])
     schema.validate(data, "verify-line.v1", where=where)
     member = _MEMBERS[data["status"]]
     if data[member] is None:
@@ -138,7 +155,7 @@ def read(line: bytes, *, where: str) -> Line:
         raise escaped(error, where=where) from error
 
 
-def read_lines(stream: io.RawIOBase, *, where: str | os.PathLike[str]) -> Iterator[Line]:
+def read_lines(stream: io.RawIOBase, *, where: str | os.PathLike[str]) -> Iterator[Line | Run]:
     """Parse the lines of a log, one after the other.
 
     Raises:
@@ -186,7 +203,8 @@ def _line(data: dict[str, Any], *, where: str) -> Line:
     else:
         outcome = CheckpointReport.from_dict(data["checkpoint"])
         old = "it may call reproducible what is only assumed" if _may_be_assumed(outcome) else None
-    return Line(Result(data["path"], data["commit"], outcome, state), conditions, data["tool"], old)
+    run = Run.from_dict(data["run"]) if "run" in data else None
+    return Line(Result(data["path"], data["commit"], outcome, state), conditions, data["tool"], old, run)
 
 
 def state_of(path: str) -> State | None:
@@ -224,9 +242,20 @@ class Log:
     Several runs may share a file: it is opened, locked and closed again whenever lines are written, which is at once.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | TextIO | None, conditions: Conditions) -> None:
-        self._conditions = conditions
-        self._known: dict[tuple[str, str | None], Result] = {}
+    def __init__(self, target: str | os.PathLike[str] | TextIO | None, run: Run) -> None:
+        """Read what is there, and note that the run began.
+
+        Raises:
+            FormatError: it holds something else.
+            UsageError: it cannot be written.
+        """
+        self._run, self._conditions = run, Conditions()
+        self._lines: list[Line] = []
+        self._runs = Runs()
+        self._known: dict[tuple[str, str | None], Line] = {}
+        self._taken: set[tuple[str, str | None]] = set()
+        self._held: list[Result] = []
+        self._note = (0, b"")
         self._stream: TextIO | None = None
         self._path: Path | None = None
         #: How many results were taken from it.
@@ -236,19 +265,52 @@ class Log:
         if not isinstance(target, str | os.PathLike):
             self._stream = target
             return
-        self._path = Path(target)
+        path = Path(target)
         try:
-            refuse_no_file(self._path)
-            with self._alone(self._path) as stream:
-                for line in read_lines(stream, where=self._path):
-                    self._remember(line)
+            refuse_no_file(path)
+            with self._alone(path) as stream:
+                for line in read_lines(stream, where=path):
+                    if isinstance(line, Line):
+                        self._lines.append(line)
+                        if line.run:
+                            self._runs.add(line.run, where=str(path), key=line.key)
+                    else:
+                        self._runs.add(line, where=str(path))
+            self._path = path
+            self._append([], run.to_line())
         except OSError as error:
-            raise UsageError(f"cannot be written: {error.strerror}", where=self._path) from error
+            raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
 
     @property
     def is_file(self) -> bool:
         """Whether a later run may take from it, so that states are worth writing down."""
         return self._path is not None
+
+    def begin(self, conditions: Conditions, *, total: int, whole: str) -> None:
+        """Note what there is to do, and take up what is known under these conditions."""
+        self._conditions = conditions
+        self._run = replace(self._run, total=total, whole=whole)
+        for line in self._lines:
+            self._remember(line)
+        self._lines = []
+        if self._path:
+            self._append([], self._run.to_line())
+
+    def end(self) -> None:
+        """Note that the run did all that it had to do, and that nothing else is wrong."""
+        held, self._held = self._held, []
+        if held:
+            self._append(held, ended=True)
+            return
+        self._run = replace(self._run, ended=True)
+        # Where all was taken from a run that was asked the same, that one's line says it already.
+        proven = self._run.written == 0 and self._runs.prove(self._run)
+        self._append([], b"" if proven else self._run.to_line())
+
+    def give_up(self) -> None:
+        """Note what was done of a run that does not end as it should."""
+        held, self._held = self._held, []
+        self._append(held)
 
     def local(self, path: str, *, skip_others: bool) -> Result | None:
         """What is known of a checkpoint on disk, where its files are still the ones that were verified."""
@@ -257,34 +319,65 @@ class Log:
 
     def get(self, path: str, commit: str | None, *, skip_others: bool) -> Result | None:
         """What is known of a checkpoint at this commit."""
-        found = self._known.get((path, commit))
-        if found is None:
+        line = self._known.get((path, commit))
+        if line is None:
             return None
-        outcome = found.outcome  # an adapter of another kind is skipped by a search, and invalid where it was named
+        outcome = line.result.outcome  # one of another kind is skipped by a search, and invalid where it was named
         if skip_others:
             other = isinstance(outcome, CheckpointReport) and any(c.id == "config.kind" for c in outcome.failed)
         else:
             other = isinstance(outcome, Skipped)
-        return None if other else found
-
-    def take(self, result: Result) -> bool:
-        """Count a result that comes from here; False where it does not."""
-        known = self._known.get((result.path, result.commit)) is result
-        self.taken += known
-        return known
+        return None if other else line.result
 
     def write(self, results: Iterable[Result]) -> None:
-        """Append results."""
-        if self._path is None and self._stream is None:
-            return
-        lines = [json.dumps(result.to_dict(self._conditions), allow_nan=False) + "\n" for result in results]
-        if self._path and lines:
+        """Append what is new of the results of one thing that was to be done, and count it as done."""
+        fresh = [result for result in results if not self._take(result)]
+        self._run = replace(self._run, done=self._run.done + 1)
+        if self._run.done == self._run.total:  # with which the run ends, where nothing else is wrong
+            self._held += fresh
+        else:
+            self._append(fresh)
+
+    def _take(self, result: Result) -> bool:
+        """Count a result that comes from here; False where it is to be written, because no run answers for its line."""
+        line = self._known.get((result.path, result.commit))
+        if line is None or line.result is not result:
+            return False
+        self.taken += 1
+        if line.run is None:
+            return False
+        self._taken.add(line.key)
+        self._run = replace(self._run, taken=len(self._taken))
+        return True
+
+    def _append(self, results: list[Result], note: bytes | None = None, *, ended: bool = False) -> None:
+        """Append lines, the last of which may say that the run ended; or a note on the run, until the next line."""
+        lines = []
+        for number, result in enumerate(results, start=1):
+            last = number == len(results)
+            self._run = replace(self._run, written=self._run.written + 1, ended=ended and last)
+            lines.append(json.dumps(result.to_dict(self._conditions, self._run), allow_nan=False) + "\n")
+        data = "".join(lines).encode() + (note or b"")
+        if self._path and (data or note is not None):
             with self._alone(self._path) as stream:
-                stream.seek(0, os.SEEK_END)
-                stream.write("".join(lines).encode())
-        elif self._stream and lines:
-            self._stream.write("".join(lines))
+                self._put(stream, data)
+                self._note = (stream.tell() - len(note), note) if note else (0, b"")
+        elif self._stream and data:
+            self._stream.write(data.decode())
             self._stream.flush()
+
+    def _put(self, stream: io.FileIO, data: bytes) -> None:
+        """Write at the end, in the place of this run's last note where that is still the last line."""
+        start, note = self._note
+        size = stream.seek(0, os.SEEK_END)
+        if note and size == start + len(note):
+            stream.seek(start)
+            size = start if stream.read(len(note)) == note else size
+        stream.seek(size)
+        rest = memoryview(data)
+        while rest:
+            rest = rest[stream.write(rest) :]
+        stream.truncate()
 
     @staticmethod
     @contextlib.contextmanager
@@ -303,11 +396,10 @@ class Log:
 
     def _remember(self, line: Line) -> None:
         result, mine = line.result, self._conditions
-        key = (result.path, result.commit)
         if isinstance(result.outcome, Failed) or line.old or line.conditions.base != mine.base:
             return
         if result.commit is None:  # the newest line of a path holds, so that an older state that comes back is unknown
-            self._known.pop(key, None)
+            self._known.pop(line.key, None)
             if result.state is None or line.tool != dict(TOOL) or line.conditions != mine:
                 return
-        self._known[key] = result
+        self._known[line.key] = line

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from vera_tools.files import hub_client as hub
 from vera_tools.files import opening
 from vera_tools.files.hub_client import Reference
 from vera_tools.parts import Part
-from vera_tools.verifying import work
+from vera_tools.verifying import runs, work
 from vera_tools.verifying.log import Log, Result
 from vera_tools.verifying.report import Failed, Skipped, named
 from vera_tools.verifying.verifier import Verifier
@@ -50,8 +50,22 @@ def is_pattern(path: str) -> bool:
     return opening.is_remote(path) and any(character in path for character in "*?[")
 
 
-def items(named: Iterable[tuple[str, str]], part: Part | None) -> tuple[list[Item], set[str]]:
-    """What is to be verified, in the order asked for; and the patterns that stand for no repository at all.
+class Wanted(NamedTuple):
+    """What is to be verified.
+
+    Attributes:
+        items: The things of this part, in the order asked for.
+        bare: Patterns that stand for no repository at all.
+        whole: A digest over the names of those of all parts.
+    """
+
+    items: list[Item]
+    bare: set[str]
+    whole: str
+
+
+def items(named: Iterable[tuple[str, str]], part: Part | None) -> Wanted:
+    """What is to be verified.
 
     Args:
         named: Checkpoints and patterns, each with the name that decides which part it is of.
@@ -61,7 +75,7 @@ def items(named: Iterable[tuple[str, str]], part: Part | None) -> tuple[list[Ite
         HubError: a pattern's owner cannot be listed.
     """
     wanted: list[Item] = []
-    bare = set()
+    bare, names = set(), []
     for path, name in named:
         if not is_pattern(path):
             found, pattern = [(path, name)], None
@@ -69,9 +83,10 @@ def items(named: Iterable[tuple[str, str]], part: Part | None) -> tuple[list[Ite
             found, pattern = [(repo, repo) for repo in matching(path)], path
             if not found:
                 bare.add(path)
+        names += [its_name for _, its_name in found]
         mine = [one for one, its_name in found if parts.belongs(its_name, part)]
         wanted += [Item(len(wanted) + n, one, pattern) for n, one in enumerate(mine)]
-    return wanted, bare
+    return Wanted(wanted, bare, runs.digest(sorted(names)))
 
 
 @dataclass
@@ -94,10 +109,8 @@ class Registry:
     executor: Executor | None = None
     whole: bool = True
 
-    def run(self, wanted: Iterable[Item], bare: Collection[str] = ()) -> Iterator[tuple[int, Result]]:
+    def run(self, wanted: Wanted) -> Iterator[tuple[int, Result]]:
         """Verify all, and hand out each as it is done, with its place in the order asked for.
-
-        `bare` are patterns that stand for nothing.
 
         Raises:
             FormatError: a pattern stands for no adapter, which is told after the others.
@@ -105,19 +118,19 @@ class Registry:
         empty: set[str] = set()
         with ExitStack() as stack:
             crew = _Crew(self, stack)
-            for item in wanted:
+            for item in wanted.items:
                 empty.update([item.pattern] if item.pattern else [])
                 for done, results in crew.add(item):
                     yield from self._handed_out(done, results, empty)
             for done, results in crew.finish():
                 yield from self._handed_out(done, results, empty)
-        nothing = {*bare, *(empty if self.whole else ())}
+        nothing = {*wanted.bare, *(empty if self.whole else ())}
         if nothing:  # a mistyped owner must not pass for one whose every adapter is sound
             where = ", ".join(sorted(nothing))
             raise FormatError("no adapter in any repository that this stands for", where=where)
 
     def _handed_out(self, item: Item, results: list[Result], empty: set[str]) -> Iterator[tuple[int, Result]]:
-        self.log.write(result for result in results if not self.log.take(result))
+        self.log.write(results)
         for result in results:
             if item.pattern and not (isinstance(result.outcome, Skipped) and result.outcome.kind == NO_ADAPTER):
                 empty.discard(item.pattern)

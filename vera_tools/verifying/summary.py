@@ -13,6 +13,9 @@ from vera_tools.verifying.findings import Verdict
 from vera_tools.verifying.gathering import Gathered
 from vera_tools.verifying.log import Line, read
 from vera_tools.verifying.report import VerifyReport
+from vera_tools.verifying.runs import Run, Runs
+
+_AGAIN = "run verify again with the same --log: it goes on from there"
 
 
 def summarize(
@@ -26,6 +29,9 @@ def summarize(
     Of two lines on one path the later one holds: the one further down, in the log named last. Checkpoints come in the
     order of their paths. Nothing is verified, and nothing but the logs is read.
 
+    Every run has to have ended, or one that was asked the same after it; of a run with ``part``, the runs of all other
+    parts have to be there. What each run says of itself in its lines tells it.
+
     Args:
         logs: Files of lines (verify-line/v1).
         require: As in `verify`.
@@ -33,7 +39,8 @@ def summarize(
         against_loads: As in `verify`.
 
     Raises:
-        FormatError: a log cannot be read, holds something else or ends in the middle of a line; or there is no line.
+        FormatError: a log cannot be read, is empty, holds something else or ends in the middle of a line; a run did
+            not end; a part, or lines that a run wrote or took, are not there; or there is no line on a checkpoint.
         UsageError: no log given, or one that is not there; an unknown `require`, `require_loads` or `against_loads`.
     """
     gathered = Gathered(
@@ -44,23 +51,36 @@ def summarize(
     for log in logs:
         opening.require(log)
     found: dict[str, Line] = {}
+    ran = Runs()
     for log in logs:
+        empty = True
         for line in _lines(Path(log)):
+            empty = False
+            if isinstance(line, Run):
+                ran.add(line, where=os.fspath(log))
+                continue
+            if line.run:
+                ran.add(line.run, where=os.fspath(log), key=line.key)
             found[line.result.path] = line
+        if empty:
+            what = "nothing in it: the run that was to write it did not end"
+            raise FormatError(what, where=log, hint=_AGAIN)
+    where = ", ".join(os.fspath(log) for log in logs)
+    if missing := ran.missing():
+        raise FormatError(f"incomplete: {'; '.join(missing)}", where=where, hint=_AGAIN)
     if not found:
-        raise FormatError(
-            "no checkpoint was verified", where=", ".join(os.fspath(log) for log in logs), expected="a line or more"
-        )
+        raise FormatError("no checkpoint was verified", where=where, expected="a line or more")
     for place, path in enumerate(sorted(found, key=lambda path: (re.split(r"[/\\]", path), path))):
         line = found[path]
-        if line.old:
+        if line.old or not line.run:
+            why = line.old or "it does not say whether the run that wrote it ended, so there may be more"
             hint = f"vera-tools {line.tool['version']} wrote it: verify it again, with --log"
-            raise FormatError(f"its line in the log cannot be relied on: {line.old}", where=path, hint=hint)
+            raise FormatError(f"its line in the log cannot be relied on: {why}", where=path, hint=hint)
         gathered.add(place, line.result.outcome)
     return gathered.report()
 
 
-def _lines(log: Path) -> Iterator[Line]:
+def _lines(log: Path) -> Iterator[Line | Run]:
     if kind := local.not_a_file(log):  # a pipe or a device has no end
         raise FormatError(f"this is {kind}, not a file", where=log)
     try:
@@ -68,8 +88,9 @@ def _lines(log: Path) -> Iterator[Line]:
             for number, line in enumerate(file, start=1):
                 where = f"{log}: line {number}"
                 if not line.endswith(b"\n"):
-                    hint = "run verify again with the same --log: it goes on from there"
-                    raise FormatError("the line is cut off: the run that wrote it did not end", where=where, hint=hint)
+                    raise FormatError(
+                        "the line is cut off: the run that wrote it did not end", where=where, hint=_AGAIN
+                    )
                 yield read(line, where=where)
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror}", where=log) from error

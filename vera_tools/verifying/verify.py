@@ -17,12 +17,13 @@ from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import opening
 from vera_tools.parts import Part
 from vera_tools.report import Progress
-from vera_tools.verifying import registry
+from vera_tools.verifying import registry, runs
 from vera_tools.verifying.findings import Verdict
 from vera_tools.verifying.gathering import Gathered
 from vera_tools.verifying.log import Conditions, Log
 from vera_tools.verifying.registry import Registry
 from vera_tools.verifying.report import Interrupted, VerifyReport
+from vera_tools.verifying.runs import Run
 from vera_tools.verifying.verifier import Verifier
 from vera_tools.verifying.work import Job
 from vera_tools.verifying.workers import cpus
@@ -90,6 +91,9 @@ def verify(
     checkpoints += tuple(listed)
     if not checkpoints:
         raise UsageError("no checkpoint given")
+    paths = [os.fspath(path) for path in checkpoints]
+    asked = runs.digest([*paths, recursive, None if base is None else os.fspath(base)])
+    lines = Log(log, Run(asked, part))
     named = list(_search(checkpoints) if recursive else _listed(checkpoints))
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(base=model, base_digests=base_digests, allow_pickle=allow_pickle, skip_others=recursive)
@@ -101,7 +105,9 @@ def verify(
             if model:
                 model.check_unchanged()
             return gathered.report()
-        lines = Log(log, Conditions.of(base, model, base_digests=hashed, allow_pickle=allow_pickle))
+        wanted = registry.items(named, part)
+        conditions = Conditions.of(base, model, base_digests=hashed, allow_pickle=allow_pickle)
+        lines.begin(conditions, total=len(wanted.items), whole=wanted.whole)
         job = Job(
             run=uuid.uuid4().hex,
             base=None if base is None else os.fspath(base),
@@ -111,20 +117,21 @@ def verify(
             states=lines.is_file,
             folder=os.getcwd(),
         )
-        wanted, bare = registry.items(named, part)
-        hands = jobs or min(cpus(), len(wanted)) or 1
+        hands = jobs or min(cpus(), len(wanted.items)) or 1
         work = Registry(verifier, job, hands, lines, executor, whole=part is None)
         try:
-            for place, result in work.run(wanted, bare):
+            for place, result in work.run(wanted):
                 done = gathered.add(place, result.outcome)
                 if progress:
-                    progress(done, len(wanted), result.path)
+                    progress(done, len(wanted.items), result.path)
         except KeyboardInterrupt as error:
             raise Interrupted(gathered.report(partial=True, from_log=lines.taken)) from error
         if model:
             model.check_unchanged()
+        lines.end()
         return gathered.report(from_log=lines.taken)
     finally:
+        lines.give_up()
         if model:
             model.close()
 
