@@ -50,7 +50,7 @@ UNLIKE = {"the second is active": {"active_adapters"}, "one layer disabled": {"r
 @pytest.mark.parametrize("what", CHANGES)
 def test_the_status_is_pefts(what):
     ours, peers = both()
-    change, unlike = CHANGES[what], {"quantization_backend", "module_type", *UNLIKE.get(what, ())}
+    change, unlike = CHANGES[what], {"module_type", *UNLIKE.get(what, ())}
     change(ours, list(ours.vera_layers().values()))
     change(
         peers, [m for m in peers.modules() if type(m).__module__ == "peft.tuners.vera.layer" and hasattr(m, "merge")]

@@ -96,59 +96,14 @@ def test_a_name_that_matches_nothing_is_told():
 
 @pytest.mark.parametrize("target", ["embed_tokens", "mlp", "norm"])
 def test_a_layer_that_is_not_linear_is_named(target):
-    with pytest.raises(UsageError, match=rf"{target}: only torch.nn.Linear"):
+    with pytest.raises(UsageError, match=rf"{target}: only linear layers can be adapted"):
         VeraModel(llama(), VeraConfig(r=2, target_modules=[target]))
-
-
-class Linear8bitLt(nn.Linear):
-    """As bitsandbytes' layer looks from outside: a Linear with an int8 weight."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
-
-
-class QuantLinear(nn.Module):
-    """As GPTQ's layer looks: no weight, a packed one."""
-
-    in_features = out_features = 4
-    qweight = torch.zeros(1, 4, dtype=torch.int32)
-
-
-class Float8Linear(nn.Linear):
-    """A weight stored in float8."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.float8_e4m3fn), requires_grad=False)
-
-
-class AffineQuantizedTensor(torch.Tensor):
-    """As torchao's weight looks: a tensor that says it is float32."""
-
-    __module__ = "torchao.dtypes"
-
-
-class TorchaoLinear(nn.Linear):
-    """A layer quantised by torchao."""
-
-    def __init__(self):
-        super().__init__(4, 4)
-        self.weight = nn.Parameter(torch.zeros(4, 4).as_subclass(AffineQuantizedTensor), requires_grad=False)
-
-
-@pytest.mark.parametrize("layer", [Linear8bitLt, QuantLinear, Float8Linear, TorchaoLinear])
-def test_a_quantised_layer_is_refused_by_name(layer):
-    model = nn.ModuleDict({"plain": nn.Linear(4, 4), "packed": layer()})
-    with pytest.raises(UsageError, match="packed: a quantised layer cannot be adapted"):
-        VeraModel(model, VeraConfig(r=2, target_modules=["plain", "packed"]))
-    assert type(model["plain"]) is nn.Linear
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torchs_own_quantised_layers_are_refused():
     quantised = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(4, 4)), {nn.Linear}, torch.qint8)
-    with pytest.raises(UsageError, match="0: a quantised layer"):
+    with pytest.raises(UsageError, match="0: torch's own quantised layers pass no gradient back"):
         VeraModel(quantised, VeraConfig(r=2, target_modules=["0"]))
 
 

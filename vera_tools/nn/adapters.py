@@ -18,7 +18,8 @@ from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn import targets
-from vera_tools.nn.layer import VeraLinear, whole_shape
+from vera_tools.nn.base_layers import weight_like, whole_shape
+from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
 from vera_tools.nn.saved_module import SavedModule
@@ -163,9 +164,14 @@ class Adapters(nn.Module):
         self._warn_of_shared_weights(modules)
         self.hold_pair(adapter_name, config, modules, record, pair)
         self.peft_config[adapter_name] = config
+        # Where transformers keeps what it let torchao quantise the model by, which merging needs again.
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        torchao_config = getattr(getattr(quantizer, "quantization_config", None), "get_apply_tensor_subclass", None)
         for name, module in modules.items():
             if not isinstance(module, VeraLinear):
-                layer = VeraLinear(module, vera_A=self.vera_A, vera_B=self.vera_B, name=name)
+                layer = VeraLinear(
+                    module, vera_A=self.vera_A, vera_B=self.vera_B, name=name, torchao_config=torchao_config
+                )
                 layer.active_adapters, layer.disable_adapters = list(self._active), self._disabled
                 self._replace(name, layer)
                 module = layer
@@ -212,10 +218,10 @@ class Adapters(nn.Module):
             if pair is None:  # the buffers of the adapter that had this record have been overwritten since
                 assert record.recipe is not None
                 pair = generate(record.recipe, record.shape, stored_dtype=record.dtype)
-            weights = [targets.weight_of(module) for module in modules.values()]
-            like = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
+            weights = [weight_like(targets.base_layer(module)) for module in modules.values()]
+            first = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
             for held, values in zip((self.vera_A, self.vera_B), pair, strict=True):
-                held.add(adapter_name, to_tensor(values), persistent=persistent, like=like)
+                held.add(adapter_name, to_tensor(values), persistent=persistent, like=first)
         self._records[adapter_name] = record
 
     def set_pair(self, adapter_name: str, pair: tuple[Tensor, Tensor]) -> None:
@@ -442,7 +448,7 @@ class Adapters(nn.Module):
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(name)
         for name, module in modules.items():
-            if not isinstance(module, VeraLinear) and len(shared := names.get(id(module.weight), [])) > 1:
+            if not isinstance(module, VeraLinear) and len(shared := names.get(id(weight_like(module)), [])) > 1:
                 others = ", ".join(other for other in shared if not other.startswith(f"{name}."))
                 warnings.warn(
                     f"the weight of {name} is tied to {others}: merging an adapter into it will change both",

@@ -20,12 +20,12 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord, TensorRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
-from vera_tools.dtypes import HALVES, Array
+from vera_tools.dtypes import FLOATS, HALVES, Array
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
 from vera_tools.nn import embeddings, state_dicts, targets
 from vera_tools.nn.adapters import Adapters
-from vera_tools.nn.layer import features, whole_shape
+from vera_tools.nn.base_layers import PLAIN, cast_dtype, features, whole_shape
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.projections.pair import PROJECTIONS
@@ -156,15 +156,23 @@ def projections(
         CheckFailedError: they are too small for the layers, or not the recorded ones.
         UnprovenError: `strict`, and nothing records which recipe made them.
     """
-    weights = [targets.weight_of(module) for module in modules.values()]
-    sizes = [features(targets.base_layer(module)) for module in modules.values()]
+    layers = [targets.base_layer(module) for module in modules.values()]
+    sizes = [features(layer) for layer in layers]
     in_max, out_max = max(size[0] for size in sizes), max(size[1] for size in sizes)
+    dtypes = frozenset(dtype_name(cast_dtype(layer)) for layer in layers)
     assumptions = Assumptions(
         in_features=None if checkpoint.projections or checkpoint.recorded else in_max,  # a wider pair than needed fits
-        weight_dtypes=frozenset(dtype_name(weight.dtype) for weight in weights),
+        weight_dtypes=dtypes,
         strict=strict,
     )
     resolved = resolve(checkpoint, assumptions)
+    if resolved.origin == "assumed" and (narrow := sorted(dtypes - set(FLOATS))):
+        raise CheckFailedError(
+            "PEFT rounds the projections through the dtype of these layers, and no recipe describes that",
+            where=checkpoint.label,
+            found=", ".join(narrow),
+            hint="save the adapter with its projections: save_projection=True",
+        )
     record, known = resolved.record, checkpoint.recorded
     if record.shape.in_max < in_max or record.shape.out_max < out_max:
         raise CheckFailedError(
@@ -339,9 +347,10 @@ def _check_seed_only(model: Adapters, record: ProjectionRecord, *, where: str) -
             where=where,
             hint="set save_projection to True",
         )
-    dtypes = {dtype_name(layer.weight.dtype) for layer in model.vera_layers().values()}
+    dtypes = {dtype_name(cast_dtype(layer.base_layer)) for layer in model.vera_layers().values()}
     through = rounds_through(dtypes) if len(dtypes & set(HALVES)) < 2 else None
-    if record.recipe != Recipe(prng_key=record.recipe.prng_key, rounded_through=through):
+    peers = Recipe(prng_key=record.recipe.prng_key, rounded_through=through)
+    if record.recipe != peers or not dtypes <= set(FLOATS):
         warnings.warn(
             f"{where}: vera-tools will regenerate exactly these projections ({record.recipe.name}) from the manifest, "
             "but PEFT would draw others on this base; set save_projection to True for PEFT",
@@ -361,7 +370,7 @@ def _describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> Ba
     weights = {
         f"{name}.weight": TensorRecord(tuple(whole_shape(layer.weight)), dtype_name(layer.weight.dtype), None)
         for name, layer in model.vera_layers().items()
-        if adapter_name in layer.r
+        if adapter_name in layer.r and layer.kind is PLAIN  # a quantised weight has other shapes and values
     }
     return BaseRecord(config.base_model_name_or_path, config.revision, weights)
 

@@ -12,7 +12,7 @@ have the names of PEFT's layer (``peft.tuners.vera.layer.Linear``), so that code
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,19 +21,18 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning
 from vera_tools.nn.adapted import AdaptedModule
+from vera_tools.nn.base_layers import PLAIN, Kind, features, is_conv1d, kind_of, weight_like, whole_shape
 from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
 from vera_tools.nn.projection import ProjectionDict
 from vera_tools.nn.rows import Rows
-
-#: The dtypes of weights that can be adapted. float8 and integers are quantised.
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class VeraLinear(AdaptedModule):
     """A linear base layer and the VeRA adapters on it.
 
     Attributes:
-        base_layer: The frozen layer: `torch.nn.Linear`, or a Conv1D of transformers, whose weight is (in, out).
+        base_layer: The frozen layer: `torch.nn.Linear`, a Conv1D of transformers, whose weight is (in, out), a
+            quantised layer, or what else maps in_features to out_features.
         in_features, out_features: Dimensions of the linear map.
         fan_in_fan_out: Whether the weight is stored as (in, out).
         vera_A, vera_B: The model's shared projections, by adapter name.
@@ -50,7 +49,13 @@ class VeraLinear(AdaptedModule):
     other_param_names = ("vera_A", "vera_B")
 
     def __init__(
-        self, base_layer: nn.Module, *, vera_A: ProjectionDict, vera_B: ProjectionDict, name: str = ""
+        self,
+        base_layer: nn.Module,
+        *,
+        vera_A: ProjectionDict,
+        vera_B: ProjectionDict,
+        name: str = "",
+        torchao_config: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__(name=name)
         self.base_layer = base_layer
@@ -63,13 +68,22 @@ class VeraLinear(AdaptedModule):
         self.vera_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
-        self._unmerged: Tensor | None = None
+        self._torchao_config = torchao_config
+        self._unmerged: dict[str, Any] | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features), in the base layer's dtype."""
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
+        if x.requires_grad and not result.requires_grad and torch.is_grad_enabled():
+            # The layers below would be trained with the update's part of their gradient alone.
+            raise UsageError(
+                "no gradient goes back through the base layer",
+                where=self.name,
+                found=type(self.base_layer).__name__,
+                hint="load the base with kernels that can be trained through, or compute under torch.no_grad()",
+            )
         dtype = result.dtype
         if self.rows is not None:
             return self._by_row(self.rows, x, result).to(dtype)
@@ -135,9 +149,9 @@ class VeraLinear(AdaptedModule):
             config: Its config.
             device: Where the vectors are made. Default: where the base weight is.
             autocast_adapter_dtype: Hold them in float32 on a half-precision weight, in which training them would lose
-                small steps; else in the weight's dtype.
+                small steps; else in the weight's dtype. A quantised weight has the dtype that it is computed in.
         """
-        weight = self.weight
+        weight = weight_like(self.base_layer)
         options: dict[str, Any] = {
             "dtype": torch.promote_types(weight.dtype, torch.float32) if autocast_adapter_dtype else weight.dtype,
             "device": device or weight.device,
@@ -212,27 +226,37 @@ class VeraLinear(AdaptedModule):
         if not new:
             return
         self.check_mergeable()
-        merged = self.merged_weight(new, safe_merge=safe_merge)
+        merged, kind = self.merged_weight(new, safe_merge=safe_merge), self.kind
+        if kind.rounds:
+            message = (
+                f"what is merged into {kind.name} weights is rounded to them again: the results are not quite those of "
+                "the adapter"
+            )
+            warnings.warn(message, VeraToolsWarning, stacklevel=3)
         if keep_original and self._unmerged is None:
-            self._unmerged = self.weight.detach().clone()
-        self.weight.data.copy_(merged)  # in place, so that a weight that is tied to another module stays tied
+            self._unmerged = kind.keep(self.base_layer)
+        kind.write(self.base_layer, merged)
         self.merged_adapters += new
 
     def check_mergeable(self) -> None:
         """Refuse a weight that an update cannot be added to.
 
         Raises:
-            UsageError: it is computed from other parameters, holds no values, or is spread over processes.
+            UsageError: it is computed from other parameters, quantised so that it cannot be read and written, holds no
+                values, or is spread over processes.
         """
-        if "weight" not in self.base_layer._parameters:  # weight_norm and other parametrisations
-            raise UsageError(
-                "the weight is computed from other parameters at every use, so nothing can be merged into it",
-                where=self.name,
-                hint="remove the parametrisation first",
-            )
-        if self.weight.device.type == "meta":
+        if reason := self.kind.check(self.base_layer):
+            if self.kind is PLAIN:
+                hint = "remove the parametrisation first"
+            else:
+                hint = "load the adapter onto the base without quantisation, and merge there"
+            raise UsageError(reason, where=self.name, found=type(self.base_layer).__name__, hint=hint)
+        weight = getattr(self.base_layer, "weight", None)
+        if weight is None:  # HQQ's layers have none
+            return
+        if weight.device.type == "meta":
             raise UsageError("the weight is on the meta device: there is nothing to merge into", where=self.name)
-        if hasattr(self.weight, "full_tensor") or whole_shape(self.weight) != self.weight.shape:
+        if hasattr(weight, "full_tensor") or whole_shape(weight) != weight.shape:
             raise UsageError(
                 "the weight is spread over processes",
                 where=self.name,
@@ -243,10 +267,12 @@ class VeraLinear(AdaptedModule):
     def merged_weight(self, adapter_names: Sequence[str], *, safe_merge: bool = False) -> Tensor:
         """The base weight with adapters' updates added one after another, each sum rounded to the weight's dtype.
 
+        A quantised weight is the dequantised one, and not rounded to what it can hold yet.
+
         Raises:
             BrokenValuesError: `safe_merge`, and the result has values that are not finite.
         """
-        weight = self.weight.detach()
+        weight = self.kind.read(self.base_layer)
         for name in adapter_names:
             weight = (weight + self.get_delta_weight(name)).to(weight.dtype)
             if safe_merge and not torch.isfinite(weight).all():
@@ -265,7 +291,7 @@ class VeraLinear(AdaptedModule):
             return
         if self._unmerged is None:
             raise UsageError("the original weight was not kept", where=self.name)
-        self.weight.data.copy_(self._unmerged)
+        self.kind.restore(self.base_layer, self._unmerged)
         self._unmerged = None
         self.merged_adapters.clear()
 
@@ -279,6 +305,11 @@ class VeraLinear(AdaptedModule):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: VeRA is a LoRA of rank r, exactly."""
         return True
+
+    @property
+    def kind(self) -> Kind:
+        """How the base layer holds its weight, as it is now."""
+        return kind_of(self.base_layer, self._torchao_config)
 
     def get_base_layer(self) -> nn.Module:
         """The base layer."""
@@ -305,28 +336,6 @@ class VeraLinear(AdaptedModule):
     def _apply(self, fn: Any, recurse: bool = True) -> VeraLinear:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._unmerged is not None:
-            self._unmerged = fn(self._unmerged)
+            kept = self._unmerged.items()
+            self._unmerged = {name: fn(part) if isinstance(part, Tensor) else part for name, part in kept}
         return self
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, whose weight is (in, out), found out without importing transformers."""
-    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a linear layer, adapted or not, quantised or not."""
-    return isinstance(module, nn.Linear | VeraLinear) or is_conv1d(module)
-
-
-def features(module: nn.Module) -> tuple[int, int]:
-    """in_features and out_features of a linear layer."""
-    if is_conv1d(module):
-        shape = whole_shape(module.weight)  # type: ignore[arg-type]
-        return shape[0], shape[1]
-    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
-
-
-def whole_shape(tensor: Tensor) -> torch.Size:
-    """A parameter's shape, also where DeepSpeed's ZeRO-3 has spread it over processes and left an empty one here."""
-    return torch.Size(getattr(tensor, "ds_shape", tensor.shape))

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.manifest import BaseRecord, TensorRecord
-from vera_tools.dtypes import FLOATS, Array
+from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools.nn.base_layers import PLAIN, kind_of
 from vera_tools.nn.projection import dtype_name, same_bits, to_array
 from vera_tools.projections.identification import identify
 from vera_tools.projections.pair import PROJECTIONS, PairShape
@@ -101,10 +102,9 @@ class LiveAdapter:
         for module, layer in self.layers.items():
             weight = getattr(layer.get_base_layer(), "weight", None)
             sizes = {layer.in_features, layer.out_features}
-            if isinstance(weight, Tensor) and weight.dim() == 2 and {*weight.shape} == sizes:
-                dtype = dtype_name(weight.dtype)
-                if dtype in FLOATS:
-                    weights[f"{module}.weight"] = TensorRecord(tuple(weight.shape), dtype, None)
+            held_as_it_is = kind_of(layer.get_base_layer()) is PLAIN
+            if held_as_it_is and isinstance(weight, Tensor) and weight.dim() == 2 and {*weight.shape} == sizes:
+                weights[f"{module}.weight"] = TensorRecord(tuple(weight.shape), dtype_name(weight.dtype), None)
         return BaseRecord(name, revision, weights)
 
 

@@ -16,7 +16,7 @@ from vera_tools.checkpoints.checkpoint import MODULES, ROOT
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn import embeddings
 from vera_tools.nn.adapters import Adapters
-from vera_tools.nn.layer import whole_shape
+from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.projections.pair import PROJECTIONS
 
 
@@ -154,7 +154,8 @@ def named(
         if adapter_name in layer.r:
             for which in ("vera_lambda_b", "vera_lambda_d"):
                 key = f"model.{name}.{which}.{adapter_name}"
-                tensors[f"{MODULES}{name}.{which}"] = Named(key, getattr(layer, which)[adapter_name], layer.weight)
+                vector = getattr(layer, which)[adapter_name]
+                tensors[f"{MODULES}{name}.{which}"] = Named(key, vector, weight_like(layer.base_layer))
     for name, tensor in model.trained_biases(config.bias).items():
         tensors[MODULES + name] = Named(f"model.{name}", tensor)
     for name, module in model.saved_modules().items():

@@ -1,7 +1,4 @@
-"""What state the adapters of a model are in, layer by layer and as a whole: PEFT's status reports, with its fields.
-
-Their `quantization_backend` is left out: a quantised layer cannot be adapted.
-"""
+"""What state the adapters of a model are in, layer by layer and as a whole: PEFT's status reports, with its fields."""
 
 from __future__ import annotations
 
@@ -33,6 +30,7 @@ class LayerStatus:
         available_adapters: The adapters that this layer has, sorted.
         devices: Where an adapter's parameters and projections are, by adapter name; several while projections wait to
             be moved to a layer's own device.
+        quantization_backend: How the base layer's weight is quantised, by PEFT's name; None where it is not.
     """
 
     name: str
@@ -43,6 +41,7 @@ class LayerStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +60,7 @@ class ModelStatus:
         requires_grad: Whether an adapter's parameters are trainable, by adapter name.
         available_adapters: All adapters, sorted.
         devices: Where an adapter's parameters and projections are, by adapter name.
+        quantization_backend: How the adapted layers are quantised; None where they are not.
     """
 
     base_model_type: str
@@ -75,6 +75,7 @@ class ModelStatus:
     requires_grad: dict[str, bool | Literal["irregular"]]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+    quantization_backend: str | Literal["irregular"] | None
 
 
 def layer_status(model: Adapters) -> list[LayerStatus]:
@@ -113,6 +114,7 @@ def model_status(model: Adapters) -> ModelStatus:
         devices={
             name: sorted({device for layer in layers for device in layer.devices.get(name, ())}) for name in names
         },
+        quantization_backend=_common(layer.quantization_backend for layer in layers),
     )
 
 
@@ -131,6 +133,7 @@ def _status(name: str, module: VeraLinear | SavedModule) -> LayerStatus:
             name: sorted({tensor.device.type for tensor in [*own, *(pair[name] for pair in held)]})
             for name, own in parameters.items()
         },
+        quantization_backend=module.kind.name if isinstance(module, VeraLinear) else None,
     )
 
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-import torch
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.names import TASK_HEADS, is_saved
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.adapted import AdaptedModule
-from vera_tools.nn.layer import FLOATS, VeraLinear, features, is_conv1d, is_linear
+from vera_tools.nn.base_layers import can_be_adapted, features, is_conv1d, is_linear
+from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.projections.pair import PairShape
 
@@ -51,7 +51,8 @@ def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
     modules_to_save, fan_in_fan_out follows the layers, and the base's name is taken over.
 
     Raises:
-        UsageError: no targets are given and the model's type has no default.
+        UsageError: no targets are given, and the model's type has no default, or its default names a layer that is not
+            known to be linear.
     """
     config = dataclasses.replace(config, extra=dict(config.extra))
     base = getattr(model, "config", None)
@@ -66,15 +67,27 @@ def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
                 f"target_modules is not set, and there is no default for the model type {model_type!r}",
                 hint=f"the model has {_linear_names(model)}",
             )
+        by_default = config.targeting().adapts
+        for name, module in named_modules(model):
+            if name and by_default(name) and can_be_adapted(module) and not is_linear(base_layer(module)):
+                raise UsageError(
+                    "nothing says whether this layer is linear",
+                    where=name,
+                    found=type(module).__name__,
+                    hint="if it is, name it in target_modules",
+                )
     if isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear":
         config.target_modules = "all-linear"
         heads_left_out, adapts = _heads(model, config), config.targeting().adapts
-        config.target_modules = [
+        found_names = [
             name
             for name, module in named_modules(model)
-            if name and is_linear(module) and module not in heads_left_out and adapts(name)
+            if name and is_linear(base_layer(module)) and module not in heads_left_out and adapts(name)
             if not _is_never_called(name, model)
         ]
+        # A quantised layer may hold the one that it was made of.
+        outer = tuple(f"{name}." for name in found_names)
+        config.target_modules = [name for name in found_names if not name.startswith(outer)]
     adapts = config.targeting().adapts
     found = [base_layer(module) for name, module in named_modules(model) if name and adapts(name)]
     config.fan_in_fan_out = any(is_conv1d(module) for module in found)
@@ -152,13 +165,6 @@ def base_layer(module: nn.Module) -> nn.Module:
     return module.base_layer if isinstance(module, VeraLinear) else module
 
 
-def weight_of(module: nn.Module) -> torch.Tensor:
-    """The base weight under a layer, adapted or not."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    return weight
-
-
 def pair_shape(config: VeraConfig, modules: dict[str, nn.Module]) -> PairShape:
     """The shape of the shared pair: r, and the largest in_features and out_features, each on its own."""
     sizes = [features(base_layer(module)) for module in modules.values()]
@@ -169,30 +175,24 @@ def check(name: str, module: nn.Module, model: nn.Module) -> None:
     """Refuse a module that cannot be adapted.
 
     Raises:
-        UsageError: it is quantised, not linear, without a shape yet, or its forward is never called.
+        UsageError: it does not map in_features to out_features, passes no gradient back, has no shape yet, or its
+            forward is never called.
     """
-    weight = getattr(module, "weight", None)
-    quantised = hasattr(module, "qweight") or hasattr(module, "quant_state") or callable(weight)
-    if isinstance(weight, torch.Tensor):
-        # torchao's weights are tensors that claim the dtype they were quantised from.
-        torchao = type(weight).__module__.startswith("torchao")
-        quantised |= is_linear(module) and (torchao or weight.dtype not in FLOATS)
-    if quantised:
-        dtype = weight.dtype if isinstance(weight, torch.Tensor) else "a packed weight"
-        raise UsageError(
-            "a quantised layer cannot be adapted by VeRA",
-            where=name,
-            expected="a weight of float32, float64, bfloat16 or float16",
-            found=f"{type(module).__name__} with {dtype}",
-            hint="load the base without quantisation",
-        )
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    if isinstance(getattr(module, "weight", None), nn.parameter.UninitializedParameter):
         raise UsageError(
             "the layer has no shape yet", where=name, found=type(module).__name__, hint="run the model once before"
         )
-    if not is_linear(module):
+    if type(module).__module__.startswith("torch.ao."):
         raise UsageError(
-            "only torch.nn.Linear and transformers' Conv1D can be adapted",
+            "torch's own quantised layers pass no gradient back",
+            where=name,
+            found=type(module).__name__,
+            hint="quantise the base with bitsandbytes, torchao or HQQ",
+        )
+    if not can_be_adapted(module):
+        raise UsageError(
+            "only linear layers can be adapted: torch.nn.Linear, transformers' Conv1D, quantised ones, and what has "
+            "in_features and out_features as they do",
             where=name,
             found=type(module).__name__,
             hint="name the linear layers inside it" if any(True for _ in module.children()) else None,

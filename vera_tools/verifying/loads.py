@@ -4,7 +4,7 @@ Three facts about PEFT decide every row (each was seen by running it):
 
 - before 0.21 stored projections are ignored on loading, in silence, and drawn again from the key;
 - a redrawn pair is cast to the base weights' dtype, which rounds it where that is a half type; integer (quantised)
-  weights are not cast to;
+  weights are not cast to, but for bitsandbytes' 4 bit ones, which from 0.19 on count with the dtype they compute in;
 - from 0.21 on stored projections are restored, unless save_projection is false, but rounded through a half-precision
   base under ``low_cpu_mem_usage=True`` or ``autocast_adapter_dtype=False``.
 """
