@@ -13,6 +13,7 @@ LOOPS = {
     "swaps": ["-m", "tests.swap_loop", "--rounds", "1000"],
     "kills of conversions": ["tests/converting/kill_loop.py", "--rounds", "500", "--seed", "0"],
     "kills of merges": ["-m", "tests.merging.kill_loop", "--rounds", "500"],
+    "nasty numbers": ["-W", "ignore", "-m", "tests.merging.nasty_loop", "--rounds", "10000"],
 }
 
 

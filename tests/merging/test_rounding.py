@@ -69,6 +69,7 @@ def test_numbers_that_float64_cannot_hold():
     assert exact.to_odd(-3, 1024) == -np.inf
     assert exact.to_odd(1, -1080) == 2.0**-1074  # odd, and so not zero
     assert exact.to_odd(0, 5) == 0.0
+    assert exact.to_odd(-(2**2000), -2000) == -1.0  # an integer beyond all floats
 
 
 SHAPES = {"model.layers.0.up": (24, 40)}
@@ -119,6 +120,25 @@ def uneven(tensors):
 
 
 MADE = [constant, ties, cancelling, one_sided, tiny, uneven]
+
+
+def lost_on_the_left(tensors):
+    """Rows of lambda_b * vera_B that are zero in float32, times columns that make something of them again."""
+    tensors[PREFIX + "vera_lambda_b"][...] = np.float32(2.0**-149)
+    tensors[PREFIX + "vera_lambda_d"][...] = np.float32(2.0**60)
+
+
+def lost_on_the_right(tensors):
+    tensors[PREFIX + "vera_lambda_b"][...] = np.float32(2.0**60)
+    tensors[PREFIX + "vera_lambda_d"][...] = np.float32(2.0**-149)
+
+
+def beyond_what_norms_hold(tensors):
+    """Sums next to the middle between two numbers, of factors whose squares float64 does not hold."""
+    tensors[PREFIX + "vera_lambda_b"] = np.full(24, 2.0**700)
+    tensors[PREFIX + "vera_lambda_d"] = np.where(np.arange(64) == 0, 2.0**-708, 2.0**-790)
+    tensors["base_model.vera_A"][...] = 1
+    tensors["base_model.vera_B"][...] = 1
 
 
 def nasty(tensors, rng):
@@ -179,6 +199,54 @@ def test_what_was_made_to_defeat_it_is_correctly_rounded(make, scale, dtype, tmp
     check(tmp_path, dtype, adapter, base_near_the_middle(tmp_path / "base", dtype, adapter, scale=scale))
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("make", "size"), [(lost_on_the_left, 2.0**-100), (lost_on_the_right, 2.0**-100), (beyond_what_norms_hold, 1.0)]
+)
+def test_what_a_dtype_does_not_hold_is_correctly_rounded(make, size, transposed, tmp_path):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=64, config={"fan_in_fan_out": transposed})
+    edit(adapter, make)
+    base = make_base(tmp_path / "base", SHAPES, transposed=transposed)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., size), file="model.safetensors")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    after = weights(tmp_path / "out")[f"{NAME}.weight"]
+    after = after.T if transposed else after
+    for row, column in [(0, 0), (3, 39), (23, 5)]:
+        expected = nearest(Fraction(size) + change(adapter, NAME, row, column), "bfloat16")
+        assert float(after[row, column]) == expected != size
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("name", ["vera_A", "vera_B"])
+def test_nothing_times_what_float32_does_not_hold_is_nothing(name, transposed, tmp_path):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=4, config={"fan_in_fan_out": transposed})
+
+    def grow(tensors):
+        for vera in ("vera_A", "vera_B"):
+            tensors[f"base_model.{vera}"] = tensors[f"base_model.{vera}"].astype(np.float64)
+        tensors[f"base_model.{name}"] *= 1e60
+        tensors[PREFIX + "vera_lambda_b"][...] = 0
+
+    edit(adapter, grow)
+    base = make_base(tmp_path / "base", SHAPES, transposed=transposed)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    before, after = (weights(folder)[f"{NAME}.weight"] for folder in (base, tmp_path / "out"))
+    assert np.array_equal(before, after)
+
+
+def test_an_adapters_weight_is_not_rounded_into_its_vector(tmp_path):
+    """A third of three is one in float64, and less in truth: enough to be below the middle between two numbers."""
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=64)
+    edit(adapter, ties)
+    edit(adapter, lambda tensors: tensors[PREFIX + "vera_lambda_b"].__setitem__(..., 3 * 2.0**-8))
+    base = make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., 1 + 2.0**-7), file="model.safetensors")
+    assert 3 * (1 / 3) == 1
+    assert 3 * Fraction(1 / 3) < 1
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", weights=[1 / 3], verify=True)
+    assert (weights(tmp_path / "out")[f"{NAME}.weight"] == 1 + 2.0**-7).all()
+
+
 @pytest.mark.parametrize("crowded", [-1.0, 1.0])
 @pytest.mark.parametrize("seed", range(10))
 def test_nasty_adapters_are_correctly_rounded(seed, crowded, tmp_path, monkeypatch):
@@ -204,7 +272,7 @@ def test_no_float32_sum_errs_by_more_than_its_bound(rank):
     factor = arithmetic.Factor(b.astype(np.float64), B, d.astype(np.float64), A, np.ascontiguousarray(A.T))
     delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
     left = delta.left(0, 5)
-    bound = delta.spread(left).astype(np.float64) * delta.error_share(np.dtype(np.float32))
+    bound = delta.spread(left, 0).astype(np.float64) * delta.error_share(np.dtype(np.float32))
     places = np.indices((5, 6)).reshape(2, -1)
     true = delta.exactly(np.zeros(30), *places).reshape(5, 6)
     products = left[:, :, None] * delta.right[None]
@@ -237,7 +305,7 @@ def test_no_sum_at_a_single_place_errs_by_more_than_it_says(scales, dtype):
     A, B = A * np.float32(a), B * np.float32(b)
     factor = arithmetic.Factor(rng.uniform(0.5, 1, outs) * c, B, rng.uniform(0.5, 1, rank) * d, A, A.T.copy())
     delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
-    spread = delta.spread(delta.left(0, outs))
+    spread = delta.spread(delta.left(0, outs), 0)
     weight = rng.standard_normal((outs, ins)).astype(np_dtype("bfloat16"))
     places = np.indices((outs, ins)).reshape(2, -1)
     sums, errors = delta.closely(weight, *places, start=0, spread=spread, products=np.dtype(dtype))

@@ -98,7 +98,7 @@ def test_float32_alone_would_round_some_elements_wrongly():
     exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
     wrong = rounding.rounded(product + weight.astype(np.float32), "bfloat16") != rounded_once(exact, "bfloat16")
     result = np.empty_like(weight)
-    spread = single.spread(single.left(0, size))
+    spread = single.spread(single.left(0, size), 0)
     rows, columns = rounding.sum_to_half(
         product,
         weight,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -57,13 +58,14 @@ class Factor:
     """One adapter's part in one weight.
 
     Attributes:
-        lambda_b: (out_features,), with the adapter's weight multiplied in.
+        lambda_b: (out_features,).
         vera_B: (out_features, r).
         lambda_d: (r,).
         vera_A: (r, in_features).
         columns: (in_features, r): vera_A again, so that single columns of it lie together too.
         rows: Where the weight is a part of the stored tensor: for each row of that, the row of vera_B; lambda_b is then
             as long as that, and zero in the rows of other weights.
+        weight: The adapter's weight. It stands apart, because its product with lambda_b is rounded.
     """
 
     lambda_b: Array
@@ -72,6 +74,18 @@ class Factor:
     vera_A: Array
     columns: Array
     rows: Array | None = None
+    weight: float = 1.0
+
+    @cached_property
+    def weighted(self) -> Array:
+        """lambda_b with the adapter's weight multiplied in, (out_features,) float64."""
+        product: Array = self.lambda_b * self.weight
+        return product
+
+    def is_idle(self) -> Array:
+        """(out_features,) bool: the outputs that it does not change."""
+        idle: Array = (self.lambda_b == 0) | (self.weight == 0 or not self.lambda_d.any())
+        return idle
 
     def vera_B_at(self, rows: slice | Array, *, out: Array | None = None) -> Array:
         """Rows of vera_B by the rows of the stored tensor."""
@@ -102,7 +116,9 @@ class Delta:
         outs, ins = factors[0].lambda_b.size, factors[0].vera_A.shape[1]
         self.shape = (ins, outs) if transposed else (outs, ins)
         self._right = self._out_side(0, outs, "right").T if transposed else self._in_side(0, ins, "right")
-        norms = _norms(self._right, axis=0)
+        #: Of the weight's outputs, those that no adapter changes.
+        self._idle = np.logical_and.reduce([factor.is_idle() for factor in factors])
+        norms = _norms(self._right, axis=0, idle=self._idle if transposed else self._idle.all())
         self._largest_column = norms.max()
         #: Norm of each column of the right matrix, as a share of the largest; more where that could underflow.
         with np.errstate(invalid="ignore"):
@@ -117,13 +133,14 @@ class Delta:
         """The right matrix, (sum of ranks, columns of the weight)."""
         return self._right
 
-    def spread(self, left: Array) -> Array:
-        """For rows of the left matrix, the norm of each times the largest norm of a column of the right one.
+    def spread(self, left: Array, start: int) -> Array:
+        """For rows of the left matrix from `start` on, the norm of each times the largest norm of a right column.
 
         No element of the product is larger, nor is the sum of the magnitudes of the products that make it (Cauchy and
         Schwarz).
         """
-        rows: Array = _norms(left, axis=1) * self._largest_column
+        idle = self._idle.all() if self._transposed else self._idle[start : start + len(left)]
+        rows: Array = _norms(left, axis=1, idle=idle) * self._largest_column
         return rows
 
     def error_share(self, dtype: np.dtype[np.floating]) -> float:
@@ -176,7 +193,7 @@ class Delta:
         errors = spread[rows].astype(np.float64) * self.shares[columns] * share
         with np.errstate(over="ignore", invalid="ignore"):
             for factor in self._factors:
-                lambda_b = factor.lambda_b[outs]
+                lambda_b = factor.weighted[outs]
                 total += self._sums(factor, outs, ins, products) * lambda_b
                 most = factor.lambda_d.size * _LOST[products] * np.abs(factor.lambda_d).max(initial=0)
                 errors += most * np.abs(lambda_b)
@@ -197,13 +214,14 @@ class Delta:
         terms = [[term] for term in _scalars(weights)]
         for factor in self._factors:
             lambda_d = exact.Scaled(factor.lambda_d)
+            ((weight, shift),) = _scalars(np.array([factor.weight]))
             for place, lambda_b in enumerate(_scalars(factor.lambda_b[outs])):
                 B, A = (
                     exact.Scaled(factor.vera_B_at(outs[place : place + 1])[0]),
                     exact.Scaled(factor.columns[ins[place]]),
                 )
                 integer, exponent = exact.product_sum([B, lambda_d, A])
-                terms[place].append((lambda_b[0] * integer, lambda_b[1] + exponent))
+                terms[place].append((weight * lambda_b[0] * integer, shift + lambda_b[1] + exponent))
         return np.array([exact.to_odd(*exact.total(parts)) for parts in terms], np.float64)
 
     def _sums(self, factor: Factor, outs: Array, ins: Array, dtype: np.dtype[np.floating]) -> Array:
@@ -262,7 +280,8 @@ class Delta:
         for factor in self._factors:
             part = matrix[:, done : done + factor.lambda_d.size]
             rows = factor.vera_B_at(slice(start, stop))
-            np.multiply(rows, factor.lambda_b[start:stop, None], out=part, dtype=self.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):  # then the norms are not finite, and are looked at
+                np.multiply(rows, factor.weighted[start:stop, None], out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 
@@ -270,7 +289,8 @@ class Delta:
         matrix, done = self._workspace.array(use, (self._rank, stop - start), self.dtype), 0
         for factor in self._factors:
             part = matrix[done : done + factor.lambda_d.size]
-            np.multiply(factor.vera_A[:, start:stop], factor.lambda_d[:, None], out=part, dtype=self.dtype)
+            with np.errstate(over="ignore", invalid="ignore"):
+                np.multiply(factor.vera_A[:, start:stop], factor.lambda_d[:, None], out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 
@@ -280,10 +300,14 @@ def _scalars(values: Array) -> list[tuple[int, int]]:
     return list(zip(scaled.integers, scaled.exponents, strict=True))
 
 
-def _norms(matrix: Array, *, axis: int) -> Array:
-    """Norms of columns (axis 0) or rows (axis 1), and a little more; zero for those that are nothing but zeros."""
+def _norms(matrix: Array, *, axis: int, idle: Array | np.bool_) -> Array:
+    """Norms of columns (axis 0) or rows (axis 1), and a little more; zero for those that are `idle` and zero.
+
+    What holds nothing but zeros need not be idle: its products may have been too small for the dtype. And what is idle
+    need not be zero: zero times what is too large for the dtype is NaN.
+    """
     squares = np.einsum("ij,ij->j" if axis == 0 else "ij,ij->i", matrix, matrix)
-    norms: Array = np.where(matrix.any(axis=axis), np.sqrt(squares) + matrix.dtype.type(_FLOOR), matrix.dtype.type(0))
+    norms: Array = np.where(idle & (squares == 0), matrix.dtype.type(0), np.sqrt(squares) + matrix.dtype.type(_FLOOR))
     return norms
 
 

@@ -44,19 +44,19 @@ class Product:
     part: Part
 
     def factor(self) -> Factor:
-        """Its factors, with the adapter's weight multiplied in."""
+        """Its factors."""
         adapter, ins, outs = self.adapter, self.linear.in_features, self.linear.out_features
         vera_A, vera_B = adapter.pair
         lambda_b, lambda_d = (
             adapter.checkpoint.weights.read(info.name).astype(np.float64) for info in (self.lambda_b, self.lambda_d)
         )
-        lambda_b, rows, piece = lambda_b * adapter.weight, None, self.part.piece
+        rows, piece = None, self.part.piece
         if not (piece.is_whole or piece.transposed):
             count = self.part.info.size // ins
             inside, rows = np.zeros(count), np.zeros(count, np.intp)
             inside[piece.rows], rows[piece.rows] = lambda_b[piece.of], np.arange(outs)[piece.of]
             lambda_b = inside
-        return Factor(lambda_b, vera_B[:outs], lambda_d, vera_A[:, :ins], adapter.columns[:ins], rows)
+        return Factor(lambda_b, vera_B[:outs], lambda_d, vera_A[:, :ins], adapter.columns[:ins], rows, adapter.weight)
 
 
 @dataclass(frozen=True)

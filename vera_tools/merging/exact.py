@@ -56,4 +56,4 @@ def to_odd(integer: int, exponent: int) -> float:
         result = math.ldexp(float(kept | (rest != 0)), exponent + cut)
     except OverflowError:
         result = math.inf
-    return math.copysign(result, integer)
+    return -result if integer < 0 else result  # copysign would make a float of an integer that may be too large for one

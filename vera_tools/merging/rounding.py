@@ -131,7 +131,7 @@ def decide(sums: Array, error: Array, dtype: str, exactly: Callable[[Array], Arr
 
     Args:
         sums: float64. NaN and infinity have no error, and stay.
-        error: float64, how far each may be off.
+        error: float64, how far each may be off; infinite where nothing is known.
         dtype: The half type.
         exactly: For places in `sums`, the exact sums in float64, rounded to odd.
 
@@ -142,7 +142,7 @@ def decide(sums: Array, error: Array, dtype: str, exactly: Callable[[Array], Arr
         margin = error + np.abs(sums) * _LAST_BITS_OF_DOUBLE
         low, high = rounded(sums - margin, dtype), rounded(sums + margin, dtype)
     certain = low.view(np.uint16) == high.view(np.uint16)
-    places = np.flatnonzero(~certain & np.isfinite(margin))
+    places = np.flatnonzero(~certain & np.isfinite(sums))
     if places.size > MAX_EXACT:
         raise CheckFailedError(
             f"{places.size} sums lie in the middle between two {dtype} numbers, or nearer to it than float64 can tell",

@@ -106,7 +106,7 @@ def _in_float32(
     None where float32 is no use: numbers are too large for it, or it leaves too many elements open.
     """
     left = change.left(start, start + len(weight))
-    spread, bounds = _largest_sums(change, left, weight)
+    spread, bounds = _largest_sums(change, left, weight, start)
     bound, share = bounds.max(), change.error_share(np.dtype(np.float32))
     if not np.isfinite(bound + np.float32(share)):
         return None
@@ -142,7 +142,7 @@ def _settled(
 def _in_float64(change: Delta, weight: Array, entry: Merged, *, start: int, workspace: Workspace) -> tuple[Array, bool]:
     """The same by way of float64, whatever the numbers are; NaN and infinity come out where they go in."""
     left = change.left(start, start + len(weight))
-    spread, bounds = _largest_sums(change, left, weight)
+    spread, bounds = _largest_sums(change, left, weight, start)
     bound = bounds.max()
     result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
     step = max(1, _STRIP // weight.shape[1])
@@ -165,10 +165,10 @@ def _in_float64(change: Delta, weight: Array, entry: Merged, *, start: int, work
     return result, _fits(bound, entry.info.dtype)
 
 
-def _largest_sums(change: Delta, left: Array, weight: Array) -> tuple[Array, Array]:
+def _largest_sums(change: Delta, left: Array, weight: Array, start: int) -> tuple[Array, Array]:
     """What no element of each row of a change exceeds, and what no sum of it does; infinite or NaN past float32."""
     with np.errstate(over="ignore", invalid="ignore"):
-        spread = change.spread(left)
+        spread = change.spread(left, start)
         return spread, ((spread + largest(weight).astype(np.float64)) * 1.001).astype(np.float32)
 
 

@@ -229,7 +229,7 @@ class _Bound:
         in_float32 = entry.info.dtype not in HALVES and entry.origin.info.dtype != "float64"
         dtype: np.dtype[np.floating] = np.dtype(np.float32) if in_float32 else np.dtype(np.float64)
         self._unit = 4 * UNITS[dtype]
-        steps = [change.spread(change.left(start, stop)) for start, stop in _steps(change.shape[0])]
+        steps = [change.spread(change.left(start, stop), start) for start, stop in _steps(change.shape[0])]
         # A layer may have no rows at all: PEFT adapts those of a configuration that leaves nothing over for it.
         self._rows = np.concatenate([np.zeros(0), *steps]) * (
             2 * change.error_share(dtype)
