@@ -236,6 +236,14 @@ def test_a_pickle_is_merged_on_request(base, adapter, tmp_path):
 
 
 class TestRecordAndCard:
+    def test_what_is_said_of_a_recorded_pair_is_what_the_schemas_say(self, base, adapter, tmp_path):
+        vera_tools.record(adapter)
+        vera_tools.strip_projections(adapter, tmp_path / "seed")
+        code, document = run_json("merge", tmp_path / "seed", "--base", base, "-o", tmp_path / "out")
+        assert (code, document["adapters"][0]["origin"]) == (0, "recorded")  # run_json holds it against its schema
+        record = json.loads((tmp_path / "out/vera_merge.json").read_text())
+        schema.validate(record, "merge_record.v1", where="vera_merge.json")
+
     def test_the_record_says_how_to_do_it_again(self, base, tmp_path):
         make_adapter(tmp_path / "one")
         make_adapter(tmp_path / "two", seed=2)
