@@ -390,21 +390,31 @@ def diff(source: Source) -> None:
             vera_tools.diff(path / "a", path / "b").to_dict()
 
 
+_WRITING = ("strip-projections", "embed-projections", "convert", "merge")
+_COMMANDS = ("verify", "inspect", "record", "regenerate", "diff", *_WRITING)
+
+
 def commands(source: Source) -> None:
     """The command line: documented exit codes, one document by its schema, no internal error."""
-    files = _files(source, (recorded, stripped)[source.below(2)]())
+    name, sound = _COMMANDS[source.below(len(_COMMANDS))], (recorded, stripped)[source.below(2)]()
+    changed = source.below(4)  # the base, nothing, or the adapter
     with oracle.folder({}) as path:
-        oracle.put(path / "in", files)
-        oracle.put(path / "base", _files(source, base()) if source.below(4) == 0 else base())
-        name = ("verify", "inspect", "record", "regenerate", "diff")[source.below(5)]
+        oracle.put(path / "base", _files(source, base()) if changed == 0 else base())
+        oracle.put(path / "in", _files(source, sound) if changed > 1 else sound)
         arguments: list[object] = [name, path / "in"]
         if name == "regenerate":
             arguments = [name, "--checkpoint", path / "in"]
-        if name == "diff":
+        elif name == "diff":
             arguments.append(path / "in")
-        if source.below(2):
+        elif name == "merge" or (name != "strip-projections" and source.below(2)):
             arguments += ["--base", path / "base"]
-        oracle.command(*arguments)
+        if name in _WRITING:
+            arguments += ["-o", path / "out"]
+        if name == "convert":
+            arguments += ["--to", "lora"]
+        code, _ = oracle.command(*arguments)
+        if code and (path / "out").exists():
+            raise oracle.DefectError(f"{name} ended with {code}, and left an output behind")
 
 
 #: Each target, and how many of a hundred inputs it gets: those that need a folder take a hundred times as long.
