@@ -64,6 +64,15 @@ def bounded(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def sound(what: str) -> Iterator[None]:
+    """Around what may not be refused: here an error that says what is wrong is a defect too."""
+    try:
+        yield
+    except VeraToolsError as error:
+        raise DefectError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
 def folder(files: dict[str, bytes]) -> Iterator[Path]:
     """A folder with these files, for as long as it is needed."""
     with tempfile.TemporaryDirectory(prefix="vera-fuzz-", dir=PLACE) as path:
@@ -99,7 +108,8 @@ def command(*arguments: object) -> tuple[int, dict[str, Any]]:
         if words in text:
             raise DefectError(f"{arguments[0]}: {text[text.index(words) :][:300]}")
     document: dict[str, Any] = json.loads(text)
-    schema.validate(document, f"{document['schema'].split('/')[1]}.v1", where=f"--json of {arguments[0]}")
+    with sound("a document is not what its schema says"):
+        schema.validate(document, f"{document['schema'].split('/')[1]}.v1", where=f"--json of {arguments[0]}")
     return code, document
 
 

@@ -165,7 +165,9 @@ def adapter_config(source: Source) -> None:
         if adapts and kept:
             raise oracle.DefectError(f"{module} is adapted, and kept from being so")
         targeting.saves(f"{module}.weight")
-    if VeraConfig.from_json(config.to_json()) != config:
+    with oracle.sound("what was written is refused"):
+        again = VeraConfig.from_json(config.to_json())
+    if again != config:
         raise oracle.DefectError("what was written is read otherwise")
 
 
@@ -187,7 +189,9 @@ def manifest(source: Source) -> None:
     sound = (recorded if source.below(2) else stripped)()[MANIFEST]
     text = _document(sound, source).decode("utf-8", "replace")
     found = Manifest.from_json(text)
-    if Manifest.from_json(found.to_json()).to_dict() != found.to_dict():
+    with oracle.sound("what was written is refused"):
+        again = Manifest.from_json(found.to_json())
+    if again.to_dict() != found.to_dict():
         raise oracle.DefectError("what was written is read otherwise")
 
 
@@ -246,7 +250,9 @@ def reference(source: Source) -> None:
         + "".join(pieces[source.below(len(pieces))] for _ in range(source.below(16)))
     )
     found = Reference.parse(text)
-    if Reference.parse(str(found)) != found:
+    with oracle.sound(f"{text!r} is {found}, which is refused"):
+        again = Reference.parse(str(found))
+    if again != found:
         raise oracle.DefectError(f"{text!r} is {found}, which prints to another")
     opening.require(str(found))
 
@@ -335,7 +341,13 @@ def _same(files: dict[str, bytes], sound: dict[str, bytes]) -> None:
                 raise oracle.DefectError(f"another {key} than the manifest's is called reproducible")
 
 
-def _convert(source: Source, run: Callable[[Path, Path, Path], object], sound: dict[str, bytes]) -> None:
+def _convert(
+    source: Source,
+    run: Callable[[Path, Path, Path], object],
+    sound: dict[str, bytes],
+    back: Callable[[Path, Path], object] | None = None,
+) -> None:
+    """Run a conversion, and where it ends well look at what it wrote: `back` makes the input's tensors of it again."""
     files, other = _files(source, sound), dict(base())
     if source.below(4) == 0:
         files, other = dict(sound), _files(source, base())
@@ -354,16 +366,39 @@ def _convert(source: Source, run: Callable[[Path, Path, Path], object], sound: d
                 raise oracle.DefectError(f"left behind: {left}")
             if files_of(path / "in") != files or files_of(path / "base") != other:
                 raise oracle.DefectError("an input was changed")
+        written = {file: library_load(file.read_bytes()) for file in (path / "out").glob("*.safetensors")}
+        if back is None:
+            return
+        before, after = (Verifier().verify(str(path / name)) for name in ("in", "out"))
+        put_right = {"config.peft", "tensors.names"}
+        lost = {check.id for check in before.checks if check.status == "fail"} - put_right
+        if (before.verdict == "reproducible") != (after.verdict == "reproducible") or (after.ok and lost):
+            raise oracle.DefectError(f"{before.verdict} became {after.verdict}, and what failed passes: {lost}")
+        with oracle.sound("what was written cannot be taken back"):
+            back(path / "out", path / "again")
+        (theirs,), ours = written.values(), library_load(files[WEIGHTS])
+        again = library_load((path / "again" / WEIGHTS).read_bytes())
+        if sorted(t.tobytes() for t in again.values()) != sorted(
+            t.tobytes() for t in ours.values()
+        ):  # names are put right
+            raise oracle.DefectError("other tensors come back than went in")
+        if theirs.keys() == ours.keys():
+            raise oracle.DefectError("nothing was converted")
 
 
 def strip(source: Source) -> None:
     """strip-projections."""
-    _convert(source, lambda i, o, b: vera_tools.strip_projections(i, o, force=True), recorded())
+    _convert(source, lambda i, o, b: vera_tools.strip_projections(i, o), recorded(), vera_tools.embed_projections)
 
 
 def embed(source: Source) -> None:
     """embed-projections."""
-    _convert(source, lambda i, o, b: vera_tools.embed_projections(i, o, base=b), stripped())
+    _convert(
+        source,
+        lambda i, o, b: vera_tools.embed_projections(i, o, base=b),
+        stripped(),
+        vera_tools.strip_projections,
+    )
 
 
 def convert(source: Source) -> None:
