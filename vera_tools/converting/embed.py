@@ -33,6 +33,7 @@ from vera_tools.dtypes import Array
 from vera_tools.errors import FormatError, NothingToDoError
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred
+from vera_tools.verifying.recorded import refuse_changed
 
 Tensors = Mapping[str, "Array | Deferred"]
 
@@ -104,6 +105,7 @@ def embed_projections(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
+        refuse_changed(opened)
         vera_A, vera_B = arrays(opened, resolved)
         tensors: Tensors = {
             ROOT + "vera_A": vera_A,

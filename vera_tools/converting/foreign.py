@@ -48,6 +48,7 @@ from vera_tools.files.safetensors import Deferred, TensorFile
 from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.identification import identify_pair
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
+from vera_tools.verifying.recorded import refuse_changed
 
 _SHARED = {"vera_A": "vera_shared_A", "vera_B": "vera_shared_B"}
 _VECTORS = ("vera_lambda_b", "vera_lambda_d")
@@ -140,6 +141,7 @@ def from_foreign(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
+        refuse_changed(opened)
         tensors = {new: opened.weights.deferred(old) for old, new in names.items()}
         with target.open(model) as out:
             text = json.dumps(config, indent=2)

@@ -38,6 +38,7 @@ from vera_tools.dtypes import FLOATS, Array, np_dtype
 from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred, TensorFile
+from vera_tools.verifying.recorded import refuse_changed
 
 _BLOCK = 1 << 18  # elements of a product made at a time
 
@@ -136,6 +137,7 @@ def to_lora(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
+        refuse_changed(opened)
         record = resolved.record
         widths = opened.in_features(model)
         widths_assumed = not widths.keys() >= opened.layers.keys()

@@ -28,6 +28,7 @@ from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying import checks
 from vera_tools.verifying.findings import DAMAGE, Check
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
+from vera_tools.verifying.recorded import refuse_changed
 
 _REMEDY = (
     "vera-tools loads it exactly everywhere; embedding makes it exact in PEFT >= 0.21 with default options, "
@@ -111,6 +112,7 @@ def strip_projections(
         if not opened.projections:
             raise NothingToDoError("no projections are stored", where=opened.label, hint="there is nothing to strip")
         resolved = resolve(opened)
+        refuse_changed(opened)
         found = resolved.identification
         assert found is not None  # because the pair is stored
         if not found.exact and not force:

@@ -28,6 +28,7 @@ from vera_tools.merging.copying import OutputFile, copy_range
 from vera_tools.merging.plan import Options, Plan, Shard, make, portion
 from vera_tools.report import Progress, Report
 from vera_tools.verifying import checks, fit
+from vera_tools.verifying.recorded import refuse_changed
 
 # Checks of `verify --base` that say whether PEFT would make of the adapter what a merge makes of it.
 _REFUSED = ("tensors.saved", "tensors.unexpected", "base.modules", "base.parameters")
@@ -196,6 +197,7 @@ def merge(
             opened = stack.enter_context(Checkpoint.open(reference, allow_pickle=allow_pickle))
             opened.refuse_unusable_manifest()
             resolved = resolve(opened, assumptions)
+            refuse_changed(opened)
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(_placement(model, adapters), adapters, options)
         for adapter in adapters:

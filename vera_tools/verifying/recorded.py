@@ -6,16 +6,17 @@ was damaged.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.checkpoints.names import is_embedding
-from vera_tools.errors import CheckFailedError
+from vera_tools.errors import CheckFailedError, VeraToolsWarning
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.verifying.checks import Scan, some
+from vera_tools.verifying.checks import Scan, scan, some
 from vera_tools.verifying.findings import Check
 
 # What PEFT fills in or changes when it saves an adapter again. None of it changes what the adapter computes.
@@ -51,6 +52,30 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
     yield tensors
     yield _config(manifest, checkpoint, stale=tensors.id == "manifest.stale")
     yield _metadata(manifest, checkpoint)
+
+
+def refuse_changed(checkpoint: Checkpoint) -> None:
+    """Refuse to make something of a checkpoint that is not what its manifest records: nothing would say so afterwards.
+
+    One that was trained on since is taken, with a warning.
+
+    Raises:
+        CheckFailedError: a tensor, the config or the metadata is another, and that does not look like training.
+    """
+    if checkpoint.manifest is None and checkpoint.embedded is None:
+        return
+    found = against_manifest(checkpoint, scan(checkpoint))
+    failed = [check for check in found if check.status == "fail"]
+    for check in failed:
+        if check.id == "manifest.stale":
+            warnings.warn(f"{checkpoint.label}: {check.message}", VeraToolsWarning, stacklevel=3)
+    worse = [check.message.removesuffix(f"; {_RENEW}") for check in failed if check.id != "manifest.stale"]
+    if worse:
+        raise CheckFailedError(
+            f"not what is recorded of it: {'; '.join(worse)}",
+            where=checkpoint.label,
+            hint="take a sound copy, or renew the manifest with `vera-tools record`",
+        )
 
 
 def _unusable(checkpoint: Checkpoint) -> Iterator[Check]:
