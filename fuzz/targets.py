@@ -474,11 +474,14 @@ def run(data: bytes) -> str:
 
 
 def seeds() -> list[bytes]:
-    """Inputs to begin with: some of each target, one for each way of making an input."""
+    """Inputs to begin with: of each target one for each way of making an input, and what was found to reach more."""
     first: dict[str, int] = {}
     for byte in range(256):
         first.setdefault(_CHOICE[byte * len(_CHOICE) // 256].__name__, byte)
     tails = [
         bytes([how, *rest]) for how in range(8) for rest in ((), (1, 2, 3, 4), (0, 7, 5, 33, 9, 4, 1), (3, 255, 128))
     ]
-    return [bytes([byte]) + tail for byte in first.values() for tail in tails]
+    learnt = (Path(__file__).parent / "seeds.txt").read_text("ascii").split()
+    return [bytes([byte]) + tail for byte in first.values() for tail in tails] + [
+        bytes.fromhex(line) for line in learnt
+    ]
