@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vera_tools._version import TOOL
@@ -68,15 +68,20 @@ class Report(ABC):
         what = next((f" {value!r}" for value in named if isinstance(value, str)), "")
         return f"<{type(self).__name__}{what}: exit code {self.exit_code}>"
 
-    def to_dict(self) -> dict[str, Any]:
-        """The JSON document, valid against ``schemas/<name>.v1.schema.json``; figures that are not finite are None."""
-        document = {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **self.body()}
+    def to_dict(self, *, defaults: Sequence[Document] = ()) -> dict[str, Any]:
+        """The JSON document, valid against ``schemas/<name>.v1.schema.json``; figures that are not finite are None.
+
+        Args:
+            defaults: Options of the call that the command line did not give.
+        """
+        named = {"defaults": plain(defaults)} if defaults else {}
+        document = {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **named, **self.body()}
         result: dict[str, Any] = _finite(document)
         return result
 
-    def to_json(self) -> str:
+    def to_json(self, *, defaults: Sequence[Document] = ()) -> str:
         """The document as text: ASCII, because a path may be no UTF-8 and an output no Unicode."""
-        return json.dumps(self.to_dict(), indent=2, allow_nan=False)
+        return json.dumps(self.to_dict(defaults=defaults), indent=2, allow_nan=False)
 
 
 def error_document(error: VeraToolsError) -> str:

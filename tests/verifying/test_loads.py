@@ -147,10 +147,10 @@ def test_the_adapters_reach_both_answers(adapters):
     assert all(answer == {True, False} for answer in answers.values()), answers
 
 
-OLD = [path for path in os.environ.get("VERA_TOOLS_OLD_PEFT", "").split(os.pathsep) if path]
+OLD = [path for path in os.environ.get("TESTS_OLD_PEFT", "").split(os.pathsep) if path]
 
 
-@pytest.mark.skipif(not OLD, reason="VERA_TOOLS_OLD_PEFT names no folders with PEFT before 0.21 in them")
+@pytest.mark.skipif(not OLD, reason="TESTS_OLD_PEFT names no folders with PEFT before 0.21 in them")
 @pytest.mark.parametrize("peft", OLD or [None])
 @pytest.mark.parametrize("rounding", ROUNDINGS)
 def test_every_row_about_older_peft_is_what_it_does(adapters, peft, rounding):

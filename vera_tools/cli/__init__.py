@@ -6,7 +6,6 @@ One module a command, loaded when it is called; what they share is in `shared`. 
 
 from __future__ import annotations
 
-import difflib
 import errno
 import importlib
 import io
@@ -16,8 +15,10 @@ from itertools import pairwise
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from vera_tools._version import __version__
+from vera_tools.cli import settings
 from vera_tools.cli.shared import CLOSED, examples, write_line
 from vera_tools.errors import UsageError, VeraToolsError
 from vera_tools.report import error_document
@@ -58,15 +59,21 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"vera_tools.cli.{COMMANDS[name][0]}").command
+        settings.attach(command)
         return command
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find a command, or say which one may be meant."""
-        if args[0] not in COMMANDS and not args[0].startswith("-"):
+        if args[0] not in COMMANDS and not args[0].startswith("-") and not ctx.resilient_parsing:
             raise UsageError(f"there is no command {args[0]!r}", hint=_meant(args[0]))
         return super().resolve_command(ctx, args)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        """Complete a command's name without importing any."""
+        found = [CompletionItem(name, help=text) for name, (_, text) in COMMANDS.items() if name.startswith(incomplete)]
+        return found or super().shell_complete(ctx, incomplete)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List the commands without importing them."""
@@ -76,6 +83,8 @@ class LazyGroup(click.Group):
 
 def _meant(name: str) -> str:
     """Which command a mistyped or shortened name may stand for."""
+    import difflib
+
     lower = name.lower()
     meant = [command for command in COMMANDS if lower and command.startswith(lower)]
     meant = (
@@ -88,8 +97,10 @@ def _meant(name: str) -> str:
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]}, epilog=EPILOG)
 @click.version_option(__version__, prog_name="vera-tools")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Verify, convert, merge and ship VeRA adapters, bit for bit."""
+    settings.apply(context)
 
 
 def main(args: list[str] | None = None) -> NoReturn:
@@ -129,7 +140,8 @@ def _run(arguments: list[str]) -> int:
         return UsageError.exit_code
     except click.UsageError as error:
         command = error.ctx.command_path if error.ctx else "vera-tools"
-        return _fail(UsageError(error.format_message().rstrip("."), hint=f"see `{command} --help`"), as_json=as_json)
+        what, where = error.format_message().rstrip("."), settings.blamed(error)
+        return _fail(UsageError(what, where=where, hint=f"see `{command} --help`"), as_json=as_json)
     except (click.Abort, KeyboardInterrupt):
         write_line("interrupted")
         return 130

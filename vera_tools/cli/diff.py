@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import Output, base_option, examples, in_features_option, output_options, strict_option
 from vera_tools.report import printable
 
@@ -22,8 +23,8 @@ _SHOWN = 10  # tensors and layers listed without -v
 @click.command(
     "diff", epilog=examples("diff checkpoint-100 checkpoint-200", "diff my-adapter seed-only --base my-base")
 )
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=REFERENCE)
+@click.argument("b", type=REFERENCE)
 @base_option
 @in_features_option
 @strict_option

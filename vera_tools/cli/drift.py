@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import (
     Output,
     base_option,
@@ -55,7 +56,10 @@ if TYPE_CHECKING:
     help="torch's default dtype at the draw. Default: all four.",
 )
 @click.option(
-    "--checkpoint", metavar="C", help="An adapter: measure against its own projections, and the effect on it."
+    "--checkpoint",
+    type=REFERENCE,
+    metavar="C",
+    help="An adapter: measure against its own projections, and the effect on it.",
 )
 @base_option
 @in_features_option

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, output_options, resolving_options
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         "embed-projections seed-only --base my-base -o whole", "embed-projections seed-only --base my-base --in-place"
     ),
 )
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=REFERENCE)
 @destination_options
 @resolving_options
 @output_options

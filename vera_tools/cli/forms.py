@@ -11,7 +11,6 @@ import click
 
 from vera_tools.cli.shared import Function, Output
 from vera_tools.errors import UsageError
-from vera_tools.files import atomic
 from vera_tools.verifying.findings import VERDICTS, Verdict
 
 if TYPE_CHECKING:
@@ -57,6 +56,8 @@ class Form:
         if failed_only and name != "human":
             raise UsageError("--failed-only prints paths alone, which is a form of its own")
         if junit:
+            from vera_tools.files import atomic  # late: help and completion write nothing
+
             atomic.refuse_unwritable(junit)
         if name == "github":
             from vera_tools.cli import github
@@ -67,6 +68,8 @@ class Form:
     def show(self, report: VerifyReport) -> int:
         """Show a report, and return its exit code."""
         if self.junit:
+            from vera_tools.files import atomic
+
             atomic.write_bytes(self.junit, report.to_junit().encode())
         if self.name == "jsonl" or (self.output.quiet and self.name != "json"):
             return report.exit_code

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import Output, base_option, examples, human_bytes, labelled, output_options
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect", epilog=examples("inspect my-adapter", "inspect my-adapter --base my-base --json"))
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=REFERENCE)
 @base_option
 @click.option("--allow-pickle", is_flag=True, help="Read a legacy adapter_model.bin (needs torch; weights_only).")
 @output_options

@@ -8,6 +8,7 @@ import click
 
 import vera_tools
 from vera_tools.cli.client import client_output
+from vera_tools.cli.completion import FOLDER
 from vera_tools.cli.shared import (
     Output,
     base_option,
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     "pull", epilog=examples("pull you/my-adapter -o here", "pull hf://you/my-adapter@main -o pinned --base my-base")
 )
 @click.argument("repo")
-@click.option("-o", "--output", "target", required=True, metavar="OUT", help="Folder to write.")
+@click.option("-o", "--output", "target", required=True, type=FOLDER, metavar="OUT", help="Folder to write.")
 @click.option("--revision", metavar="REV", help="Branch, tag, commit or refs/pr/N.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Further files to take. Repeatable.")
 @click.option("--allow-pickle", is_flag=True, help="Take adapter_model.bin too; reading it needs torch (weights_only).")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import Output, Resolving, examples, labelled, output_options, resolving_options
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("record", epilog=examples("record my-adapter", "record seed-only --base my-base"))
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=REFERENCE)
 @resolving_options
 @output_options
 def command(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
         "regenerate --key 42 --rank 16 --in-features 64 --out-features 64 -o pair.safetensors",
     ),
 )
-@click.option("--checkpoint", metavar="CHECKPOINT", help="Whose projections; or give a key and the shape.")
+@click.option(
+    "--checkpoint", type=REFERENCE, metavar="CHECKPOINT", help="Whose projections; or give a key and the shape."
+)
 @click.option("--key", type=int, metavar="K", help="projection_prng_key.")
 @click.option("--rank", type=click.IntRange(1), metavar="R", help="Rows of vera_A, columns of vera_B.")
 @in_features_option
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
 @base_option
 @recipe_options
 @strict_option
-@click.option("-o", "--output", "path", metavar="FILE", help="Write them there.")
+@click.option("-o", "--output", "path", type=REFERENCE, metavar="FILE", help="Write them there.")
 @overwrite_option
 @output_options
 def command(

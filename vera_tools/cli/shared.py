@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import sys
 import textwrap
 import warnings
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 import click
 
 from vera_tools import parts
+from vera_tools.cli import completion, settings
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.parts import Part
@@ -37,16 +37,18 @@ class Output:
         json: One JSON document on stdout, and nothing else there.
         quiet: Nothing but errors.
         verbose: More detail.
+        defaults: What the environment or pyproject.toml set.
     """
 
     json: bool
     quiet: bool
     verbose: bool
+    defaults: tuple[settings.Setting, ...] = ()
 
     def emit(self, report: Report, show: Callable[[Console], None]) -> int:
         """Show a report and return its exit code. `show` prints its human form on a rich console."""
         if self.json:
-            print(report.to_json())
+            print(report.to_json(defaults=self.defaults))
         elif not self.quiet:
             show(console())
         return report.exit_code
@@ -158,8 +160,11 @@ def output_options(function: Function) -> Function:
         with warnings.catch_warnings(record=True) as caught, _logs(quiet=quiet):
             warnings.simplefilter("ignore")
             warnings.simplefilter("always", VeraToolsWarning)
+            defaults = settings.used(click.get_current_context())
+            for line in settings.told(defaults) if not quiet else ():
+                write_line(line)
             try:
-                code: int = function(Output(as_json, quiet, verbose), *args, **kwargs)
+                code: int = function(Output(as_json, quiet, verbose, defaults), *args, **kwargs)
             except BrokenPipeError:  # click would exit with 1 too
                 raise click.exceptions.Exit(CLOSED) from None
             finally:
@@ -174,6 +179,8 @@ def output_options(function: Function) -> Function:
 @contextlib.contextmanager
 def _logs(*, quiet: bool) -> Iterator[None]:
     """Log nothing but errors while a command is quiet, whoever logs: the Hub's client tells of every wait."""
+    import logging  # late: help and completion log nothing
+
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING) if quiet else before)
     try:
@@ -186,6 +193,7 @@ def base_option(function: Function) -> Function:
     """--base."""
     option = click.option(
         "--base",
+        type=completion.REFERENCE,
         metavar="BASE",
         help="Base model: a folder, a safetensors file or hf://owner/name. Headers are enough.",
     )
@@ -223,6 +231,14 @@ def in_features_option(function: Function) -> Function:
 def overwrite_option(function: Function) -> Function:
     """--overwrite."""
     option = click.option("--overwrite", is_flag=True, help="Replace an existing output.")
+    return option(function)
+
+
+def dry_run_option(function: Function) -> Function:
+    """--dry-run."""
+    option = click.option(
+        "--dry-run", is_flag=True, help="Say what would be written, refuse what would be refused, and write nothing."
+    )
     return option(function)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.forms import (
     FORMATS,
     Form,
@@ -21,7 +22,7 @@ from vera_tools.cli.shared import Output, examples, output_options
 @click.command(
     "summarize", epilog=examples("summarize one.jsonl two.jsonl", "summarize one.jsonl two.jsonl --junit report.xml")
 )
-@click.argument("logs", nargs=-1, required=True, metavar="LOG...")
+@click.argument("logs", nargs=-1, required=True, type=REFERENCE, metavar="LOG...")
 @requirement_options
 @junit_option
 @click.option(
