@@ -182,6 +182,10 @@ class LoadingWarning(VeraToolsWarning):
     """What was written computes something else than what was trained, in some loader or on some machine."""
 
 
+class LocalBaseWarning(VeraToolsWarning):
+    """What is sent to others names its base by a path on this machine."""
+
+
 class SignatureWarning(VeraToolsWarning):
     """A signature or checksum beside a checkpoint no longer holds, because the checkpoint was changed."""
 

@@ -55,6 +55,11 @@ def refuse_output(
     return path
 
 
+def nearest(path: Path) -> Path:
+    """The nearest folder above `path` that is there: its disk is the one that an output comes to lie on."""
+    return next(parent for parent in path.absolute().parents if os.path.isdir(parent))
+
+
 def _refuse_inputs(path: Path, inputs: list[Path]) -> None:
     resolved = path.resolve()
     for given in inputs:

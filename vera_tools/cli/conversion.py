@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
+from vera_tools.cli.completion import FOLDER
 from vera_tools.cli.shared import Function, Output, human_bytes, write_line
 from vera_tools.errors import UsageError
 
@@ -53,6 +54,8 @@ class Where:
         checkpoint: str,
         convert: Callable[[str | Path, str | Path | None], AnyReport],
         show: Callable[[AnyReport, Console], None],
+        *,
+        dry_run: bool = False,
     ) -> int:
         """Convert one checkpoint, or with -R all below it, show the report, and return the exit code.
 
@@ -70,7 +73,13 @@ class Where:
 
         with terminal.progress(command) as progress:
             batch = convert_all(
-                checkpoint, self.out_dir, convert, command=command, overwrite=self.overwrite, progress=progress
+                checkpoint,
+                self.out_dir,
+                convert,
+                command=command,
+                overwrite=self.overwrite,
+                progress=progress,
+                dry_run=dry_run,
             )
         for item in batch.items:
             if item.status == "failed":
@@ -81,10 +90,12 @@ class Where:
 def destination_options(function: Function) -> Function:
     """-o, --in-place, -R, --out-dir, --overwrite and --allow-pickle, as one `Where`."""
 
-    @click.option("-o", "--output", metavar="OUT", help="Folder to write.")
+    @click.option("-o", "--output", type=FOLDER, metavar="OUT", help="Folder to write.")
     @click.option("--in-place", is_flag=True, help="Replace the checkpoint itself, in one step.")
     @click.option("-R", "--recursive", is_flag=True, help="Convert every checkpoint at or below CHECKPOINT.")
-    @click.option("--out-dir", metavar="DIR", help="With -R: where the outputs go, under the same relative paths.")
+    @click.option(
+        "--out-dir", type=FOLDER, metavar="DIR", help="With -R: where the outputs go, under the same relative paths."
+    )
     @click.option("--overwrite", is_flag=True, help="Replace an output that exists.")
     @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too, by torch with weights_only.")
     @functools.wraps(function)
@@ -126,11 +137,12 @@ def _without_path(item: BatchItem) -> str:
 
 def _show_batch(batch: BatchReport, console: Console) -> None:
     for item in batch.items:
-        text: str = item.status
+        text: str = f"would be {item.status}" if batch.dry_run and item.status == "converted" else item.status
         if item.report:
             text += f", {human_bytes(item.report.input_bytes)} -> {human_bytes(item.report.output_bytes)}"
         elif item.error and item.status == "skipped":  # a failed one's is on stderr
             text += f": {item.error}"
         console.print(f"{item.path}: {text}")
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in batch.summary.items() if count)
-    console.print(f"{len(batch.items)} checkpoints: {counts}")
+    said = "; dry run, nothing was written" if batch.dry_run else ""
+    console.print(f"{len(batch.items)} checkpoints: {counts}{said}")

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import FOLDER, REFERENCE
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
+    dry_run_option,
     examples,
     human_bytes,
     labelled,
@@ -38,11 +40,15 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
         "merge my-adapter checkpoint-200 --base my-base --weight 0.5 --weight 0.5 -o both",
     ),
 )
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.argument("checkpoints", nargs=-1, required=True, type=REFERENCE, metavar="CHECKPOINT...")
 @click.option(
-    "--base", required=True, metavar="BASE", help="Base model: a folder, a safetensors file or hf://owner/name."
+    "--base",
+    required=True,
+    type=REFERENCE,
+    metavar="BASE",
+    help="Base model: a folder, a safetensors file or hf://owner/name.",
 )
-@click.option("-o", "--output", "out", required=True, metavar="OUT", help="The folder to make.")
+@click.option("-o", "--output", "out", required=True, type=FOLDER, metavar="OUT", help="The folder to make.")
 @click.option(
     "--weight", "weights", type=float, multiple=True, metavar="W", help="Once for each CHECKPOINT. Default: 1."
 )
@@ -68,6 +74,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
     "--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: one for each BLAS thread, up to 8."
 )
 @overwrite_option
+@dry_run_option
 @recipe_options
 @strict_option
 @output_options
@@ -91,6 +98,7 @@ def command(
     sync: bool,
     jobs: int | None,
     overwrite: bool,
+    dry_run: bool,
     recipe_options: RecipeOptions,
     strict: bool,
 ) -> int:
@@ -122,6 +130,7 @@ def command(
             sync=sync,
             jobs=jobs,
             progress=progress,
+            dry_run=dry_run,
         )
     return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
 
@@ -141,6 +150,7 @@ def parse_size(text: str) -> int:
 def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
     rate = report.bytes_written / report.seconds if report.seconds else 0
     state = "merged" if report.finished else "part written; end with --finish"
+    state = "would be merged; nothing was written" if report.dry_run else state
     console.print(f"{report.path}: {state}", style="bold")
     for adapter in report.adapters:
         recipe = adapter["recipe"]["name"] if adapter["recipe"] else "no known recipe"
@@ -162,7 +172,10 @@ def _show(report: MergeReport, console: Console, *, verbose: bool) -> None:
         labelled(console, "resumed", f"{len(report.resumed)} files were finished already")
     files = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} files"
     written = f"{human_bytes(report.bytes_written)} in {files}, {report.seconds:.1f} s, {human_bytes(int(rate))}/s"
-    labelled(console, "written", written)
+    if report.dry_run:
+        labelled(console, "to write", f"{human_bytes(report.bytes_total)} of weights, {', '.join(report.shards)}")
+    else:
+        labelled(console, "written", written)
     if report.verified is not None:
         proven = report.verified
         found = f"{proven.copied} tensors by digest, {proven.computed} computed again in float64: "

@@ -8,9 +8,11 @@ import click
 
 import vera_tools
 from vera_tools.cli.client import client_output
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import (
     Output,
     base_option,
+    dry_run_option,
     examples,
     in_features_option,
     labelled,
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 @click.command(
     "push", epilog=examples("push my-adapter you/my-adapter", "push my-adapter you/small-adapter --strip --private")
 )
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=REFERENCE)
 @click.argument("repo")
 @click.option("--strip", is_flag=True, help="Push it without vera_A and vera_B, if they are proven regenerable.")
 @click.option("--embed", is_flag=True, help="Push it with vera_A and vera_B, if it lacks them.")
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 @in_features_option
 @strict_option
 @click.option("--force", is_flag=True, help="Push it although it is drift or invalid, or a check failed.")
+@dry_run_option
 @output_options
 def command(
     output: Output,
@@ -61,6 +64,7 @@ def command(
     in_features: int | None,
     strict: bool,
     force: bool,
+    dry_run: bool,
 ) -> int:
     """Verify CHECKPOINT and upload it to REPO on the Hub, with a manifest and a model card.
 
@@ -85,6 +89,7 @@ def command(
             overwrite_card=overwrite_card,
             strict=strict,
             force=force,
+            dry_run=dry_run,
         )
     return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
 
@@ -93,17 +98,30 @@ def _show(report: PushReport, console: Console, *, verbose: bool) -> None:
     from vera_tools.cli.verdicts import show
     from vera_tools.verifying.report import VerifyReport
 
-    console.print(report.commit_url)
+    if report.dry_run:
+        console.print(f"{report.endpoint}/{report.repo}: nothing was sent")
+    else:
+        console.print(report.commit_url)
     if report.pr_url:
         labelled(console, "proposed", report.pr_url)
     kind = "private repository" if report.private else "repository"
     if report.created:
         labelled(console, "created", f"the {kind} {report.repo}")
-    if not report.committed:
+    if report.dry_run and not report.commit:
+        labelled(console, "create", f"the {kind} {report.repo}")
+    if not report.committed and not any(file.status != "unchanged" for file in report.files):
         labelled(console, "commit", "none made: the Hub holds exactly this already")
     for file in report.files:
         if verbose or file.status != "unchanged":
             labelled(console, file.status or "", f"{file.path} ({file.size:,} bytes)")
+    if report.left_out:
+        labelled(console, "left out", ", ".join(report.left_out))
+    for note in report.notes:
+        labelled(console, "note", note)
+    if report.card is not None and (verbose or report.dry_run):
+        labelled(console, "card", "")
+        for line in report.card.splitlines():
+            console.print(f"    {line}")
     if verbose:
         show(VerifyReport((report.verification,)), console, verbose=True)
     else:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.conversion import Where, destination_options, show_common
-from vera_tools.cli.shared import Output, examples, human_bytes, labelled, output_options
+from vera_tools.cli.shared import Output, dry_run_option, examples, human_bytes, labelled, output_options
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +21,12 @@ if TYPE_CHECKING:
     "strip-projections",
     epilog=examples("strip-projections my-adapter -o small", "strip-projections -R registry --out-dir small-registry"),
 )
-@click.argument("checkpoint")
+@click.argument("checkpoint", type=REFERENCE)
 @destination_options
 @click.option("--force", is_flag=True, help="Strip projections that no recipe gives, and lose them.")
+@dry_run_option
 @output_options
-def command(output: Output, *, checkpoint: str, where: Where, force: bool) -> int:
+def command(output: Output, *, checkpoint: str, where: Where, force: bool, dry_run: bool) -> int:
     """Take vera_A and vera_B out of CHECKPOINT, once it is proven that they can be made again.
 
     The stored pair is regenerated and compared bit by bit first. Recipe, shapes and digests are recorded, and
@@ -41,8 +43,10 @@ def command(output: Output, *, checkpoint: str, where: Where, force: bool) -> in
             force=force,
             overwrite=where.overwrite,
             allow_pickle=where.allow_pickle,
+            dry_run=dry_run,
         ),
         _show,
+        dry_run=dry_run,
     )
 
 
@@ -51,7 +55,8 @@ def _show(report: StripReport, console: Console) -> None:
     from vera_tools.platforms import rows
     from vera_tools.verifying.loads import BASE_KINDS
 
-    console.print(f"{report.output}: stripped" + (", and the projections are lost" if report.forced else ""))
+    state = "would be stripped; nothing was written" if report.dry_run else "stripped"
+    console.print(f"{report.output}: {state}" + (", and the projections are lost" if report.forced else ""))
     console.print(
         f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}, "
         f"{human_bytes(report.saved_bytes)} saved, {report.factor:.1f} times smaller"

@@ -46,13 +46,17 @@ class BatchItem:
 
 @dataclass(frozen=True, repr=False)
 class BatchReport(Report):
-    """What became of every checkpoint below a folder. The exit code is that of the most severe failure."""
+    """What became of every checkpoint below a folder. The exit code is that of the most severe failure.
+
+    With `dry_run` it tells of what would become of it, and nothing was written.
+    """
 
     name: ClassVar[str] = "batch"
 
     command: str
     root: str
     items: tuple[BatchItem, ...]
+    dry_run: bool = False
 
     @property
     def exit_code(self) -> int:
@@ -70,6 +74,7 @@ class BatchReport(Report):
         return {
             "command": self.command,
             "root": self.root,
+            **({"dry_run": True} if self.dry_run else {}),
             "checkpoints": [
                 {
                     "path": item.path,
@@ -92,6 +97,7 @@ def convert_all(
     command: str,
     overwrite: bool = False,
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> BatchReport:
     """Convert every checkpoint at or below a folder; one that fails does not stop the others.
 
@@ -105,6 +111,7 @@ def convert_all(
         command: The conversion's name, for the report.
         overwrite: Do those again that are up to date.
         progress: Called with each checkpoint.
+        dry_run: `convert` writes nothing.
 
     Raises:
         FormatError: no checkpoint in this folder.
@@ -125,7 +132,7 @@ def convert_all(
             progress(done, len(folders), str(folder.relative_to(top)))
         output = None if out_dir is None else Path(out_dir) / folder.relative_to(top)
         items.append(_convert_one(folder, output, convert, overwrite=overwrite))
-    return BatchReport(command, str(top), tuple(items))
+    return BatchReport(command, str(top), tuple(items), dry_run)
 
 
 def _convert_one(folder: Path, output: Path | None, convert: Convert, *, overwrite: bool) -> BatchItem:

@@ -6,6 +6,7 @@ import contextlib
 import fnmatch
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpo
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
-from vera_tools.files import atomic, local
+from vera_tools.files import atomic, local, renaming
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
 
@@ -37,6 +38,7 @@ class Destination:
         in_place: The checkpoint itself is replaced.
         carried_over: Files beside the checkpoint that go into the output as they are.
         left_out: Files beside the checkpoint that do not.
+        dry_run: Nothing is written there: the output is made in a folder for temporary files, and removed.
     """
 
     path: Path
@@ -45,6 +47,7 @@ class Destination:
     carried_over: tuple[str, ...]
     left_out: tuple[str, ...]
     _checkpoint: Checkpoint = field(repr=False)
+    dry_run: bool = False
 
     @classmethod
     def of(
@@ -55,6 +58,7 @@ class Destination:
         in_place: bool,
         overwrite: bool,
         base: str | os.PathLike[str] | None = None,
+        dry_run: bool = False,
     ) -> Destination:
         """Check the arguments that say where to, before any work is done.
 
@@ -76,7 +80,7 @@ class Destination:
                     f"{path}: what is signed or hashed here changes; these no longer hold: {', '.join(signatures)}"
                 )
                 warnings.warn(message, SignatureWarning, stacklevel=3)
-            return cls(path, True, True, tuple(others), (), checkpoint)
+            return cls(path, True, True, tuple(others), (), checkpoint, dry_run)
         assert output is not None
         here = checkpoint.folder.path if isinstance(checkpoint.folder, local.LocalFolder) else None
         path = destination.refuse_output(output, overwrite=overwrite, inputs=(here, base))
@@ -85,7 +89,7 @@ class Destination:
         carried_over = tuple(name for name in others if name not in left_out)
         for name in (*own.intersection(checkpoint.folder.names()), *carried_over):
             checkpoint.folder.refuse_leaving(name)
-        return cls(path, False, overwrite, carried_over, left_out, checkpoint)
+        return cls(path, False, overwrite, carried_over, left_out, checkpoint, dry_run)
 
     @contextlib.contextmanager
     def open(self, base: BaseModel | None = None) -> Iterator[Path]:
@@ -105,6 +109,12 @@ class Destination:
             if base is not None:
                 base.check_unchanged()
 
+        if self.dry_run:
+            self._refuse_unwritable()
+            with atomic.errors(self.path), tempfile.TemporaryDirectory(prefix="vera-tools-dry-run-") as temporary:
+                yield Path(temporary)
+                check()
+            return
         if self.in_place:
             with atomic.replacement(self.path, drop={PICKLE_NAME}, check=check) as folder:
                 yield folder
@@ -115,6 +125,11 @@ class Destination:
             for name in self.carried_over:
                 local.copy(read, name, folder / name)
             check()
+
+    def _refuse_unwritable(self) -> None:
+        if self.in_place and not renaming.can_exchange():
+            raise atomic.no_exchange(self.path)
+        atomic.refuse_forbidden(self.path)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -133,6 +148,7 @@ class ConversionReport(Report):
         carried_over: Files that were taken over as they are.
         left_out: Files that were not.
         notes: What else the caller should know, one sentence each.
+        dry_run: Nothing was written: it tells of what would be.
     """
 
     path: str
@@ -146,6 +162,7 @@ class ConversionReport(Report):
     carried_over: tuple[str, ...]
     left_out: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    dry_run: bool = False
 
     def body(self) -> dict[str, Any]:
         """The part of the document that all conversions have."""
@@ -153,6 +170,7 @@ class ConversionReport(Report):
             "path": self.path,
             "output": self.output,
             "in_place": self.in_place,
+            **({"dry_run": True} if self.dry_run else {}),
             **(self.projections.to_dict() | {"origin": self.origin}),  # a report's origin is another question
             "input_bytes": self.input_bytes,
             "output_bytes": self.output_bytes,
@@ -169,6 +187,7 @@ def common(checkpoint: Checkpoint, target: Destination, manifest: Manifest, outp
         "path": checkpoint.label,
         "output": str(target.path),
         "in_place": target.in_place,
+        "dry_run": target.dry_run,
         "projections": manifest.projections,
         "input_bytes": checkpoint.weights.size,
         "output_bytes": output_bytes,

@@ -85,6 +85,7 @@ def strip_projections(
     force: bool = False,
     overwrite: bool = False,
     allow_pickle: bool = False,
+    dry_run: bool = False,
 ) -> StripReport:
     """Write the checkpoint without vera_A and vera_B, if a known recipe gives exactly their bits.
 
@@ -99,6 +100,8 @@ def strip_projections(
         force: Strip even where no recipe gives these bits. They are lost then; their digests are recorded.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
+        dry_run: Do all of it but writing, and refuse what would be refused. What is made lies in a folder for
+            temporary files meanwhile.
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
@@ -107,7 +110,7 @@ def strip_projections(
         UsageError: the output exists, or cannot be where it was asked for.
     """
     with Checkpoint.open(checkpoint, allow_pickle=allow_pickle) as opened:
-        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite)
+        target = Destination.of(opened, output, in_place=in_place, overwrite=overwrite, dry_run=dry_run)
         refuse_half_a_pair(opened)
         if not opened.projections:
             raise NothingToDoError("no projections are stored", where=opened.label, hint="there is nothing to strip")

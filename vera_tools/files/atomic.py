@@ -113,7 +113,7 @@ def replacement(
     with errors(path):
         path = path.resolve(strict=True)
         if not renaming.can_exchange():
-            raise _no_exchange(path)
+            raise no_exchange(path)
         with alone(path), workplace.beside(path) as place:
             temporary = place.folder / path.name
             temporary.mkdir()
@@ -178,10 +178,11 @@ def exchange(a: Path, b: Path) -> None:
         OSError: it has, and refused.
     """
     if not renaming.exchange(a, b):
-        raise _no_exchange(b)
+        raise no_exchange(b)
 
 
-def _no_exchange(path: Path) -> UsageError:
+def no_exchange(path: Path) -> UsageError:
+    """What is said where the system cannot replace a folder in one step."""
     return UsageError(
         "this system cannot replace a folder in one step", where=path, hint="write to another folder with -o instead"
     )
@@ -202,6 +203,18 @@ def refuse_unwritable(path: Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
+
+
+def refuse_forbidden(path: Path) -> None:
+    """Refuse, without a touch, where nobody would let an output be made; what only writing tells is not found.
+
+    Raises:
+        VeraToolsError: the nearest folder above `path` that is there may not be written to.
+    """
+    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not os.access(above, os.W_OK | os.X_OK):
+        with errors(path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from typing import Any
 
 from vera_tools import schema
 from vera_tools.checkpoints.card import completed, head, split
@@ -36,6 +37,28 @@ MODEL_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 
+#: What PEFT's template asks for, and what an author has not yet told.
+_PLACEHOLDER = "[More Information Needed]"
+_FRAMEWORK = "### Framework versions"
+_COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
+#: The template's own sentences, by how they begin, and its headings.
+_TEMPLATE = (
+    "Users (both direct and downstream) should be made aware",
+    "Use the code below to get started with the model.",
+    "Carbon emissions can be estimated using",
+    "**BibTeX:**",
+    "**APA:**",
+    "- PEFT ",
+)
+_HEADINGS = frozenset(
+    """Model Card for Model ID/Model Details/Model Description/Model Sources [optional]/Uses/Direct Use/Downstream Use
+    [optional]/Out-of-Scope Use/Bias, Risks, and Limitations/Recommendations/How to Get Started with the Model/Training
+    Details/Training Data/Training Procedure/Preprocessing [optional]/Training Hyperparameters/Speeds, Sizes, Times
+    [optional]/Evaluation/Testing Data, Factors & Metrics/Testing Data/Factors/Metrics/Results/Summary/Model Examination
+    [optional]/Environmental Impact/Technical Specifications [optional]/Model Architecture and Objective/Compute
+    Infrastructure/Hardware/Software/Citation [optional]/Glossary [optional]/More Information [optional]/Model Card
+    Authors [optional]/Model Card Contact/Framework versions""".replace("\n    ", " ").split("/")
+)
 _SECTION = re.compile(re.escape(BEGIN[:24]) + r".*?" + re.escape(END), re.DOTALL)
 
 
@@ -64,18 +87,56 @@ def render(
     existing = (existing or "").removeprefix("\ufeff")
     newline = "\r\n" if "\r\n" in existing else "\n"
     metadata, body = split(existing)
+    metadata = _without_local_base(metadata, config, base_model)
+    if is_empty_template(existing):
+        body = _SECTION.sub("", body)
+        body = body[body.index(_FRAMEWORK) :].rstrip() + newline if _FRAMEWORK in body else ""
     wanted = completed(metadata, config, base_model)
     section = _section(reference, config, base_model, record, verification).replace("\n", newline)
     if _SECTION.search(body):
         body = _SECTION.sub(lambda _: section, body, count=1)
+    elif _PLACEHOLDER in body or body.startswith(_FRAMEWORK):
+        # What matters stands before what is still to be filled in.
+        at = re.search(r"^##", body, re.MULTILINE)
+        title = body[: at.start() if at else 0].strip() or f"# {_name(reference)}"
+        body = newline.join(("", title, "", section, "", body[at.start() if at else 0 :]))
     elif body.strip():
         body = body.rstrip() + newline * 2 + section + newline
     else:
-        name = reference.rsplit("/", 1)[-1]
-        body = newline.join(("", f"# {name}", "", section, ""))
+        body = newline.join(("", f"# {_name(reference)}", "", section, ""))
     text = head(existing, wanted) + body
     check(text)
     return text
+
+
+def is_empty_template(text: str) -> bool:
+    """Whether a card is the template that PEFT writes, and nobody has filled anything in."""
+    _, body = split(text)
+    if _PLACEHOLDER not in body:
+        return False
+    lines = (line.strip() for line in _COMMENT.sub("", _SECTION.sub("", body)).splitlines())
+    return not any(line for line in lines if not _is_of_the_template(line))
+
+
+def _is_of_the_template(line: str) -> bool:
+    if line.startswith("#"):
+        return line.lstrip("#").strip() in _HEADINGS
+    return not line or line.endswith(_PLACEHOLDER) or line.startswith(_TEMPLATE)
+
+
+def _without_local_base(metadata: dict[str, Any], config: VeraConfig, base_model: str | None) -> dict[str, Any]:
+    """The metadata without the path that PEFT takes for the base's name where it was loaded from a folder."""
+    path = config.base_model_name_or_path
+    if not path or base_model == path or metadata.get("base_model") != path:
+        return metadata
+    kept = {key: value for key, value in metadata.items() if key != "base_model"}
+    if isinstance(kept.get("tags"), list):
+        kept["tags"] = [tag for tag in kept["tags"] if tag != f"base_model:adapter:{path}"]
+    return kept
+
+
+def _name(reference: str) -> str:
+    return reference.rsplit("/", 1)[-1]
 
 
 def check(text: str) -> None:

@@ -29,17 +29,27 @@ from vera_tools.errors import (
     CheckFailedError,
     FormatError,
     HubError,
+    LocalBaseWarning,
     UnrecordedWarning,
     UsageError,
     VeraToolsError,
 )
 from vera_tools.files import hub_client as hub
 from vera_tools.files import local, opening
-from vera_tools.files.hub import HubFile
-from vera_tools.files.hub_answers import RemoteFile, commit_of
+from vera_tools.files.hub_answers import commit_of
 from vera_tools.files.hub_client import Reference
 from vera_tools.hub import card
-from vera_tools.hub.transfer import CARD_NAME, Digests, Transferred, refuse_unfit, relabel, select, speaking_of
+from vera_tools.hub.remote import Remote
+from vera_tools.hub.transfer import (
+    CARD_NAME,
+    TRAINING_STATE,
+    Digests,
+    Transferred,
+    refuse_unfit,
+    relabel,
+    select,
+    speaking_of,
+)
 from vera_tools.report import Report
 from vera_tools.verifying.report import CheckpointReport
 from vera_tools.verifying.verify import verify
@@ -67,6 +77,10 @@ class PushReport(Report):
         files: Every file, and what became of it.
         record: The projections, or None where nothing is known of them.
         verification: What `verify` says of what was pushed.
+        card: The text of the card; None where nothing could be read, and it was forced.
+        left_out: Names of the local files that were not pushed.
+        notes: What else is to be known, one sentence each.
+        dry_run: Nothing was sent: it tells of what would be. `commit` is "" where the repository is not there.
     """
 
     name: ClassVar[str] = "push"
@@ -85,6 +99,10 @@ class PushReport(Report):
     files: tuple[Transferred, ...]
     record: ProjectionRecord | None
     verification: CheckpointReport
+    card: str | None
+    left_out: tuple[str, ...]
+    notes: tuple[str, ...]
+    dry_run: bool = False
 
     def body(self) -> dict[str, Any]:
         """The push/v1 document's own part."""
@@ -95,15 +113,19 @@ class PushReport(Report):
             "repo": self.repo,
             "revision": self.revision,
             "subfolder": self.subfolder,
+            **({"dry_run": True} if self.dry_run else {}),
             "committed": self.committed,
-            "commit": self.commit,
-            "commit_url": self.commit_url,
+            "commit": self.commit or None,
+            "commit_url": self.commit_url or None,
             "pr_url": self.pr_url,
             "created": self.created,
             "private": self.private,
             "recipe": recipe.to_dict() if recipe else None,
             "assumed": self.record.assumed if self.record else False,
             "files": [file.to_dict() for file in self.files],
+            "left_out": list(self.left_out),
+            "card": self.card,
+            "notes": list(self.notes),
             "verification": self.verification.to_dict(),
         }
 
@@ -125,6 +147,7 @@ def push(
     overwrite_card: bool = False,
     strict: bool = False,
     force: bool = False,
+    dry_run: bool = False,
 ) -> PushReport:
     """Verify a checkpoint and upload it, with a manifest and a model card. Its local files are not touched.
 
@@ -147,6 +170,7 @@ def push(
         overwrite_card: Start from the README.md beside the checkpoint, not from the Hub's.
         strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
         force: Push it although it is drift or invalid, or a check failed.
+        dry_run: Send nothing: make what would be sent, and refuse what would be refused.
 
     Raises:
         CheckFailedError: drift, or a check failed.
@@ -172,21 +196,28 @@ def push(
             with speaking_of(label, staged):
                 staged = _converted(staged, strip=strip, base=base, in_features=in_features, force=force, strict=strict)
             verification = relabel(verify(staged, base=base).checkpoints[0], staged, label)
-        remote = _Remote.look(reference, private=private, create=create)
-        record = None
+        remote = Remote.look(reference, private=private, create=create)
+        if dry_run:
+            remote.refuse_forbidden(create_pr=create_pr)
+        record, text, notes = None, None, ()
         if verification.verdict != "invalid":  # what cannot be read, and is forced, is sent as it is
             with speaking_of(label, staged):
                 record, config = _add_manifest(staged, remote, base, in_features, ours=bool(convert))
             verification = relabel(verify(staged, base=base).checkpoints[0], staged, label)
-            _add_card(staged, remote, config, record, verification, overwrite_card=overwrite_card)
+            named = hub.name_of(config.base_model_name_or_path) or hub.name_of(os.fspath(base) if base else None)
+            _warn_of_local_base(label, config)
+            text, notes = _add_card(
+                staged, remote, config, record, verification, base_model=named, overwrite_card=overwrite_card
+            )
         digests = {path.name: Digests.of(path) for path in sorted(staged.iterdir())}
         changed = [name for name, digest in digests.items() if not remote.holds(name, digest)]
         files = tuple(remote.transferred(name, digest) for name, digest in digests.items())
         info = None
-        if changed:
+        if changed and not dry_run:
             remote.create(private=private)
             info = _upload(remote, staged, changed, digests, message or _message(label), create_pr=create_pr)
     commit = info.oid if info else remote.head
+    url = f"{remote.api.endpoint}/{reference.repo}/commit/{commit}" if commit else ""
     return PushReport(
         path=label,
         endpoint=remote.api.endpoint,
@@ -195,13 +226,17 @@ def push(
         subfolder=reference.subfolder,
         committed=info is not None,
         commit=commit,
-        commit_url=info.commit_url if info else f"{remote.api.endpoint}/{reference.repo}/commit/{commit}",
+        commit_url=info.commit_url if info else url,
         pr_url=info.pr_url if info else None,
         created=remote.created,
         private=remote.private,
         files=files,
         record=record,
         verification=verification,
+        card=text,
+        left_out=tuple(sorted(set(local.LocalFolder(folder).names()) - digests.keys())),
+        notes=notes,
+        dry_run=dry_run,
     )
 
 
@@ -242,7 +277,7 @@ def _temporary() -> Iterator[Path]:
 
 def _copy(folder: Path, staged: Path, include: Sequence[str]) -> None:
     source = local.LocalFolder(folder)
-    names = select(source.names(), include=include)
+    names = select(source.names(), include=include, leave_out=TRAINING_STATE)
     if CONFIG_NAME not in names:
         raise FormatError("no adapter here", where=folder, expected=CONFIG_NAME)
     staged.mkdir()
@@ -278,85 +313,8 @@ def _converted(
     return converted
 
 
-class _Remote:
-    """The repository as it is before the push, and what it takes to write to it."""
-
-    def __init__(self, api: HfApi, reference: Reference) -> None:
-        self.api, self.reference = api, reference
-        self.head = ""
-        self.private = False
-        self.created = False
-        self.files: dict[str, RemoteFile] = {}
-        self._missing: str | None = None
-
-    @classmethod
-    def look(cls, reference: Reference, *, private: bool, create: bool) -> _Remote:
-        """Read what is there; nothing is changed."""
-        from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-        self = cls(hub.client(), reference)
-        with hub.errors(str(reference)):
-            try:
-                info = hub.call(self.api.model_info, reference.repo)
-                self.private = bool(info.private)
-                if reference.revision:
-                    try:
-                        info = hub.call(self.api.model_info, reference.repo, revision=reference.revision)
-                    except RevisionNotFoundError:
-                        if not create or reference.revision.startswith("refs/"):
-                            raise
-                        self._missing = "branch"  # it will start where the default branch is
-                self.head = commit_of(info.sha, where=str(reference))
-            except RepositoryNotFoundError as error:
-                if not create or isinstance(error, GatedRepoError):
-                    raise
-                self._missing, self.private = "repository", private
-                return self
-        if private and not self.private:
-            hint = "make it private on its settings page, or push without --private"
-            raise UsageError("the repository is there, and public", where=str(reference), hint=hint)
-        listed = hub.listing(self.api, Reference(reference.repo), self.head, recursive=True)
-        self.files = {name: listed[path] for path in listed if reference.path(name := path.rsplit("/", 1)[-1]) == path}
-        return self
-
-    def create(self, *, private: bool) -> None:
-        """Make the repository or the branch that is missing."""
-        repo, revision = self.reference.repo, self.reference.revision
-        with hub.errors(str(self.reference)):
-            if self._missing == "repository":
-                hub.call(self.api.create_repo, repo, private=private or None, exist_ok=True)
-                self.created = True
-                info = hub.call(self.api.model_info, repo)
-                self.head = commit_of(info.sha, where=str(self.reference))
-                self.private = bool(info.private)
-            if revision and (self._missing == "branch" or (self.created and revision != "main")):
-                hub.call(self.api.create_branch, repo, branch=revision, exist_ok=True)
-
-    def read(self, name: str) -> bytes | None:
-        """A small file that is there, or None."""
-        if name not in self.files:
-            return None
-        label = f"{self.reference}/{name}"
-        with contextlib.closing(
-            HubFile(self.api, self.reference.repo, self.head, self.files[name], label=label)
-        ) as file:
-            return local.read_all(file, limit=local.MOST_TEXT)
-
-    def holds(self, name: str, digest: Digests) -> bool:
-        """Whether this very content is there."""
-        return name in self.files and digest.is_of(self.files[name])
-
-    def transferred(self, name: str, digest: Digests) -> Transferred:
-        """What becomes of one file."""
-        status = "unchanged" if self.holds(name, digest) else "changed" if name in self.files else "added"
-        checked = "sha256" if name == WEIGHTS_NAME else "git-sha1"
-        if name in self.files:
-            checked = "git-sha1" if self.files[name].sha256 is None else "sha256"
-        return Transferred(self.reference.path(name), digest.size, digest.sha256, checked, status)
-
-
 def _add_manifest(
-    staged: Path, remote: _Remote, base: str | os.PathLike[str] | None, in_features: int | None, *, ours: bool
+    staged: Path, remote: Remote, base: str | os.PathLike[str] | None, in_features: int | None, *, ours: bool
 ) -> tuple[ProjectionRecord | None, VeraConfig]:
     """Write a manifest where there is none, or only `ours`; what is known of the projections, and the config."""
     with contextlib.ExitStack() as stack:
@@ -373,18 +331,23 @@ def _add_manifest(
 
 def _add_card(
     staged: Path,
-    remote: _Remote,
+    remote: Remote,
     config: VeraConfig,
     record: ProjectionRecord | None,
     verification: CheckpointReport,
     *,
+    base_model: str | None,
     overwrite_card: bool,
-) -> None:
-    """Write README.md: the text that the Hub has, or else the local one's, with our section and metadata."""
-    local = staged / CARD_NAME
+) -> tuple[str, tuple[str, ...]]:
+    """Write README.md: the text that the Hub has, or else the local one's, with our section and metadata.
+
+    Returns:
+        Its text, and what is to be said of it.
+    """
+    path = staged / CARD_NAME
     existing = None if overwrite_card else remote.read(CARD_NAME)
-    if existing is None and local.exists():
-        existing = local.read_bytes()
+    if existing is None and path.exists():
+        existing = path.read_bytes()
     try:
         text = existing.decode("utf-8") if existing is not None else None
     except UnicodeDecodeError as error:
@@ -393,11 +356,24 @@ def _add_card(
         text,
         reference=str(dataclasses.replace(remote.reference, revision=None)),
         config=config,
-        base_model=hub.name_of(config.base_model_name_or_path),
+        base_model=base_model,
         record=record,
         verification=verification,
     )
-    local.write_bytes(rendered.encode())
+    path.write_bytes(rendered.encode())
+    empty = text is not None and card.is_empty_template(text)
+    return rendered, ("PEFT's template of a card, in which nothing was filled in, was left out",) if empty else ()
+
+
+def _warn_of_local_base(label: str, config: VeraConfig) -> None:
+    path = config.base_model_name_or_path
+    if path and hub.name_of(path) is None:
+        warnings.warn(
+            f"{label}: {CONFIG_NAME} names its base by a path, which nobody else has: {path}; set "
+            "base_model_name_or_path to the base's name on the Hub",
+            LocalBaseWarning,
+            stacklevel=3,
+        )
 
 
 def _resolved(opened: Checkpoint, model: BaseModel | None, in_features: int | None) -> ProjectionRecord | None:
@@ -414,7 +390,7 @@ def _resolved(opened: Checkpoint, model: BaseModel | None, in_features: int | No
     return None
 
 
-def _known_manifest(remote: _Remote, manifest: Manifest) -> bytes | None:
+def _known_manifest(remote: Remote, manifest: Manifest) -> bytes | None:
     """The manifest that is there, if it says the same and only was written on another machine."""
     data = remote.read(MANIFEST_NAME)
     if data is None:
@@ -432,7 +408,7 @@ def _message(label: str) -> str:
 
 
 def _upload(
-    remote: _Remote, staged: Path, changed: list[str], digests: dict[str, Digests], message: str, *, create_pr: bool
+    remote: Remote, staged: Path, changed: list[str], digests: dict[str, Digests], message: str, *, create_pr: bool
 ) -> CommitInfo:
     reference, api = remote.reference, remote.api
     with hub.errors(str(reference)):
@@ -466,7 +442,7 @@ def _upload(
     return info
 
 
-def _landed(remote: _Remote, digests: dict[str, Digests]) -> str | None:
+def _landed(remote: Remote, digests: dict[str, Digests]) -> str | None:
     """The branch's head, if it is a new commit that holds exactly what was to be pushed."""
     try:
         head = hub.resolve(remote.api, remote.reference)

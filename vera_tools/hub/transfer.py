@@ -35,6 +35,22 @@ ALLOWED = (
     "*.jinja",
     "*.model",
 )
+#: What trainers save beside an adapter to go on from: transformers, TRL, accelerate, DeepSpeed, Lightning.
+TRAINING_STATE = (
+    "trainer_state.json",
+    "training_args.*",
+    "optimizer*.*",
+    "scheduler*.*",
+    "scaler*.*",
+    "rng_state*",
+    "random_states_*",
+    "sampler*.*",
+    "custom_checkpoint_*",
+    "zero_to_fp32.py",
+    "latest",
+    "hparams.*",
+    "events.out.tfevents*",
+)
 #: Formats that may run code when they are read.
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt", "*.joblib", "*.npy", "*.npz", "*.h5")
 
@@ -94,19 +110,29 @@ class Transferred:
         return document if self.status is None else {**document, "status": self.status}
 
 
-def select(names: Iterable[str], *, include: Iterable[str] = (), allow_pickle: bool = False) -> list[str]:
+def select(
+    names: Iterable[str],
+    *,
+    include: Iterable[str] = (),
+    leave_out: Iterable[str] = (),
+    allow_pickle: bool = False,
+) -> list[str]:
     """The files of a folder that belong to a checkpoint, sorted.
 
     Args:
         names: Names of the files in the folder.
         include: Further patterns.
+        leave_out: Patterns of what does not belong to it, unless `include` says so.
         allow_pickle: Take adapter_model.bin too, and whatever `include` says.
     """
-    patterns = [*ALLOWED, *include, *([PICKLE_NAME] if allow_pickle else [])]
+    include, leave_out = list(include), list(leave_out)
+    patterns = [*ALLOWED, *([PICKLE_NAME] if allow_pickle else [])]
     return sorted(
         name
         for name in names
-        if name != PROVENANCE_NAME and _matches(name, patterns) and (allow_pickle or not _matches(name, PICKLES))
+        if name != PROVENANCE_NAME
+        and (_matches(name, include) or (_matches(name, patterns) and not _matches(name, leave_out)))
+        and (allow_pickle or not _matches(name, PICKLES))
     )
 
 

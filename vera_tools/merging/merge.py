@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +21,7 @@ from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
-from vera_tools.merging import execution, loading, record, staging, task_heads, verification
+from vera_tools.merging import execution, loading, record, rehearsal, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
@@ -57,6 +57,7 @@ class MergeReport(Report):
         verified: What reading back has proven, or None.
         loading: What was proven of how it loads.
         notes: What remains to be set in the result's config.json, and what else is to be known of it.
+        dry_run: Nothing was written: it tells of what would be, and `shards` are the files.
     """
 
     name: ClassVar[str] = "merge"
@@ -79,6 +80,7 @@ class MergeReport(Report):
     verified: verification.Verification | None
     loading: loading.Loading
     notes: tuple[str, ...]
+    dry_run: bool = False
 
     def body(self) -> dict[str, Any]:
         """The merge/v1 document's own part."""
@@ -87,6 +89,7 @@ class MergeReport(Report):
             "path": self.path,
             "base": self.base,
             "finished": self.finished,
+            **({"dry_run": True} if self.dry_run else {}),
             "adapters": list(self.adapters),
             "counts": {
                 "merged": len(self.merged),
@@ -141,6 +144,7 @@ def merge(
     sync: bool = False,
     jobs: int | None = None,
     progress: Progress | None = None,
+    dry_run: bool = False,
 ) -> MergeReport:
     """Merge adapters into a base: W + sum of weight * (lambda_b * B) @ (lambda_d * A), in float32, rounded once.
 
@@ -171,6 +175,7 @@ def merge(
         sync: Flush the weights to disk before the output appears.
         jobs: Workers. Default: as many as BLAS has threads, up to 8.
         progress: Told of bytes done and to do.
+        dry_run: Do all of it but writing, the computing too, so that what would be refused is refused.
 
     Raises:
         CheckFailedError: the base is quantised, lacks a target, does not fit, or is not the one that an adapter was
@@ -187,6 +192,8 @@ def merge(
     factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
     part = part or shard
     _check_arguments(references, factors, part=part, finish=finish)
+    if dry_run and (resume or finish):
+        raise UsageError("a dry run goes on from nothing", hint="leave --resume and --finish out")
     path = destination.refuse_output(output, overwrite=overwrite, inputs=(base, *references))
     with contextlib.ExitStack() as stack:
         model = stack.enter_context(BaseModel.open(base))
@@ -208,6 +215,16 @@ def merge(
         _texts(plan, {})  # what cannot be written is refused before the weights are
         for adapter in adapters:
             adapter.load()
+        if dry_run:
+            staging.refuse(path, plan, shared=part is not None)
+            _check_room(plan, mine, destination.nearest(path), where=path.parent)
+            with execution.workers(jobs) as count:
+                meter = execution.Meter(progress, sum(item.computed for item in mine))
+                rehearsal.rehearse(plan, mine, jobs=count, allow_nonfinite=allow_nonfinite, meter=meter)
+            model.check_unchanged()
+            for adapter in adapters:
+                adapter.checkpoint.check_unchanged()
+            return _report(output, plan, loads, notes, started, todo=mine, dry_run=True)
         stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=part is not None, finish=finish))
         count = stack.enter_context(execution.workers(jobs))
         keep = verification.finished(plan, mine, stage, jobs=count)
@@ -220,7 +237,7 @@ def merge(
                 hint="run the missing --part I/N again, then --finish",
             )
         whole = part is None
-        _check_room(plan, todo, stage.folder)
+        _check_room(plan, todo, stage.folder, where=stage.folder.parent)
         expected = sum(item.size for item in todo) + (sum(item.size for item in mine) if verify and whole else 0)
         meter = execution.Meter(progress, expected)
         execution.write_shards(plan, todo, stage, jobs=count, allow_nonfinite=allow_nonfinite, meter=meter)
@@ -232,28 +249,46 @@ def merge(
             for adapter in adapters:
                 adapter.checkpoint.check_unchanged()
             stage.publish(overwrite=overwrite, sync=sync)
-        for note in notes:
-            warnings.warn(f"{output}: {note}", LoadingWarning, stacklevel=2)
-        return MergeReport(
-            path=os.fspath(output),
-            base=model.label,
-            finished=whole,
-            adapters=tuple(adapter.to_dict() for adapter in adapters),
-            shards=tuple(item.name for item in todo),
-            resumed=tuple(item.name for item in keep),
-            merged=tuple(plan.names("merged")),
-            replaced=tuple(plan.names("replaced")),
-            added=tuple(plan.names("added")),
-            cast=len(plan.names("cast")),
-            copied=len(plan.names("copied")),
-            parameters=sum(entry.info.size for entry in plan.entries if entry.kind == "merged"),
-            bytes_written=sum(item.size for item in todo),
-            bytes_total=sum(item.size for item in plan.shards),
-            seconds=time.perf_counter() - started,
-            verified=proven,
-            loading=loads,
-            notes=tuple(notes),
-        )
+        return _report(output, plan, loads, notes, started, todo=todo, keep=keep, finished=whole, proven=proven)
+
+
+def _report(
+    output: str | os.PathLike[str],
+    plan: Plan,
+    loads: loading.Loading,
+    notes: Sequence[str],
+    started: float,
+    *,
+    todo: Sequence[Shard],
+    keep: Collection[Shard] = (),
+    finished: bool = False,
+    proven: verification.Verification | None = None,
+    dry_run: bool = False,
+) -> MergeReport:
+    """The report of what was written, or would be; its notes are warnings too."""
+    for note in notes:
+        warnings.warn(f"{output}: {note}", LoadingWarning, stacklevel=3)
+    return MergeReport(
+        path=os.fspath(output),
+        base=plan.base.label,
+        finished=finished,
+        adapters=tuple(adapter.to_dict() for adapter in plan.adapters),
+        shards=tuple(item.name for item in todo),
+        resumed=tuple(item.name for item in keep),
+        merged=tuple(plan.names("merged")),
+        replaced=tuple(plan.names("replaced")),
+        added=tuple(plan.names("added")),
+        cast=len(plan.names("cast")),
+        copied=len(plan.names("copied")),
+        parameters=sum(entry.info.size for entry in plan.entries if entry.kind == "merged"),
+        bytes_written=0 if dry_run else sum(item.size for item in todo),
+        bytes_total=sum(item.size for item in plan.shards),
+        seconds=time.perf_counter() - started,
+        verified=proven,
+        loading=loads,
+        notes=tuple(notes),
+        dry_run=dry_run,
+    )
 
 
 def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
@@ -297,7 +332,7 @@ def _check_arguments(
         raise UsageError("--finish comes by itself, after every --part I/N has ended")
 
 
-def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
+def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path, *, where: Path) -> None:
     """Refuse where the disk cannot hold what is to be written, whatever the system shares between copies."""
     here = folder.stat().st_dev
     sources = [file.source for file in plan.base.files.values()]
@@ -307,7 +342,7 @@ def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path) -> None:
     if needed > free:
         raise VeraToolsError(
             "the disk has too little room",
-            where=folder.parent,
+            where=where,
             expected=f"{needed} bytes or more",
             found=f"{free} free",
             hint="nothing was written",

@@ -146,6 +146,24 @@ def enter(output: Path, plan: Plan, *, resume: bool, shared: bool, finish: bool 
                 raise
 
 
+def refuse(output: Path, plan: Plan, *, shared: bool) -> None:
+    """Refuse what `enter` would refuse, and touch nothing. For a merge that resumes nothing.
+
+    Raises:
+        UsageError: another process is at work on this output, or what is there belongs to another merge.
+        VeraToolsError: the output could not be made there.
+    """
+    output = output.absolute()
+    folder = place(output)
+    atomic.refuse_forbidden(output)
+    if not folder.is_dir():
+        return
+    with atomic.errors(output), contextlib.suppress(FileNotFoundError), io.FileIO(folder / "lock") as lock:
+        if locking.take(lock.fileno(), shared=shared) is False:
+            raise _busy(output)
+    _refuse_another(folder, output, plan, resume=False, shared=shared)
+
+
 def _remove_lock(folder: Path) -> None:
     (folder / "lock").unlink(missing_ok=True)
     folder.rmdir()  # fails where another process has begun at once
@@ -158,28 +176,34 @@ def _clear(folder: Path) -> None:
 
 
 def _take_up(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
-    marker, plan_file = folder / "shared", folder / "plan"
-    # A power failure may have emptied it.
-    known = (plan_file.read_text("utf-8") or None) if plan_file.exists() else None
+    _refuse_another(folder, output, plan, resume=resume, shared=shared)
+    plan_file = folder / "plan"
     if not (resume or shared):
-        if marker.exists():
+        _clear(folder)
+    if not (plan_file.exists() and plan_file.read_text("utf-8")):
+        atomic.write_bytes(plan_file, plan.digest.encode(), sync=False)
+    if shared:
+        (folder / "shared").touch()
+
+
+def _refuse_another(folder: Path, output: Path, plan: Plan, *, resume: bool, shared: bool) -> None:
+    if not (resume or shared):
+        if (folder / "shared").exists():
             raise UsageError(
                 "processes with --part have begun to fill this output",
                 where=output,
                 hint=f"end them with --finish, or delete {folder}",
             )
-        _clear(folder)
-        known = None
+        return
+    plan_file = folder / "plan"
+    # A power failure may have emptied it.
+    known = (plan_file.read_text("utf-8") or None) if plan_file.exists() else None
     if known is not None and known != plan.digest:
         raise UsageError(
             "what was begun here belongs to another merge: base, adapters, weights or options are not the same",
             where=output,
             hint=f"repeat it as it was begun, or delete {folder}",
         )
-    if known is None:
-        atomic.write_bytes(plan_file, plan.digest.encode(), sync=False)
-    if shared:
-        marker.touch()
 
 
 @contextlib.contextmanager
@@ -196,15 +220,16 @@ def _locked(folder: Path, output: Path, *, shared: bool) -> Iterator[io.FileIO]:
                 message = f"{output}: there are no file locks here, so a second merge into it would not be refused"
                 warnings.warn(message, VeraToolsWarning, stacklevel=5)
             if taken is False:
-                raise UsageError(
-                    "another merge is at work on this output",
-                    where=output,
-                    hint="wait for it, or choose another output",
-                )
+                raise _busy(output)
             if not _is_current(lock.fileno(), folder / "lock"):
                 continue  # locked a file that was removed meanwhile
             yield lock
             return
+
+
+def _busy(output: Path) -> UsageError:
+    hint = "wait for it, or choose another output"
+    return UsageError("another merge is at work on this output", where=output, hint=hint)
 
 
 def _is_current(descriptor: int, path: Path) -> bool:
