@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.forms import (
     FORMATS,
     Form,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 @click.command(
     "verify", epilog=examples("verify my-adapter --base my-base", "verify -R registry --jobs 4 --junit report.xml")
 )
-@click.argument("checkpoints", nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.argument("checkpoints", nargs=-1, required=True, type=REFERENCE, metavar="CHECKPOINT...")
 @click.option(
     "-R", "--recursive", is_flag=True, help="Search the folders for checkpoints; count other adapters as skipped."
 )
@@ -48,11 +49,18 @@ if TYPE_CHECKING:
     help="How stdout has it; --json is short for json; jsonl is a line for each as it is done.  [default: human]",
 )
 @failed_only_option
+@click.option(
+    "--attest",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Where all passes, write an in-toto statement on it, for cosign or actions/attest to sign.",
+)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Checkpoints at a time. Default: one for each CPU.")
 @part_option(help="Verify only part I of N, for other machines to verify the others; `summarize` puts them together.")
 @click.option("--allow-pickle", is_flag=True, help="Read legacy adapter_model.bin files (needs torch; weights_only).")
 @click.option(
     "--log",
+    type=REFERENCE,
     metavar="FILE",
     help="Append a JSON line as each is done, and verify nothing again that FILE tells of and that did not change. "
     "- is stdout.",
@@ -69,6 +77,7 @@ def command(
     junit: Path | None,
     form: str | None,
     failed_only: bool,
+    attest: Path | None,
     jobs: int | None,
     part: Part | None,
     allow_pickle: bool,
@@ -91,6 +100,12 @@ def command(
         raise UsageError(f"--format {shown.name} and --log - would both write to stdout", hint="name a file")
     if shown.name == "jsonl" and log not in (None, "-"):
         raise UsageError("--format jsonl prints the lines that --log writes to a file", hint="pass one of the two")
+    if attest and shown.name == "jsonl":
+        raise UsageError("--attest does not go with --format jsonl or --log -, which print lines of a log")
+    if attest:
+        from vera_tools.cli import attest as attesting
+
+        attesting.prepare(attest)
     many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     try:
         with shown.output.progress("verifying") if many else contextlib.nullcontext() as progress:
@@ -106,6 +121,7 @@ def command(
                 progress=progress,
                 listed=listed,
                 part=part,
+                file_digests=attest is not None,
             )
     except KeyboardInterrupt as error:
         partial: VerifyReport | None = getattr(error, "report", None)
@@ -113,6 +129,8 @@ def command(
             raise
         report = partial
         write_line("interrupted")
+    if attest:
+        attesting.write(attest, report, quiet=output.quiet)
     return shown.show(report)
 
 

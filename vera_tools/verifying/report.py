@@ -12,7 +12,7 @@ from vera_tools.projections.identification import Match
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
-from vera_tools.report import Document, Report, printable, worst
+from vera_tools.report import Document, Report, plain, printable, worst
 from vera_tools.verifying import advice, gates
 from vera_tools.verifying.advice import Step
 from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict
@@ -45,6 +45,19 @@ class Failed(NamedTuple):
         return HubError.exit_code if isinstance(self.error, HubError) else FormatError.exit_code
 
 
+@dataclass(frozen=True)
+class FileDigest(Document):
+    """A file that a verdict was read from.
+
+    Attributes:
+        name: Its name in the checkpoint's folder.
+        sha256: Of its content.
+    """
+
+    name: str
+    sha256: str
+
+
 @dataclass(frozen=True, repr=False)
 class CheckpointReport(Document):
     """One checkpoint's verdict.
@@ -61,6 +74,7 @@ class CheckpointReport(Document):
         trained: What the loader table follows from; None where nothing could be read.
         scope: What the verdict covers, in words.
         base: The base that it was checked against, or else the one that its config names.
+        files: Digests of the files that were read, where they were asked for.
     """
 
     path: str
@@ -74,6 +88,7 @@ class CheckpointReport(Document):
     trained: Trained | None = None
     scope: str = "nothing was proven"
     base: str | None = None
+    files: tuple[FileDigest, ...] = ()
 
     def __repr__(self) -> str:
         """One line: the checkpoint, its verdict, and what failed."""
@@ -152,6 +167,7 @@ class CheckpointReport(Document):
             "safety": self.safety,
             "next": step.to_dict() if step else None,
             "base": self.base,
+            **({"files": plain(self.files)} if self.files else {}),
         }
 
     @classmethod
@@ -173,6 +189,7 @@ class CheckpointReport(Document):
             trained=Trained.from_dict(data["trained"], made) if data["trained"] else None,
             scope=data["scope"],
             base=data["base"],
+            files=tuple(FileDigest(**file) for file in data.get("files", ())),
         )
 
 

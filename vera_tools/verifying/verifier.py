@@ -6,17 +6,22 @@ computed once by a `Verifier`, however many checkpoints share it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import threading
 from collections.abc import Callable, Collection, Hashable, Iterable
 from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Place
-from vera_tools.checkpoints.manifest import ASSUMED, Origin, ProjectionRecord
+from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.manifest import ASSUMED, MANIFEST_NAME, Origin, ProjectionRecord
 from vera_tools.checkpoints.resolution import most_claimed, refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
@@ -30,7 +35,7 @@ from vera_tools.verifying import acceptance, checks, fit, recorded
 from vera_tools.verifying.checks import Scan
 from vera_tools.verifying.findings import DAMAGE, MATCH, Check, Verdict
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, redrawn
-from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, Skipped
+from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, FileDigest, Skipped
 
 #: The checks that fail where the pair has another size than PEFT makes room for.
 _SIZES = frozenset({"tensors.out_max", "base.pair"})
@@ -48,12 +53,13 @@ class Verifier:
         base_digests: bool | None = None,
         allow_pickle: bool = False,
         skip_others: bool = False,
+        file_digests: bool = False,
     ) -> None:
         on_disk = base is not None and isinstance(base.folder, local.LocalFolder)
         #: Whether the base's weights are hashed where a manifest has digests of them. Default: where it lies on disk.
         self.base_digests = on_disk if base_digests is None else base_digests
         self._base = base
-        self._allow_pickle, self._skip_others = allow_pickle, skip_others
+        self._allow_pickle, self._skip_others, self._file_digests = allow_pickle, skip_others, file_digests
         self._memory = _Once()
 
     def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped | Failed:
@@ -89,7 +95,8 @@ class Verifier:
             return _invalid(path, "tensors.file", error)
         try:
             with checkpoint:  # which says at its end whether it was changed meanwhile
-                return self._verify(path, checkpoint)
+                report = self._verify(path, checkpoint)
+                return replace(report, files=_digests_of_files(checkpoint)) if self._file_digests else report
         except FormatError as error:
             return _invalid(path, "tensors.file", error)
 
@@ -278,6 +285,22 @@ class _Once:
                     self._results.pop(key, None)
         result: Result = future.result()
         return result
+
+
+def _digests_of_files(checkpoint: Checkpoint) -> tuple[FileDigest, ...]:
+    """What the verdict was read from, as it was: the checkpoint is still open, and says if it was changed meanwhile."""
+    names = [CONFIG_NAME] * (checkpoint.config_text is not None) + [Path(checkpoint.weights.label).name]
+    names += [MANIFEST_NAME] * (checkpoint.manifest is not None or checkpoint.manifest_error is not None)
+    found = []
+    for name in names:
+        with contextlib.closing(checkpoint.folder.open(name)) as source:
+            digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+            for start in range(0, source.size, len(buffer)):
+                piece = buffer[: min(len(buffer), source.size - start)]
+                source.read_into(piece, start)
+                digest.update(piece)
+        found.append(FileDigest(name, digest.hexdigest()))
+    return tuple(found)
 
 
 def _invalid(path: str, check: str, error: VeraToolsError) -> CheckpointReport:

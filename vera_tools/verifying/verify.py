@@ -44,6 +44,7 @@ def verify(
     listed: Iterable[str | os.PathLike[str]] = (),
     part: Part | None = None,
     executor: Executor | None = None,
+    file_digests: bool = False,
 ) -> VerifyReport:
     """Verify checkpoints.
 
@@ -72,6 +73,8 @@ def verify(
             part depends on its path alone: below its root with `recursive`, else as it was given.
         executor: Who verifies what lies on disk, instead of processes of our own: any `concurrent.futures.Executor`
             whose workers see the same files.
+        file_digests: Note the digests of the files that are read, for `attestation.statement`. What an earlier run
+            has logged was not read by this one, so that a `log` does not go with it.
 
     Raises:
         FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
@@ -85,6 +88,9 @@ def verify(
     )
     if part is not None:
         parts.check(part)
+    if file_digests and log is not None:
+        what = "what a log tells of was not read by this run, so that its digests are not known"
+        raise UsageError(what, hint="leave the log out")
     for path in (*checkpoints, *([] if base is None else [base])):
         if not registry.is_pattern(os.fspath(path)):
             opening.require(path)
@@ -96,7 +102,13 @@ def verify(
     lines = Log(log, Run(asked, part))
     named = list(_search(checkpoints) if recursive else _listed(checkpoints))
     model = BaseModel.open(base) if base is not None else None
-    verifier = Verifier(base=model, base_digests=base_digests, allow_pickle=allow_pickle, skip_others=recursive)
+    verifier = Verifier(
+        base=model,
+        base_digests=base_digests,
+        allow_pickle=allow_pickle,
+        skip_others=recursive,
+        file_digests=file_digests,
+    )
     hashed = verifier.base_digests
     many = len(named) > 1 or log is not None or part is not None or any(registry.is_pattern(path) for path, _ in named)
     try:
@@ -116,6 +128,7 @@ def verify(
             skip_others=recursive,
             states=lines.is_file,
             folder=os.getcwd(),
+            file_digests=file_digests,
         )
         hands = jobs or min(cpus(), len(wanted.items)) or 1
         work = Registry(verifier, job, hands, lines, executor, whole=part is None)

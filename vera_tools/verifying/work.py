@@ -27,6 +27,7 @@ class Job:
         skip_others: Whether adapters of other kinds are skipped.
         states: Whether the state of the files is asked for.
         folder: What relative paths start from.
+        file_digests: Whether the checkpoints' files are hashed.
     """
 
     run: str
@@ -36,6 +37,7 @@ class Job:
     skip_others: bool
     states: bool
     folder: str
+    file_digests: bool = False
 
 
 class Done(NamedTuple):
@@ -67,7 +69,11 @@ def verify_some(job: Job, paths: Sequence[str]) -> tuple[float, list[Done]]:
 def _verifier(job: Job) -> Verifier:
     base = None if job.base is None else BaseModel.open(_here(job, job.base))
     return Verifier(
-        base=base, base_digests=job.base_digests, allow_pickle=job.allow_pickle, skip_others=job.skip_others
+        base=base,
+        base_digests=job.base_digests,
+        allow_pickle=job.allow_pickle,
+        skip_others=job.skip_others,
+        file_digests=job.file_digests,
     )
 
 
