@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vera_tools.comparing.inspect import inspect as inspect
     from vera_tools.converting.embed import embed_projections as embed_projections
     from vera_tools.converting.foreign import from_foreign as from_foreign
+    from vera_tools.converting.llama_cpp import to_gguf as to_gguf
     from vera_tools.converting.lora import to_lora as to_lora
     from vera_tools.converting.regenerate import regenerate as regenerate
     from vera_tools.converting.strip import strip_projections as strip_projections
@@ -53,6 +54,7 @@ _HOMES = {
     "save_adapter": "nn",
     "strip_projections": "converting.strip",
     "summarize": "verifying.summary",
+    "to_gguf": "converting.llama_cpp",
     "to_lora": "converting.lora",
     "verify": "verifying.verify",
 }

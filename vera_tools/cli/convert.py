@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.conversion import Where, destination_options, show_common
 from vera_tools.cli.shared import Output, Resolving, examples, human_bytes, labelled, output_options, resolving_options
 from vera_tools.converting.forms import FORMATS
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vera_tools.converting.foreign import ForeignReport
+    from vera_tools.converting.llama_cpp import GgufReport
     from vera_tools.converting.lora import LoraReport
 
 
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
         "convert my-adapter --to lora --dtype bfloat16 -o my-lora-bf16",
     ),
 )
-@click.argument("checkpoint")
-@click.option("--to", type=click.Choice(["lora"]), help="What to convert to.")
+@click.argument("checkpoint", type=REFERENCE)
+@click.option("--to", type=click.Choice(["lora", "gguf"]), help="What to convert to.")
 @click.option("--from", "form", type=click.Choice(["auto", *FORMATS]), help="Another program's form to bring in.")
 @click.option("--prng-key", type=int, metavar="N", help="With --from anima: the key.  [default: as recorded, or 0]")
 @click.option("--dtype", type=click.Choice(FLOATS), help="Dtype of lora_A and lora_B.  [default: float32]")
@@ -50,16 +52,17 @@ def command(
     """Write CHECKPOINT as the LoRA of rank r that it exactly is, or bring in another program's VeRA.
 
     --to lora is for servers and libraries that load LoRA and not VeRA. --base says how wide each adapted layer is;
-    without it, all are taken to be as wide as vera_A.
+    without it, all are taken to be as wide as vera_A. --to gguf writes one file, which llama.cpp loads with --lora; it
+    needs --base, and knows Llama, Mistral, Qwen2 and Qwen3.
 
     --from takes what PEFT wrote before 0.11 (peft-draft) and the training state of the Anima trainer (anima, with
     --base for the modules' names), whose mapping to PEFT's form is exact, and refuses the rest by name.
     """
     if (to is None) == (form is None):
-        raise UsageError("say either --to lora or --from FORMAT")
+        raise UsageError("say either --to lora or gguf, or --from FORMAT")
     if form is not None:
         if dtype is not None:
-            raise UsageError("--dtype goes with --to lora: what is brought in keeps its own")
+            raise UsageError("--dtype goes with --to: what is brought in keeps its own")
         bring_in = functools.partial(
             vera_tools.from_foreign,
             format=None if form == "auto" else form,
@@ -70,8 +73,41 @@ def command(
         return where.run(output, "convert", checkpoint, bring_in, _show_foreign)
     if prng_key is not None:
         raise UsageError("--prng-key goes with --from anima: a checkpoint of PEFT's has its own")
+    if to == "gguf":
+        return _to_gguf(output, checkpoint, where, resolving, dtype)
     convert = functools.partial(vera_tools.to_lora, dtype=dtype, **resolving.arguments, **where.arguments)
     return where.run(output, "convert", checkpoint, convert, _show)
+
+
+def _to_gguf(output: Output, checkpoint: str, where: Where, resolving: Resolving, dtype: str | None) -> int:
+    if where.recursive or where.in_place or where.out_dir is not None or where.output is None:
+        raise UsageError("--to gguf writes one file of one adapter", hint="name it with -o, and leave the others out")
+    if resolving.base is None:
+        raise UsageError(
+            "--to gguf needs the base, whose config tells how llama.cpp has it", hint="name it with --base"
+        )
+    report = vera_tools.to_gguf(
+        checkpoint,
+        where.output,
+        **{**resolving.arguments, "base": resolving.base},
+        dtype=dtype or "float32",
+        overwrite=where.overwrite,
+        allow_pickle=where.allow_pickle,
+    )
+    return output.emit(report, lambda console: _show_gguf(report, console))
+
+
+def _show_gguf(report: GgufReport, console: Console) -> None:
+    console.print(
+        f"{report.output}: llama.cpp LoRA of rank {report.r}, alpha {report.r}, {report.layers} layers, {report.dtype}"
+    )
+    console.print(f"  weights   {human_bytes(report.input_bytes)} -> {human_bytes(report.output_bytes)}")
+    record = report.projections
+    recipe = record.recipe.name if record.recipe else "none known"
+    labelled(console, "recipe", f"{recipe}{f' ({record.origin})' if record.assumed else ''}")
+    labelled(console, "base", f"of architecture {report.architecture} in GGUF")
+    for note in report.notes:
+        labelled(console, "note", note)
 
 
 def _show_foreign(report: ForeignReport, console: Console) -> None:

@@ -143,7 +143,7 @@ def to_lora(
         widths_assumed = not widths.keys() >= opened.layers.keys()
         if widths_assumed:
             _warn_of_widths(opened, record, strict=strict)
-        tensors = _Tensors(opened, resolved, {} if widths_assumed else widths, dtype)
+        tensors = Tensors(opened, resolved, {} if widths_assumed else widths, dtype)
         config = lora_config(opened, r=record.shape.r, kind=kind)
         with target.open(model) as folder:
             manifest = _write(folder, opened, config, tensors.all(), record, model)
@@ -200,8 +200,15 @@ def lora_config(checkpoint: Checkpoint, *, r: int, kind: str | None = None) -> d
     }
 
 
-class _Tensors:
-    """The LoRA's tensors, each made when it is written."""
+class Tensors:
+    """The LoRA's tensors, each made when it is written.
+
+    Args:
+        checkpoint: The VeRA adapter.
+        resolved: Its projections.
+        widths: in_features by module; that of vera_A where one is missing.
+        dtype: Of lora_A and lora_B; None is float64 where the adapter is, else float32.
+    """
 
     def __init__(self, checkpoint: Checkpoint, resolved: Resolved, widths: dict[str, int], dtype: str | None) -> None:
         self.checkpoint, self.widths = checkpoint, widths
@@ -216,10 +223,21 @@ class _Tensors:
         weights = self.checkpoint.weights
         tensors = {name: weights.deferred(name) for name in self.checkpoint.other_tensors}
         for layer in self.checkpoint.layers.values():
-            lambda_b, lambda_d, width = self._vectors(layer)
-            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = self._scaled(layer, lambda_d, "vera_A", width)
-            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = self._scaled(layer, lambda_b, "vera_B", self.shape.r)
+            a, b = self.matrices(layer)
+            tensors[f"{MODULES}{layer.module}.lora_A.weight"] = a
+            tensors[f"{MODULES}{layer.module}.lora_B.weight"] = b
         return tensors
+
+    def matrices(self, layer: Layer) -> tuple[Deferred, Deferred]:
+        """lora_A, [r, in_features], and lora_B, [out_features, r], of one layer.
+
+        Raises:
+            CheckFailedError: the vectors do not fit the projections; while it is made, a value that is not finite.
+            FormatError: a vector is missing.
+        """
+        lambda_b, lambda_d, width = self._vectors(layer)
+        a = self._scaled(layer, lambda_d, "vera_A", width)
+        return a, self._scaled(layer, lambda_b, "vera_B", self.shape.r)
 
     def _vectors(self, layer: Layer) -> tuple[Array, Array, int]:
         where = f"{self.checkpoint.weights.label}: {layer.module}"
