@@ -86,10 +86,15 @@ def _to_gguf(output: Output, checkpoint: str, where: Where, resolving: Resolving
         raise UsageError(
             "--to gguf needs the base, whose config tells how llama.cpp has it", hint="name it with --base"
         )
+    known = resolving.arguments
     report = vera_tools.to_gguf(
         checkpoint,
         where.output,
-        **{**resolving.arguments, "base": resolving.base},
+        base=resolving.base,
+        in_features=known["in_features"],
+        recipe=known["recipe"],
+        stored_dtype=known["stored_dtype"],
+        strict=known["strict"],
         dtype=dtype or "float32",
         overwrite=where.overwrite,
         allow_pickle=where.allow_pickle,

@@ -199,7 +199,8 @@ def push(
         remote = Remote.look(reference, private=private, create=create)
         if dry_run:
             remote.refuse_forbidden(create_pr=create_pr)
-        record, text, notes = None, None, ()
+        record, text = None, None
+        notes: tuple[str, ...] = ()
         if verification.verdict != "invalid":  # what cannot be read, and is forced, is sent as it is
             with speaking_of(label, staged):
                 record, config = _add_manifest(staged, remote, base, in_features, ours=bool(convert))
