@@ -106,6 +106,7 @@ def test_every_decision_is_in_the_list():
 
 def test_the_version_stands_in_one_place():
     """As RELEASE.md says: what cites, builds or installs vera-tools reads it there or does without."""
-    for name in ("pyproject.toml", "CITATION.cff", "README.md", "CONTRIBUTING.md", "noxfile.py"):
+    names = ("pyproject.toml", "CITATION.cff", "README.md", "CONTRIBUTING.md", "RELEASE.md", "noxfile.py")
+    for name in (*names, "Dockerfile", "action.yml", ".github/workflows/release.yml"):
         text = (ROOT / name).read_text("utf-8")
         assert not re.search(rf"(?<![\d.]){re.escape(__version__)}(?![\d.])", text), name
