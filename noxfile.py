@@ -48,6 +48,13 @@ def outputs(session: nox.Session) -> None:
 
 
 @nox.session
+def site(session: nox.Session) -> None:
+    """Build the documentation as a site in build/site, every warning an error."""
+    install(session, "-e", ".[docs]")
+    session.run("sphinx-build", "-q", "-W", "--keep-going", "-n", "-c", "docs/site", ".", "build/site")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run a benchmark: `nox -s bench -- merge.py --help`."""
     if not session.posargs:

@@ -21,7 +21,7 @@ from vera_tools._version import __version__
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
-    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
     if "```console" in path.read_text("utf-8")
 )
 

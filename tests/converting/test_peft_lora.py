@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from tests.adapters import CHECKPOINTS, KEPT, base_of
 from tests.command import run_cli, run_json
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.converting import peft_lora
@@ -71,6 +72,32 @@ def test_peft_still_refuses_a_state_space(tmp_path):
         model.config.model_type = kind
         with pytest.raises(ValueError, match=r"Incompatible modules: .*out_proj|incompatible"):
             get_peft_model(model, LoraConfig(target_modules=["out_proj"]))
+
+
+def test_pefts_own_conversion_is_a_decomposition(tmp_path):
+    """docs/comparison.md says so: it needs a rank, and one below ours loses; ours has the factors that there are."""
+    import torch
+    from peft import PeftModel, convert_to_lora
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    to_lora(CHECKPOINTS / KEPT, tmp_path / "lora", base=base_of(KEPT))
+    ours = load_file(tmp_path / "lora/adapter_model.safetensors")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_of(KEPT)), CHECKPOINTS / KEPT)
+    rank = model.peft_config["default"].r
+    layers = [name.removesuffix(".lora_A.weight") for name in ours if name.endswith(".lora_A.weight")]
+    assert layers
+    for kept, smallest, largest in ((rank, 0, 1e-5), (rank // 2, 0.05, 1)):
+        _, theirs = convert_to_lora(model, rank=kept)
+        for layer in layers:
+            change = model.get_submodule(layer).get_delta_weight("default").double()
+            A, B = (theirs[f"{layer}.lora_{one}.weight"].double() for one in "AB")
+            torch.testing.assert_close(A @ A.T, torch.eye(kept).double(), atol=1e-4, rtol=0)  # singular vectors
+            assert smallest <= (change - B @ A).norm() / change.norm() < largest
+            A, B = (ours[f"{layer}.lora_{one}.weight"].double() for one in "AB")
+            assert A.shape[0] == rank
+            assert (change - B @ A).norm() / change.norm() < 1e-6
+            assert not torch.allclose(A @ A.T, torch.eye(rank).double(), atol=0.01)
 
 
 @pytest.mark.parametrize(("kind", "layer"), [("deepseek_v3", "mlp.down_proj"), ("mamba", "mixer.out_proj")])
