@@ -35,7 +35,13 @@ def test_every_python_that_the_package_names_is_run():
 
 def test_every_system_runs_everything():
     assert WORKFLOW["jobs"]["everything"]["strategy"]["matrix"] == {"system": SYSTEMS}
-    assert all(job["runs-on"] == "${{ matrix.system }}" for job in WORKFLOW["jobs"].values())
+    assert all(WORKFLOW["jobs"][job]["runs-on"] == "${{ matrix.system }}" for job in ("dependencies", "everything"))
+
+
+def test_the_site_and_the_packages_are_built():
+    (script,) = [step["run"] for step in steps("release") if "run" in step]
+    assert "-e '.[dev,docs,release]'" in script
+    assert script.splitlines()[-1].endswith("pytest -m slow tests/test_site.py tests/test_packaging.py")
 
 
 def test_it_runs_the_scripts_that_are_run_by_hand():
