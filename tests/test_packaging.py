@@ -172,6 +172,15 @@ def test_the_source_archive_runs_its_tests(built, tmp_path):
     assert re.search(r"\b\d{3} passed", out), out
 
 
+def test_the_source_archive_takes_all_that_lies_at_the_top():
+    include = re.search(r"^include = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text("utf-8"), re.M | re.S)
+    assert include is not None
+    patterns = re.findall(r'"/(.+)"', include[1])
+    taken_anyway = {".gitignore", "pyproject.toml", "PKG-INFO"}
+    names = {PurePosixPath(path).parts[0] for path in tracked(".")} - taken_anyway
+    assert {name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)} == set()
+
+
 def test_a_release_is_built_and_checked_before_it_is_published():
     assert RELEASE["on"] == {"push": {"tags": ["v*"]}}
     build, publish = RELEASE["jobs"]["build"], RELEASE["jobs"]["publish"]
