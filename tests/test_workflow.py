@@ -5,6 +5,7 @@ tests/test_packaging.py has the one that publishes.
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -56,6 +57,12 @@ def test_it_runs_the_scripts_that_are_run_by_hand():
     assert readme is not None
     plain = re.sub(r"\.venv/Scripts/python -m ", ".venv/bin/", " && ".join(windows.strip().split("\n")))
     assert plain.replace("python -m venv", "python3 -m venv") == readme[1]
+
+
+def test_coverage_is_measured_by_the_script():
+    (run,) = [step["run"] for step in steps("coverage") if "run" in step]
+    assert ".ci/coverage" in run
+    assert os.access(ROOT / ".ci/coverage", os.X_OK)
 
 
 @pytest.mark.parametrize("job", WORKFLOW["jobs"])
