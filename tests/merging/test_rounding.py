@@ -317,6 +317,15 @@ def test_no_sum_at_a_single_place_errs_by_more_than_it_says(scales, dtype):
         assert (np.abs(sums - true) > spread.max() * 2.0**-20).any(), "nothing was lost, so this proves nothing"
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_float64_can_tell_is_not_computed_exactly(dtype):
+    sums = np.array([1.3, -0.7, 1 + 2.0**-7 + 2.0**-40, np.nan, np.inf])
+    found = rounding.decide(sums, np.full(5, 2.0**-50), dtype, lambda places: pytest.fail(f"{places} are certain"))
+    assert [float(value) for value in found[:3]] == [nearest(Fraction(value), dtype) for value in sums[:3]]
+    assert np.isnan(found[3].astype(float))
+    assert found[4] == np.inf
+
+
 @pytest.mark.parametrize("tie", [2.0**-134, -(2.0**-134), 3 * 2.0**-134])
 def test_a_tie_among_the_smallest_numbers_goes_to_even(tie):
     total, result = np.full((1, 1), tie, np.float32), np.empty((1, 1), np_dtype("bfloat16"))
