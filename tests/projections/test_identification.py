@@ -236,6 +236,7 @@ def test_a_pair_rounded_twice_is_called_rounded():
     ("recipe", "key"),
     {
         "key 0 in place of another": (Recipe(prng_key=0), KEY),
+        "key 1": (Recipe(prng_key=1), KEY),
         "key 42": (Recipe(prng_key=42, rounding="separate"), KEY),
         "the next key": (Recipe(prng_key=KEY + 1), KEY),
         "the key before": (Recipe(prng_key=KEY - 1, rounded_through="bfloat16"), KEY),
