@@ -80,6 +80,24 @@ def test_training_is_pefts(kind, folder):
     close(kind, logits(ours, some_ids()), logits(peers, some_ids()))
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("kind", ["bitsandbytes 8 bit", "bitsandbytes nf4", "torchao int8"])
+def test_the_trainer_trains_it(kind, folder, tmp_path):
+    """It refuses what transformers has quantised and carries no adapters."""
+    from transformers import Trainer
+
+    from tests.nn.training import trainer
+
+    plain = base(kind, folder)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(Trainer, plain, tmp_path / "plain")
+    model = VeraModel(plain, VeraConfig(**OPTIONS))
+    before = {name: value.clone() for name, value in vectors(model).items()}
+    trainer(Trainer, model, tmp_path / "adapted", save_strategy="no").train()
+    after = vectors(model)
+    assert all(not torch.equal(after[name], value) for name, value in before.items())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_go_both_ways_with_their_projections(kind, folder):
     peers, saved = peers_checkpoint(kind, folder, f"{kind} stored")

@@ -446,6 +446,11 @@ class VeraModel(Adapters):
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {share:.4f}")
 
     @property
+    def _hf_peft_config_loaded(self) -> bool:
+        # transformers' Trainer asks for it, and trains a quantised base with adapters only.
+        return True
+
+    @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         # DistributedDataParallel would send the pair to every process at every step; it is the same everywhere.
         return [f"{which}.{name}" for which in PROJECTIONS for name in self.peft_config]
