@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.nn.models import randomise
+from tests.nn.models import llama, randomise
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel, base_layers, load_adapter, save_adapter
 
@@ -246,6 +246,16 @@ def test_a_layer_that_passes_no_gradient_back_is_not_trained_through():
         model.model["it"](below)
     with torch.no_grad():
         assert model.model["it"](below).shape == (3, 5)
+
+
+def test_the_trainer_takes_a_quantised_base_with_adapters():
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    base = llama(layers=1)
+    base.is_quantized = True
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(base)
+    validate_quantization_for_training(VeraModel(base, VeraConfig(r=2, target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize("autocast", [True, False])
