@@ -60,9 +60,36 @@ def document():
 
 
 def test_the_data_is_as_its_schema_says():
-    schema.validate(document(), "architectures.v1", where="fixtures/architectures")
+    (file,) = (FIXTURES / "architectures").glob("*.json")
+    schema.validate(json.loads(file.read_text("utf-8")), "architectures.v1", where="fixtures/architectures")
     assert len(document()["classes"]) > 1400
     assert set(document()["classes"]) & set(document()["not_built"]) == set()
+
+
+def test_entries_are_parsed_one_by_one_as_the_whole_is():
+    (file,) = (FIXTURES / "architectures").glob("*.json")
+    whole = json.loads(file.read_text("utf-8"))
+    assert whole.keys() == document().keys()
+    for name, table in whole.items():
+        if isinstance(table, dict):
+            found = document()[name]
+            assert len(found) == len(table)
+            assert dict(found) == table
+            assert all(key in found and found.get(key) == value for key, value in table.items())
+            assert [key for key in ("", "Llama", '"', "of tomorrow", 3, None) if key in found] == []
+        else:
+            assert document()[name] == table
+
+
+def test_every_auto_class_takes_what_the_data_says():
+    taken = {}
+    for name, entry in document()["classes"].items():
+        for auto, model_types in data._autos(entry):
+            taken |= dict.fromkeys(((auto, model_type) for model_type in model_types), name)
+    assert len(taken) > 1500
+    others = [(auto, model_type) for auto in {auto for auto, _ in taken} for model_type in ("", '"', "bert", "gpt2")]
+    for auto, model_type in (*taken, *others):
+        assert data._chosen.__wrapped__(auto, model_type) == taken.get((auto, model_type))
 
 
 def test_it_is_compact():

@@ -27,12 +27,60 @@ __all__ = ["Architecture", "Config", "Tie", "architecture", "class_for", "is_of"
 Config = Mapping[str, Any]
 
 
+class _Table(Mapping[str, Any]):
+    """A table of the data, whose entries are parsed when they are asked for: a command needs few of some thousands."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._parsed = text, dict[str, Any]()
+
+    def _start(self, name: object) -> int:
+        """Where the line of an entry begins; -1 where there is none."""
+        return self._text.find(f"\n  {json.dumps(name)}: ") if isinstance(name, str) else -1
+
+    def _at(self, start: int) -> tuple[str, Any]:
+        """The entry whose line begins there."""
+        name, _, value = self._text[start : self._text.index("\n", start + 1)].partition(": ")
+        key: str = json.loads(name)
+        if key not in self._parsed:
+            self._parsed[key] = json.loads(value.removesuffix(","))
+        return key, self._parsed[key]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._parsed:
+            return self._parsed[name]
+        start = self._start(name)
+        if start < 0:
+            raise KeyError(name)
+        return self._at(start)[1]
+
+    def mentioning(self, word: str) -> Iterator[tuple[str, Any]]:
+        """The entries in which a JSON string stands anywhere, with their names."""
+        place = self._text.find(json.dumps(word))
+        while place >= 0:
+            yield self._at(self._text.rindex("\n", 0, place))
+            place = self._text.find(json.dumps(word), self._text.index("\n", place))
+
+    def __contains__(self, name: object) -> bool:
+        return self._start(name) >= 0
+
+    def __iter__(self) -> Iterator[str]:
+        return (json.loads(line.partition(": ")[0]) for line in self._text.split("\n  ")[1:])
+
+    def __len__(self) -> int:
+        return self._text.count("\n  ")
+
+
 @functools.cache
 def tables() -> dict[str, Any]:
-    """The newest data that ships with the package."""
+    """The newest data that ships with the package. Its generator writes every entry of a table on a line of its own."""
     files = [file for file in schema.packaged("fixtures/architectures").iterdir() if file.name.endswith(".json")]
     newest = max(files, key=lambda file: [int(number) for number in re.findall(r"\d+", file.name)])
-    document: dict[str, Any] = json.loads(newest.read_text("utf-8"))
+    document = dict[str, Any]()
+    for part in newest.read_text("utf-8").split('\n "')[1:]:
+        name, _, value = part.partition('": ')
+        document[name] = (
+            _Table(value) if value.startswith("{\n") else json.loads(value.split("\n")[0].removesuffix(","))
+        )
     return document
 
 
@@ -61,7 +109,7 @@ def class_for(config: Config, auto: str | None = None) -> str | None:
     if auto is None:
         names = config.get("architectures")
         return names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    return _chosen().get((auto, _model_type(config, "")))
+    return _chosen(auto, _model_type(config, ""))
 
 
 def _model_type(config: Config, default: str) -> str:
@@ -70,14 +118,14 @@ def _model_type(config: Config, default: str) -> str:
     return found if isinstance(found, str) else default
 
 
-@functools.cache
-def _chosen() -> dict[tuple[str, str], str]:
-    return {
-        (auto, model_type): name
-        for name, entry in tables()["classes"].items()
-        for auto, types in _autos(entry)
-        for model_type in types
-    }
+@functools.lru_cache
+def _chosen(auto: str, model_type: str) -> str | None:
+    """The class that an auto class takes for a model type: the last one where several are given."""
+    found = None
+    for name, entry in tables()["classes"].mentioning(model_type):
+        if any(auto == other and model_type in types for other, types in _autos(entry)):
+            found = name
+    return found
 
 
 def _autos(entry: dict[str, Any]) -> Iterable[tuple[str, list[str]]]:
@@ -201,7 +249,7 @@ def _compose(name: str, config: Config) -> _Composed:
         model_type = _model_type(chosen, part["model_type"])
         if model_type == part["model_type"]:
             continue
-        other = _chosen().get((part["auto"], model_type))
+        other = _chosen(part["auto"], model_type)
         composed.ties = [tie for tie in composed.ties if not _is_inside(tie.module, place)]
         if other is None:
             composed.unknown.append(place)

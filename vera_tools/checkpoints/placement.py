@@ -8,7 +8,6 @@ base say together: the first of those that may be meant in which every adapted m
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -332,6 +331,8 @@ def known_under(config: data.Config, name: str) -> Architecture | None:
 
 @functools.cache
 def _installed() -> str:
+    import importlib.metadata  # 10 ms that few commands need
+
     try:
         return importlib.metadata.version("transformers")
     except importlib.metadata.PackageNotFoundError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import platform
 import shutil
 import tempfile
@@ -158,6 +157,8 @@ def base_record(checkpoint: Checkpoint, base: BaseModel | None) -> BaseRecord:
 
 def torch_version() -> str | None:
     """The installed torch's version, read without importing it; None where there is none."""
+    import importlib.metadata  # 10 ms that few commands need
+
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

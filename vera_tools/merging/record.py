@@ -119,10 +119,10 @@ def model_card(plan: Plan) -> str:
 
 
 def _kept(plan: Plan) -> list[str]:
-    import yaml
-
     if CARD_NAME not in plan.base.folder.names() or "config.json" not in plan.base.folder.names():
         return []
+    import yaml
+
     match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", local.read_text(plan.base.folder, CARD_NAME), re.DOTALL)
     where = plan.base.folder.path_of(CARD_NAME)
     metadata = markup.yaml(match[1], where=where, first=2) if match else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 from collections.abc import Iterator
@@ -58,6 +57,8 @@ def cpu_model() -> str | None:
 
 def installed(name: str) -> str | None:
     """The version of an installed distribution, which is not imported; None where there is none."""
+    import importlib.metadata  # 10 ms that few commands need
+
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
