@@ -27,7 +27,7 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.drifting import comparison
 from vera_tools.files import hub_answers, opening, safetensors
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.files.local import MemoryFile
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.platforms import atlas

@@ -83,3 +83,14 @@ def separate_kernels() -> Iterator[kernels.Call]:
         pytest.skip("only x86-64 has kernels without fused multiply-add")
     with kernels.under("default") as call:
         yield call
+
+
+@pytest.fixture
+def memory(request):
+    """A place in the store that is this process's memory, empty and of this test's own."""
+    from tests.stores import Bucket
+
+    bucket = Bucket(f"memory://{request.node.name.split('[')[0]}")
+    yield bucket
+    for path in list(bucket.files()):
+        bucket.remove(path)

@@ -11,7 +11,7 @@ from fuzz.mutation import Source
 from vera_tools.architectures import witness
 from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.files import local
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.files.safetensors import TensorFile
 from vera_tools.verifying import recorded
 from vera_tools.verifying.verifier import Verifier

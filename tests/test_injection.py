@@ -37,7 +37,7 @@ def test_the_card_of_a_pushed_adapter(checkpoint, key, text):
     edit_json(folder / CONFIG, lambda config: config.update({key: text}))
     report = vera_tools.verify(folder).checkpoints[0]
     from vera_tools.checkpoints.checkpoint import Checkpoint
-    from vera_tools.files.hub_client import name_of
+    from vera_tools.files.hub_reference import name_of
 
     with Checkpoint.open(folder) as opened:
         rendered = card.render(

@@ -9,7 +9,7 @@ code  class                       meaning
 2     `UsageError`                the call itself is wrong
 3     `UnprovenError`             nothing to compare with, and the caller asked for proof
 4     `FormatError`               unreadable, malformed, or not VeRA
-5     `HubError`                  the network or the Hub refused
+5     `RemoteError`               the network, the Hub or a store refused
 ====  ==========================  =============================================================
 """
 
@@ -138,10 +138,18 @@ class NotVeraError(FormatError):
         super().__init__(what, where=where, expected="peft_type VERA", found=kind, hint=hint)
 
 
-class HubError(VeraToolsError):
-    """The network or the Hub refused."""
+class RemoteError(VeraToolsError):
+    """What lies elsewhere cannot be had or written: the network refused, or who keeps it."""
 
     exit_code = 5
+
+
+class HubError(RemoteError):
+    """The network or the Hub refused."""
+
+
+class StoreError(RemoteError):
+    """The network or an object store refused."""
 
 
 def cut(text: str, most: int = 60) -> str:

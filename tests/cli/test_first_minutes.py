@@ -127,7 +127,7 @@ COMMANDS_WITH_A_PATH = [
 
 
 @pytest.mark.parametrize("arguments", COMMANDS_WITH_A_PATH, ids=" ".join)
-@pytest.mark.parametrize("path", ["not-there", "not/there/at all", "s3://bucket/x", "https://huggingface.co/ann/x"])
+@pytest.mark.parametrize("path", ["not-there", "not/there/at all", "weird://bucket/x", "https://example.org/ann/x"])
 def test_a_path_that_is_not_there_is_wrong_usage(arguments, path, monkeypatch, tmp_path):
     monkeypatch.chdir(CHECKPOINTS)
     result = run_cli(*[argument.replace("{}", path) for argument in arguments])
@@ -140,15 +140,8 @@ def test_a_path_that_is_not_there_is_wrong_usage(arguments, path, monkeypatch, t
     ("path", "words"),
     [
         ("ann/my-adapter", "no such file or folder; if it is on the Hub, write hf://ann/my-adapter"),
-        ("https://huggingface.co/ann/my-adapter", "write hf://ann/my-adapter"),
-        ("https://huggingface.co/ann/my-adapter/tree/main", "write hf://ann/my-adapter"),
-        ("https://hf.co/ann/x/tree/v2/sub/folder", "write hf://ann/x@v2/sub/folder"),
-        ("https://huggingface.co/ann/x/tree/refs%2Fpr%2F3", "write hf://ann/x@refs/pr/3"),
-        ("https://huggingface.co/ann/x/blob/main/en/adapter_model.safetensors", "write hf://ann/x/en"),
-        ("https://huggingface.co/ann/x/resolve/main/adapter_config.json?download=true", "write hf://ann/x"),
-        ("https://huggingface.co/datasets/ann/x", "download it first"),
         ("https://example.org/ann/x", "download it first"),
-        ("s3://bucket/adapter", "unknown scheme s3:// (expected a folder, a file, or hf://owner/name"),
+        ("weird://bucket/adapter", "unknown scheme weird:// (expected a folder, a file, hf://owner/name"),
     ],
 )
 def test_what_may_be_meant_for_the_hub_gets_its_form(path, words, tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def test_from_the_hub(hub, tmp_path):
     assert report.carried_over == local.carried_over == ("expected_logits.json",)
     for name in ("adapter_model.safetensors", "adapter_config.json", "vera_manifest.json", "expected_logits.json"):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
-    with pytest.raises(UsageError, match="nothing on the Hub is changed in place"):
+    with pytest.raises(UsageError, match="only what is on disk is changed in place"):
         strip_projections("hf://ann/x", in_place=True)
 
 

@@ -17,8 +17,8 @@ from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import FormatError, HubError, UsageError
 from vera_tools.files import hub as hub_source
 from vera_tools.files import hub_client as hub_module
-from vera_tools.files import local
-from vera_tools.files.hub_client import Reference
+from vera_tools.files import local, ranges
+from vera_tools.files.hub_reference import Reference
 
 
 def data_requests(hub):
@@ -121,7 +121,7 @@ def test_headers_cost_kilobytes(hub, tmp_path):
 
 
 def test_streaming_takes_few_requests_and_little_memory(hub, monkeypatch):
-    monkeypatch.setattr(hub_source, "MOST", 1 << 20)
+    monkeypatch.setattr(ranges, "MOST", 1 << 20)
     content = bytes(range(256)) * (40 << 10)  # 10 MiB
     hub.add_repo("ann/x", {"model.safetensors": content})
     file = hub_source.folder("hf://ann/x").open("model.safetensors")
@@ -137,7 +137,7 @@ def test_streaming_takes_few_requests_and_little_memory(hub, monkeypatch):
 
 
 def test_threads_may_share_a_file(hub, monkeypatch):
-    monkeypatch.setattr(hub_source, "WINDOW", 64)
+    monkeypatch.setattr(ranges, "WINDOW", 64)
     content = bytes(range(256)) * 64
     hub.add_repo("ann/x", {"model.safetensors": content})
     file = hub_source.folder("hf://ann/x").open("model.safetensors")
@@ -153,7 +153,7 @@ def test_threads_may_share_a_file(hub, monkeypatch):
 
 
 def test_a_read_larger_than_one_request_and_one_beyond_the_end(hub, monkeypatch):
-    monkeypatch.setattr(hub_source, "MOST", 1000)
+    monkeypatch.setattr(ranges, "MOST", 1000)
     content = bytes(range(256)) * 50
     hub.add_repo("ann/x", {"model.safetensors": content})
     file = hub_source.folder("hf://ann/x").open("model.safetensors")
@@ -200,7 +200,7 @@ def test_small_files_are_checked_against_gits_name(hub, size):
 @pytest.mark.parametrize("command", ["verify", "merge"])
 def test_a_flipped_byte_of_an_adapter_is_caught_wherever_it_is_read(hub, tmp_path, monkeypatch, command, window):
     """Also in a header that was read by itself first, and in vectors that no manifest covers."""
-    monkeypatch.setattr(hub_source, "WINDOW", window)
+    monkeypatch.setattr(ranges, "WINDOW", window)
     content = (CHECKPOINTS / KEPT / "adapter_model.safetensors").read_bytes()
     hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
 

@@ -100,7 +100,7 @@ class BaseModel(local.ReadFromFolder):
             FormatError: no safetensors file there, or one of them is malformed.
         """
         folder, name = opening.locate(reference)
-        label = os.fspath(reference)
+        label = opening.spelled(reference)
         names = folder.names()
         chosen = name or _preferred(folder, names, label)
         if chosen is not None and not chosen.endswith(INDEX_SUFFIX):

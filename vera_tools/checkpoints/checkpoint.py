@@ -7,6 +7,7 @@ and per adapted layer ``base_model.model.<module>.vera_lambda_b`` (out_features,
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -86,10 +87,11 @@ class Place:
         Raises:
             FormatError: something else is there, or it may not be looked at.
             UsageError: nothing is there, the name is empty, or its scheme is unknown.
+            RemoteError: the Hub or a store does not have it, refuses, or cannot be reached.
         """
         folder, file = opening.locate(reference)
         names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
-        return cls(os.fspath(reference), folder, file, tuple(names))
+        return cls(opening.spelled(reference), folder, file, tuple(names))
 
     def read_config(self) -> Config | None:
         """The config, which tells other adapters before anything is said about their weights; None where none is there.
@@ -396,6 +398,8 @@ def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | No
 def find(root: Path) -> Iterator[Path]:
     """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
 
+    Names are in the order that people give them: checkpoint-1000 comes after checkpoint-500.
+
     Links are followed, and each folder is entered once, by whichever of its names comes first. A folder that cannot be
     listed is handed out too: it may hold a checkpoint, and opening it says what is wrong.
 
@@ -421,7 +425,14 @@ def find(root: Path) -> Iterator[Path]:
         if CONFIG_NAME in names and not names[CONFIG_NAME]:
             yield folder
         inside = (name for name, is_folder in names.items() if is_folder and not name.startswith("."))
-        waiting += [folder / name for name in sorted(inside, reverse=True)]
+        waiting += [folder / name for name in sorted(inside, key=in_order, reverse=True)]
+
+
+def in_order(name: str) -> tuple[list[tuple[int, str]], str]:
+    """What to sort names by, such that the numbers in them count as numbers."""
+    parts = enumerate(re.split(r"([0-9]+)", name))
+    numbers = [(n % 2, text.lstrip("0") if n % 2 else text) for n, text in parts]
+    return [(len(text) if is_number else 0, text) for is_number, text in numbers], name
 
 
 def _identity(folder: Path) -> object:

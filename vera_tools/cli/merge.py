@@ -46,7 +46,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
     required=True,
     type=REFERENCE,
     metavar="BASE",
-    help="Base model: a folder, a safetensors file or hf://owner/name.",
+    help="Base model: a folder, a safetensors file, hf://owner/name or s3://...",
 )
 @click.option("-o", "--output", "out", required=True, type=FOLDER, metavar="OUT", help="The folder to make.")
 @click.option(

@@ -195,7 +195,7 @@ def base_option(function: Function) -> Function:
         "--base",
         type=completion.REFERENCE,
         metavar="BASE",
-        help="Base model: a folder, a safetensors file or hf://owner/name. Headers are enough.",
+        help="Base model: a folder, a safetensors file, hf://owner/name or s3://... Headers are enough.",
     )
     return option(function)
 

@@ -88,8 +88,9 @@ def command(
     Are the projections what the config's key regenerates; is everything else intact; does it fit its base; and which
     loader would silently compute with something else?
 
-    A CHECKPOINT is a folder, an adapter_model.safetensors file, or hf://owner/name[@revision][/subfolder]; hf://owner/*
-    stands for every adapter of an owner's, and - for a list on standard input, one a line.
+    A CHECKPOINT is a folder, an adapter_model.safetensors file, hf://owner/name[@revision][/subfolder], or an address
+    such as s3://bucket/adapter; hf://owner/* stands for every adapter of an owner's, and - for a list on standard
+    input, one a line.
     """
     listed = _listed() if "-" in checkpoints else []
     checkpoints = tuple(path for path in checkpoints if path != "-")

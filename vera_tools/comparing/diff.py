@@ -227,8 +227,8 @@ def diff(
         except (CheckFailedError, UsageError, ValueError) as error:
             why_not = str(error)
         return DiffReport(
-            os.fspath(a),
-            os.fspath(b),
+            one.label,
+            two.label,
             changed,
             (only_a, only_b),
             equal_tensors=len(both) - len(tensors),

@@ -138,7 +138,7 @@ def inspect(
         vectors = [i for layer in opened.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
         pair = list(opened.projections.values())
         return InspectReport(
-            path=os.fspath(checkpoint),
+            path=opened.label,
             config=opened.config.to_dict(),
             unknown_keys=tuple(sorted(opened.config.extra)),
             layers=tuple(_summary(layer, widths.get(layer.module)) for layer in opened.layers.values()),

@@ -115,13 +115,16 @@ def convert_all(
 
     Raises:
         FormatError: no checkpoint in this folder.
-        UsageError: `root` or `out_dir` is empty, or `root` is not there.
+        UsageError: `root` or `out_dir` is empty or not on disk, or `root` is not there.
     """
     if out_dir is not None and not os.fspath(out_dir):
         raise UsageError("the output is empty", hint="name the folder that the outputs go to")
     opening.require(root)
-    top = Path(root)
-    own = None if out_dir is None else Path(out_dir).resolve()
+    top, to = opening.local_path(root), None if out_dir is None else opening.local_path(out_dir)
+    if top is None or (to is None and out_dir is not None):
+        where = opening.spelled(root if top is None or out_dir is None else out_dir)
+        raise UsageError("many are converted from a folder to another, both on disk", where=where, hint="copy it first")
+    own = None if to is None else to.resolve()
     # Listed before anything is written, so that outputs below the root are not taken for inputs.
     folders = [f for f in find(top) if own is None or not f.resolve().is_relative_to(own)]
     if not folders:
@@ -130,7 +133,7 @@ def convert_all(
     for done, folder in enumerate(folders):
         if progress:
             progress(done, len(folders), str(folder.relative_to(top)))
-        output = None if out_dir is None else Path(out_dir) / folder.relative_to(top)
+        output = None if to is None else to / folder.relative_to(top)
         items.append(_convert_one(folder, output, convert, overwrite=overwrite))
     return BatchReport(command, str(top), tuple(items), dry_run)
 

@@ -119,7 +119,7 @@ def from_foreign(
             raise FormatError(f"there is no {CONFIG_NAME}", where=folder.label)
         if in_place:
             raise UsageError("a training state is not converted in place", where=os.fspath(checkpoint), hint="use -o")
-        return _from_anima(folder, name, os.fspath(checkpoint), output, base, prng_key, overwrite=overwrite)
+        return _from_anima(folder, name, opening.spelled(checkpoint), output, base, prng_key, overwrite=overwrite)
     if format == "anima":
         raise FormatError(f"not a training state: it has an {CONFIG_NAME}", where=os.fspath(checkpoint))
     _refuse_adapter_hub(folder)
@@ -220,7 +220,7 @@ def _from_anima(
         raise FormatError(
             "not one file", where=label, expected="one safetensors file", found=f"{len(files)}", hint="name the file"
         )
-    target = destination.refuse_output(output, overwrite=overwrite, inputs=(label, base))
+    target = destination.refuse_folder(output, overwrite=overwrite, inputs=(label, base))
     with contextlib.ExitStack() as stack:
         weights = stack.enter_context(TensorFile(folder.open(files[0])))
         _refuse_by_name(weights)
@@ -238,14 +238,14 @@ def _from_anima(
         config = VeraConfig(
             r=record.shape.r, target_modules=sorted(modules.values()), projection_prng_key=key, inference_mode=True
         )
-        with atomic.folder(target, overwrite=overwrite) as out:
+        with destination.on_disk(target) as path, atomic.folder(path, overwrite=overwrite) as out:
             manifest = write_checkpoint(out, config, tensors, record, metadata=weights.metadata)
             size = (out / WEIGHTS_NAME).stat().st_size
             folder.check_unchanged()
             model.check_unchanged()
         return ForeignReport(
             path=label,
-            output=os.fspath(output),
+            output=str(target),
             in_place=False,
             projections=record,
             origin="stored",

@@ -20,6 +20,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
 from vera_tools.files import atomic, local, renaming
+from vera_tools.files.store_client import Address
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
 
@@ -41,7 +42,7 @@ class Destination:
         dry_run: Nothing is written there: the output is made in a folder for temporary files, and removed.
     """
 
-    path: Path
+    path: Path | Address
     in_place: bool
     overwrite: bool
     carried_over: tuple[str, ...]
@@ -64,7 +65,7 @@ class Destination:
 
         Raises:
             UsageError: neither or both of `output` and `in_place`; the output cannot be there (`refuse_output`);
-                in place on the Hub, or on a weights file of another name.
+                in place on the Hub or in a store, or on a weights file of another name.
             FormatError, CheckFailedError: the manifest cannot be used, and its content would be lost or handed on.
         """
         if (output is None) != in_place:
@@ -73,6 +74,7 @@ class Destination:
         own = {CONFIG_NAME, MANIFEST_NAME, WEIGHTS_NAME, PICKLE_NAME, Path(checkpoint.weights.label).name}
         others = [name for name in checkpoint.folder.names() if name not in own]
         signatures = tuple(name for name in others if _is_one_of(name, SIGNATURES))
+        path: Path | Address
         if in_place:
             path = _own_folder(checkpoint)
             if signatures:
@@ -83,7 +85,8 @@ class Destination:
             return cls(path, True, True, tuple(others), (), checkpoint, dry_run)
         assert output is not None
         here = checkpoint.folder.path if isinstance(checkpoint.folder, local.LocalFolder) else None
-        path = destination.refuse_output(output, overwrite=overwrite, inputs=(here, base))
+        inputs = (here or checkpoint.folder.label, base)
+        path = destination.refuse_folder(output, overwrite=overwrite, inputs=inputs)
         others = [name for name in others if not name.startswith(".")]  # git's and the system's
         left_out = tuple(name for name in others if _is_one_of(name, SIGNATURES + _HEAVY))
         carried_over = tuple(name for name in others if name not in left_out)
@@ -100,7 +103,8 @@ class Destination:
 
         Raises:
             FormatError: checkpoint or base were changed while they were read.
-            VeraToolsError: the file system refused.
+            UsageError: something has appeared where the output goes.
+            VeraToolsError: the file system, or the store, refused.
         """
         read = self._checkpoint.folder
 
@@ -111,22 +115,29 @@ class Destination:
 
         if self.dry_run:
             self._refuse_unwritable()
-            with atomic.errors(self.path), tempfile.TemporaryDirectory(prefix="vera-tools-dry-run-") as temporary:
+            place = Path(tempfile.gettempdir()) if isinstance(self.path, Address) else self.path
+            with atomic.errors(place), tempfile.TemporaryDirectory(prefix="vera-tools-dry-run-") as temporary:
                 yield Path(temporary)
                 check()
             return
         if self.in_place:
+            assert isinstance(self.path, Path)
             with atomic.replacement(self.path, drop={PICKLE_NAME}, check=check) as folder:
                 yield folder
             read.forget()  # what lies there now is ours
             return
-        with atomic.folder(self.path, overwrite=self.overwrite) as folder:
+        with (
+            destination.on_disk(self.path) as path,
+            atomic.folder(path, overwrite=self.overwrite) as folder,
+        ):
             yield folder
             for name in self.carried_over:
                 local.copy(read, name, folder / name)
             check()
 
     def _refuse_unwritable(self) -> None:
+        if isinstance(self.path, Address):
+            return  # the store was asked when the arguments were checked
         if self.in_place and not renaming.can_exchange():
             raise atomic.no_exchange(self.path)
         atomic.refuse_forbidden(self.path)
@@ -236,7 +247,7 @@ def _own_folder(checkpoint: Checkpoint) -> Path:
     folder = checkpoint.folder
     if not isinstance(folder, local.LocalFolder):
         raise UsageError(
-            "nothing on the Hub is changed in place", where=checkpoint.label, hint="write to a folder (-o)"
+            "only what is on disk is changed in place", where=checkpoint.label, hint="write to a folder (-o)"
         )
     name = Path(checkpoint.weights.label).name
     if name not in (WEIGHTS_NAME, PICKLE_NAME):

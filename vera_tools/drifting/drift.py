@@ -368,13 +368,14 @@ class _Judge:
         assert self._adapter is not None
         if self._base is None:
             return {"logits_why_not": "no base model was named"}
-        if opening.is_remote(self._base) or not Path(self._base).is_dir():
+        base = opening.local_path(self._base)
+        if base is None or not base.is_dir():
             return {"logits_why_not": "the base is not a model's folder on this disk"}
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:
             return {"logits_why_not": f"{' and '.join(missing)} not installed beside vera-tools"}
         change, why_not = logits_change(
-            self._adapter, os.fspath(self._base), self._target.pair, loaded, timeout=self._timeout
+            self._adapter, os.fspath(base), self._target.pair, loaded, timeout=self._timeout
         )
         return {"logits": change, "logits_why_not": why_not}
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import threading
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,16 +17,15 @@ from vera_tools.errors import HubError
 from vera_tools.files import hub_client as hub
 from vera_tools.files import local
 from vera_tools.files.hub_answers import RemoteFile
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
+from vera_tools.files.ranges import RangedFile
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import Response
 
-#: Bytes of the first range: enough for the header of most files.
-WINDOW = 16 << 10
-#: Most bytes in one request. Sequential reads grow up to it, so that streaming a file takes few requests.
-MOST = 16 << 20
+#: How the names of files end that are opened.
+FILES = (".safetensors", ".json", ".bin")
 
 
 def folder(reference: str) -> local.Folder:
@@ -39,6 +37,22 @@ def folder(reference: str) -> local.Folder:
     """
     parsed = Reference.parse(reference)
     return CachedFolder(parsed) if hub.is_offline() else HubFolder(parsed)
+
+
+def locate(reference: str) -> tuple[local.Folder, str | None]:
+    """The folder that a reference stands for, and the file in it that was named, if one was.
+
+    Raises:
+        UsageError: not a reference.
+        HubError: not there, no access, or the Hub cannot be reached.
+    """
+    parsed = Reference.parse(reference)
+    above, _, name = parsed.subfolder.rpartition("/")
+    if name.endswith(FILES):
+        parent = folder(str(dataclasses.replace(parsed, subfolder=above)))
+        if name in parent.names():
+            return parent, name
+    return folder(reference), None
 
 
 class HubFolder:
@@ -104,60 +118,26 @@ class HubFolder:
         """There is nothing to check."""
 
 
-class HubFile:
+class HubFile(RangedFile):
     """A file on the Hub: what fits into one request is fetched whole, and checked; what is larger, by ranges.
 
     Of a large file, what lies in the first range alone - a header - is taken from there, unchecked until more is read.
     """
 
     def __init__(self, api: HfApi, repo: str, commit: str, file: RemoteFile, *, label: str) -> None:
-        self.label, self.size = label, file.size
+        super().__init__(label=label, size=file.size)
         self._api, self._repo, self._commit, self._file = api, repo, commit, file
-        #: What is held: where it starts, and the bytes. Replaced as one, so that threads may share the file.
-        self._window = (0, b"")
-        self._whole = threading.Lock()
 
     @property
     def version(self) -> str:
         """The digest that the Hub lists for it."""
         return self._file.sha256 or self._file.git_sha1
 
-    def read_into(self, buffer: memoryview, start: int) -> None:
-        """Fill `buffer` with the bytes from `start` on.
+    def _comes_whole(self, stop: int) -> bool:
+        return self._file.sha256 is None or super()._comes_whole(stop)
 
-        Raises:
-            HubError: the Hub refused, the connection broke for good, or the bytes are not what was asked for.
-        """
-        view, done = buffer.cast("B"), 0
-        while done < len(view):
-            position, (first, held) = start + done, self._window
-            if not first <= position < first + len(held):
-                first, held = self._window = self._fetch(position, len(view) - done, after=(first, held))
-            piece = memoryview(held)[position - first : position - first + len(view) - done]
-            view[done : done + len(piece)] = piece
-            done += len(piece)
-
-    def close(self) -> None:
-        """Forget what is held."""
-        self._window = (0, b"")
-
-    def _fetch(self, start: int, wanted: int, *, after: tuple[int, bytes]) -> tuple[int, bytes]:
-        """The bytes from `start` on: as many as wanted, and more where the file is read in sequence."""
-        first, held = after
-        header_only = self._file.sha256 is not None and start + wanted <= WINDOW < self.size
-        if not header_only and (self._file.sha256 is None or self.size <= MOST):
-            with self._whole:  # once, whatever the number of threads that wait for it
-                held = self._window[1]
-                window = (0, held if len(held) == self.size else self._get_whole(before=self._window))
-                self._window = window
-        else:
-            sequential = bool(held) and start == first + len(held)
-            ahead = 2 * len(held) if sequential else WINDOW
-            stop = min(start + min(max(wanted, ahead), MOST), self.size)
-            window = (start, self._get_range(start, stop))
-        if start >= window[0] + len(window[1]):
-            raise HubError("the file ends too early", where=self.label, expected=f"{start + wanted} bytes")
-        return window
+    def _too_short(self, expected: int) -> HubError:
+        return HubError("the file ends too early", where=self.label, expected=f"{expected} bytes")
 
     def _get_whole(self, *, before: tuple[int, bytes]) -> bytes:
         """All of it, if it has the digest that the Hub lists, and what was read of it before was the same."""

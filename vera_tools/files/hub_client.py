@@ -1,4 +1,4 @@
-"""The Hub: how it is referred to, how it is called, and what its failures mean.
+"""The Hub: how it is called, and what its failures mean.
 
 Every request goes through the huggingface_hub client: its session, token, cache, endpoint and environment variables
 are the user's own. `call` adds the retries that the client leaves out for some of its requests, and `errors` turns
@@ -17,28 +17,20 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vera_tools._version import __version__
-from vera_tools.errors import HubError, UsageError, VeraToolsError
+from vera_tools.errors import HubError, VeraToolsError
+from vera_tools.files import secrets
 from vera_tools.files.hub_answers import RemoteFile, check_answer, commit_of, remote_file, told_to_wait
+from vera_tools.files.hub_reference import Reference
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 Result = TypeVar("Result")
 
-SCHEME = "hf://"
-_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-# Revisions whose slashes stand as they are.
-_SPECIAL = r"refs/(?:pr/\d+|convert/[\w.-]+)"
-_REFERENCE = re.compile(
-    rf"(?:hf://)?(?:models/(?=[^/@]+/))?(?P<repo>{_NAME}/{_NAME})"
-    rf"(?:@(?P<revision>{_SPECIAL}|[^/]+))?(?:/(?P<subfolder>.*))?"
-)
-_SECRET = re.compile(r"hf_[A-Za-z0-9_]{6,}|(?i:bearer)\s+\S+|(?<=\S)\?\S+")
 # How hf_xet, which is written in Rust, quotes an error of the system.
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
@@ -50,65 +42,6 @@ ATTEMPTS = 5
 FEW_ATTEMPTS = 2
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Reference:
-    """``hf://owner/name[@revision][/subfolder]``: a folder of a model repository.
-
-    Attributes:
-        repo: "owner/name".
-        revision: Branch, tag, commit or ``refs/pr/N``; None is the default branch.
-        subfolder: Path inside the repository, without slashes at its ends; "" is the root.
-    """
-
-    repo: str
-    revision: str | None = None
-    subfolder: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Reference:
-        """The reference that `text` spells. A slash inside a revision is written %2F (refs/pr/N stands as it is).
-
-        Raises:
-            UsageError: not such a reference.
-        """
-        match = _REFERENCE.fullmatch(text)
-        subfolder = (match["subfolder"] or "").strip("/") if match else ""
-        if match is None or any(part in ("", ".", "..") for part in subfolder.split("/") if subfolder):
-            raise UsageError(
-                "not a model repository", where=text, expected="owner/name or hf://owner/name[@revision][/subfolder]"
-            )
-        revision = match["revision"]
-        return cls(match["repo"], revision.replace("%2F", "/") if revision else None, subfolder)
-
-    def __str__(self) -> str:
-        # "hf://models/a/b" is model b of a: an owner of that name needs the word twice.
-        doubled = self.repo.startswith("models/") and self.revision is None and self.subfolder
-        text = SCHEME + ("models/" if doubled else "") + self.repo
-        if self.revision is not None:
-            special = re.fullmatch(_SPECIAL, self.revision) is not None
-            text += "@" + (self.revision if special else self.revision.replace("/", "%2F"))
-        return f"{text}/{self.subfolder}" if self.subfolder else text
-
-    def path(self, name: str) -> str:
-        """The path, in the repository, of a file of this folder."""
-        return f"{self.subfolder}/{name}" if self.subfolder else name
-
-
-def is_repository(name: str) -> bool:
-    """Whether this is "owner/name" and no more."""
-    return re.fullmatch(f"{_NAME}/{_NAME}", name) is not None
-
-
-def name_of(model: str | None) -> str | None:
-    """The name that a model has on the Hub, as far as a config or a BASE argument tells: a local path has none."""
-    if model and model.startswith(SCHEME):
-        match = _REFERENCE.fullmatch(model)  # a config's, which may be anything
-        return match["repo"] if match else None
-    if not model or "\0" in model or os.path.exists(model):
-        return None
-    return model if re.fullmatch(rf"{_NAME}(/{_NAME})?", model) else None
 
 
 def git_sha1(content: bytes) -> str:
@@ -203,17 +136,17 @@ def errors(where: str) -> Iterator[None]:
     """Turn whatever the client raises inside into a `HubError` at `where`, and keep secrets out of its logs."""
     from huggingface_hub.errors import HTTPError
 
-    with _discreet_logs():
+    with secrets.discreet_logs("huggingface_hub", shown=_redact):
         try:
             yield
         except VeraToolsError:
             raise
         except (HTTPError, OSError, ValueError, RuntimeError) as error:
-            raise _explain(error, where) from _without_secrets(error)
+            raise _explain(error, where) from secrets.without_secrets(error, _redact)
         except (LookupError, TypeError, AttributeError, AssertionError) as error:
             # What the client raises where an answer lacks a member, or holds one of another type.
             what = f"the Hub's answer is not what its client can read: {type(error).__name__}: {_first_line(error)}"
-            raise HubError(what, where=where, hint="check HF_ENDPOINT") from _without_secrets(error)
+            raise HubError(what, where=where, hint="check HF_ENDPOINT") from secrets.without_secrets(error, _redact)
 
 
 def watch_answers() -> None:
@@ -389,15 +322,12 @@ def _token() -> str | None:
 
 
 def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in _redact(str(error)).split("\n") if line.strip()]
-    return lines[0].rstrip(".") if lines else type(error).__name__
+    return secrets.first_line(error, _redact)
 
 
 def _redact(text: str) -> str:
-    """`text` without tokens, and without the queries of URLs, which sign them."""
-    for token in _secrets():
-        text = text.replace(token, "<token>")
-    return _SECRET.sub("<hidden>", text)
+    """`text` without secrets, whichever token the client may use."""
+    return secrets.redact(text, _secrets())
 
 
 def _secrets() -> list[str]:
@@ -409,33 +339,3 @@ def _secrets() -> list[str]:
         found.append(Path(constants.HF_TOKEN_PATH).read_text("utf-8"))
     forms = {form for token in found for form in (token, token.strip(), "".join(token.splitlines()).strip())}
     return sorted((form for form in forms if form.strip()), key=len, reverse=True)
-
-
-def _without_secrets(error: BaseException) -> BaseException | None:
-    """`error` as a cause to show when debugging; None where it, or what led to it, holds a secret in its text."""
-    chain, link = [str(error)], error.__cause__ or error.__context__
-    while link is not None:
-        chain.append(str(link))
-        link = link.__cause__ or link.__context__
-    return error if all(_redact(text) == text for text in chain) else None
-
-
-class _Discreet(logging.Filter):
-    """Takes secrets out of what is logged."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = _redact(record.getMessage()), None
-        return True
-
-
-@contextlib.contextmanager
-def _discreet_logs() -> Iterator[None]:
-    discreet = _Discreet()
-    handlers = [*logging.getLogger("huggingface_hub").handlers, *logging.getLogger().handlers]
-    for handler in handlers:
-        handler.addFilter(discreet)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            handler.removeFilter(discreet)

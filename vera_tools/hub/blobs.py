@@ -15,7 +15,7 @@ from vera_tools.errors import HubError
 from vera_tools.files import hub_client as hub
 from vera_tools.files import locking
 from vera_tools.files.hub_answers import RemoteFile
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.hub.transfer import check_arrived
 
 

@@ -17,7 +17,7 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.errors import FormatError
 from vera_tools.files import markup
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable

@@ -24,7 +24,7 @@ from vera_tools.errors import FormatError, HubError
 from vera_tools.files import atomic
 from vera_tools.files import hub_client as hub
 from vera_tools.files.hub_answers import RemoteFile, is_git_name, is_sha256
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.hub import blobs
 from vera_tools.hub.transfer import (
     PROVENANCE_NAME,

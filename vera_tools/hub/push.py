@@ -37,7 +37,7 @@ from vera_tools.errors import (
 from vera_tools.files import hub_client as hub
 from vera_tools.files import local, opening
 from vera_tools.files.hub_answers import commit_of
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference, name_of
 from vera_tools.hub import card
 from vera_tools.hub.remote import Remote
 from vera_tools.hub.transfer import (
@@ -205,7 +205,7 @@ def push(
             with speaking_of(label, staged):
                 record, config = _add_manifest(staged, remote, base, in_features, ours=bool(convert))
             verification = relabel(verify(staged, base=base).checkpoints[0], staged, label)
-            named = hub.name_of(config.base_model_name_or_path) or hub.name_of(os.fspath(base) if base else None)
+            named = name_of(config.base_model_name_or_path) or name_of(os.fspath(base) if base else None)
             _warn_of_local_base(label, config)
             text, notes = _add_card(
                 staged, remote, config, record, verification, base_model=named, overwrite_card=overwrite_card
@@ -254,7 +254,8 @@ def _target(repo: str, revision: str | None, *, create_pr: bool) -> Reference:
 
 def _local(checkpoint: str | os.PathLike[str]) -> Path:
     if opening.is_remote(checkpoint):
-        raise UsageError("only a local checkpoint can be pushed", where=os.fspath(checkpoint), hint="pull it first")
+        hint = "pull it first" if opening.is_on_hub(checkpoint) else "copy it to a folder first"
+        raise UsageError("only a local checkpoint can be pushed", where=opening.spelled(checkpoint), hint=hint)
     folder, name = opening.locate(checkpoint)
     if name not in (None, WEIGHTS_NAME, CONFIG_NAME) or not isinstance(folder, local.LocalFolder):
         raise UsageError("a checkpoint's folder is pushed, not one file", where=os.fspath(checkpoint))
@@ -368,7 +369,7 @@ def _add_card(
 
 def _warn_of_local_base(label: str, config: VeraConfig) -> None:
     path = config.base_model_name_or_path
-    if path and hub.name_of(path) is None:
+    if path and name_of(path) is None:
         warnings.warn(
             f"{label}: {CONFIG_NAME} names its base by a path, which nobody else has: {path}; set "
             "base_model_name_or_path to the base's name on the Hub",

@@ -11,7 +11,7 @@ from vera_tools.files import hub_client as hub
 from vera_tools.files import local
 from vera_tools.files.hub import HubFile
 from vera_tools.files.hub_answers import RemoteFile, commit_of
-from vera_tools.files.hub_client import Reference
+from vera_tools.files.hub_reference import Reference
 from vera_tools.hub.transfer import Digests, Transferred
 
 if TYPE_CHECKING:

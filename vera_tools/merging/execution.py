@@ -138,10 +138,12 @@ def _close(work: _Work, plan: Plan, staging: Staging) -> None:
     try:
         for future in work.futures:
             future.result()
-        for name in {entry.origin.file for entry in work.shard.entries if entry.origin}:
-            origin = plan.base.files[name].source
+        origins = {plan.base.files[entry.origin.file].source for entry in work.shard.entries if entry.origin}
+        for origin in origins:
             if isinstance(origin, LocalFile):
                 origin.check_unchanged()
+        if not all(isinstance(origin, LocalFile) for origin in origins):
+            plan.base.check_unchanged()
         for adapter in plan.adapters:
             adapter.checkpoint.check_unchanged()
         work.file.close()

@@ -21,6 +21,7 @@ from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local
+from vera_tools.files.store_client import Address
 from vera_tools.merging import execution, loading, record, rehearsal, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
 from vera_tools.merging.changes import refuse_quantised
@@ -194,8 +195,12 @@ def merge(
     _check_arguments(references, factors, part=part, finish=finish)
     if dry_run and (resume or finish):
         raise UsageError("a dry run goes on from nothing", hint="leave --resume and --finish out")
-    path = destination.refuse_output(output, overwrite=overwrite, inputs=(base, *references))
+    target = destination.refuse_folder(output, overwrite=overwrite, inputs=(base, *references))
+    if not isinstance(target, Path) and (part is not None or resume or finish):
+        hint = "merge to a folder, and copy it there"
+        raise UsageError("--part, --resume and --finish take a folder on disk", where=str(target), hint=hint)
     with contextlib.ExitStack() as stack:
+        path = stack.enter_context(destination.on_disk(target))
         model = stack.enter_context(BaseModel.open(base))
         refuse_quantised(model)
         assumptions = Assumptions.stated(model, recipe=recipe, stored_dtype=stored_dtype, strict=strict)
@@ -224,7 +229,7 @@ def merge(
             model.check_unchanged()
             for adapter in adapters:
                 adapter.checkpoint.check_unchanged()
-            return _report(output, plan, loads, notes, started, todo=mine, dry_run=True)
+            return _report(target, plan, loads, notes, started, todo=mine, dry_run=True)
         stage = stack.enter_context(staging.enter(path, plan, resume=resume, shared=part is not None, finish=finish))
         count = stack.enter_context(execution.workers(jobs))
         keep = verification.finished(plan, mine, stage, jobs=count)
@@ -249,11 +254,11 @@ def merge(
             for adapter in adapters:
                 adapter.checkpoint.check_unchanged()
             stage.publish(overwrite=overwrite, sync=sync)
-        return _report(output, plan, loads, notes, started, todo=todo, keep=keep, finished=whole, proven=proven)
+        return _report(target, plan, loads, notes, started, todo=todo, keep=keep, finished=whole, proven=proven)
 
 
 def _report(
-    output: str | os.PathLike[str],
+    target: Path | Address,
     plan: Plan,
     loads: loading.Loading,
     notes: Sequence[str],
@@ -267,9 +272,9 @@ def _report(
 ) -> MergeReport:
     """The report of what was written, or would be; its notes are warnings too."""
     for note in notes:
-        warnings.warn(f"{output}: {note}", LoadingWarning, stacklevel=3)
+        warnings.warn(f"{target}: {note}", LoadingWarning, stacklevel=3)
     return MergeReport(
-        path=os.fspath(output),
+        path=str(target),
         base=plan.base.label,
         finished=finished,
         adapters=tuple(adapter.to_dict() for adapter in plan.adapters),

@@ -12,7 +12,7 @@ from typing import Any
 from vera_tools._version import TOOL
 from vera_tools.checkpoints.manifest import ProjectionRecord
 from vera_tools.files import local, markup
-from vera_tools.files.hub_client import name_of
+from vera_tools.files.hub_reference import name_of
 from vera_tools.merging.entries import Kind
 from vera_tools.merging.plan import Plan
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import UsageError
-from vera_tools.files.opening import is_remote
+from vera_tools.files import opening
 from vera_tools.nn import live, peft_arguments, provenance
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
@@ -234,11 +234,15 @@ def load(
 
 def _as_peft_takes_it(checkpoint: str | os.PathLike[str]) -> dict[str, Any]:
     """The arguments by which PEFT finds a checkpoint."""
-    if not is_remote(checkpoint):
-        return {"model_id": os.fspath(checkpoint)}
-    from vera_tools.files.hub_client import Reference
+    if path := opening.local_path(checkpoint):
+        return {"model_id": os.fspath(path)}
+    if opening.in_store(checkpoint):
+        raise UsageError(
+            "PEFT reads from no store", where=opening.spelled(checkpoint), hint="copy it to a folder first"
+        )
+    from vera_tools.files.hub_reference import Reference
 
-    reference = Reference.parse(os.fspath(checkpoint))
+    reference = Reference.parse(opening.spelled(checkpoint))
     return {
         "model_id": reference.repo,
         "revision": reference.revision,

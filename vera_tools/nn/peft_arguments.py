@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vera_tools.errors import UsageError
-from vera_tools.files.opening import is_remote
+from vera_tools.files.opening import is_on_hub
 
 
 class _Argument(NamedTuple):
@@ -74,9 +74,9 @@ def located(
         UsageError: a revision of something that is not on the Hub, or a second one.
     """
     if revision is not None:
-        from vera_tools.files.hub_client import Reference
+        from vera_tools.files.hub_reference import Reference
 
-        reference = Reference.parse(os.fspath(checkpoint)) if is_remote(checkpoint) else None
+        reference = Reference.parse(os.fspath(checkpoint)) if is_on_hub(checkpoint) else None
         if reference is None or reference.revision not in (None, revision):
             raise UsageError(
                 "has no such revision",

@@ -145,7 +145,7 @@ def _on_load(tuner: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: o
 def _source(tuner: Any, name: str, before: Source | None, pair: list[Any]) -> Source | None:
     reference = _peft_loads()
     if reference is not None:
-        if opening.is_remote(reference):
+        if opening.is_on_hub(reference):
             return Source(reference, reference=reference)
         return _look_at(reference)
     if not all(isinstance(tensor, Tensor) for tensor in pair):

@@ -34,7 +34,7 @@ def assert_reproducible(
         AssertionError: anything else; the message says why, and what to do.
         UsageError: there is no such checkpoint, or an argument is unknown.
         FormatError: the base cannot be read.
-        HubError: the Hub cannot be reached.
+        RemoteError: the Hub or a store cannot be reached.
     """
     __tracebackhide__ = True
     report = vera_tools.verify(

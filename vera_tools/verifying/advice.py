@@ -233,9 +233,11 @@ def _after_drift(path: str, checks: Sequence[Check], *, stored: bool, key: int |
 
 
 def _step(words: str, command: str, path: str, base: str | None) -> Step:
-    remote = opening.is_remote(path)
-    again = "vera-tools verify {path}"
-    record = "vera-tools pull {path} -o pulled && vera-tools record pulled" if remote else "vera-tools record {path}"
+    again, record = "vera-tools verify {path}", "vera-tools record {path}"
+    if opening.is_on_hub(path):
+        record = "vera-tools pull {path} -o pulled && vera-tools record pulled"
+    elif opening.is_remote(path):
+        record = "vera-tools record COPY"  # made by the store's own means
     text = command.replace("{again}", again).replace("{record}", record)
     return Step(words, text.format(path=shlex.quote(path), base=shlex.quote(_base(base))))
 

@@ -26,6 +26,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import FormatError, UsageError, VeraToolsError, escaped
 from vera_tools.files import local, locking
+from vera_tools.files.store import StoreFolder
 from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 from vera_tools.verifying.runs import Run, Runs
@@ -47,7 +48,7 @@ class Conditions:
 
     Attributes:
         base: What the user called the base; None without one.
-        base_state: Its commit on the Hub, or a digest over the names, sizes and times of its files.
+        base_state: Its commit on the Hub, or a digest over the names, sizes, and times or versions of its files.
         base_digests: Whether the base's weights are hashed.
         allow_pickle: Whether legacy .bin files are read.
     """
@@ -65,10 +66,12 @@ class Conditions:
         if model is None or label is None:
             return cls(allow_pickle=allow_pickle)
         commit = getattr(model.folder, "commit", None)
-        if commit is None and isinstance(model.folder, local.LocalFolder):
+        if isinstance(model.folder, StoreFolder):
+            commit = model.folder.state
+        elif commit is None and isinstance(model.folder, local.LocalFolder):
             state = _state(os.fspath(model.folder.path), model.folder.names())
             commit = None if state is None else hashlib.sha256(json.dumps(state).encode()).hexdigest()
-        return cls(os.fspath(label), commit, base_digests, allow_pickle)
+        return cls(model.label, commit, base_digests, allow_pickle)
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ class Result:
 
     Attributes:
         path: What it is called.
-        commit: The commit that was verified; None for local ones.
+        commit: The commit that was verified, or the state of a folder in a store; None for local ones, and where it
+            changed meanwhile.
         outcome: Its report; that it was skipped; or why it could not be reached.
         state: The files on disk that were verified; None on the Hub, or where they changed meanwhile.
     """
@@ -397,6 +401,8 @@ class Log:
     def _remember(self, line: Line) -> None:
         result, mine = line.result, self._conditions
         if isinstance(result.outcome, Failed) or line.old or line.conditions.base != mine.base:
+            return
+        if result.commit is not None and line.conditions != mine:  # of the base, say, which may be in another state
             return
         if result.commit is None:  # the newest line of a path holds, so that an older state that comes back is unknown
             self._known.pop(line.key, None)

@@ -89,13 +89,13 @@ def record(
         FormatError: unreadable, malformed, not VeRA, without an adapted layer, or changed meanwhile.
         CheckFailedError: the base does not fit, or an earlier record was changed or is wrong about the projections.
         UnprovenError: seed-only with nothing recorded, and `strict`.
-        UsageError: a checkpoint on the Hub, or a seed-only one for which nothing says in_max.
+        UsageError: a checkpoint on the Hub or in a store, or a seed-only one for which nothing says in_max.
     """
     if opening.is_remote(checkpoint):
         raise UsageError(
             "a manifest is written beside a local checkpoint",
-            where=os.fspath(checkpoint),
-            hint="pull it first",
+            where=opening.spelled(checkpoint),
+            hint="pull it first" if opening.is_on_hub(checkpoint) else "copy it to a folder first",
         )
     with contextlib.ExitStack() as stack:
         opened = stack.enter_context(Checkpoint.open(checkpoint))
@@ -129,7 +129,7 @@ def record(
                 _put_back(path, before)
                 raise
             folder.forget()
-    return RecordReport(os.fspath(checkpoint), str(path), manifest, resolved, before is not None, before != data)
+    return RecordReport(opened.label, str(path), manifest, resolved, before is not None, before != data)
 
 
 def _put_back(path: Path, before: bytes | None) -> None:

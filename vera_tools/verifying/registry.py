@@ -1,7 +1,8 @@
-"""Many checkpoints, on the Hub or not: found, verified side by side, logged as they are done, and taken up again.
+"""Many checkpoints, wherever they are: found, verified side by side, logged as they are done, and taken up again.
 
 One that cannot be reached does not stop the others, and a second run verifies only what is new, has changed, or could
-not be reached (see `log`). What lies on disk is verified by processes (see `work`), what lies on the Hub by threads.
+not be reached (see `log`). What lies on disk is verified by processes (see `work`), what lies on the Hub or in a store
+by threads.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from typing import Any, NamedTuple
 
 from vera_tools import parts
 from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.errors import FormatError, HubError, UsageError, VeraToolsError
+from vera_tools.errors import FormatError, HubError, RemoteError, UsageError, VeraToolsError
 from vera_tools.files import hub_client as hub
-from vera_tools.files import opening
-from vera_tools.files.hub_client import Reference
+from vera_tools.files import hub_reference, opening, store
+from vera_tools.files.hub_reference import Reference
 from vera_tools.parts import Part
 from vera_tools.verifying import runs, work
 from vera_tools.verifying.log import Log, Result
@@ -47,7 +48,7 @@ class Item(NamedTuple):
 
 def is_pattern(path: str) -> bool:
     """Whether this stands for many: ``hf://owner/*``."""
-    return opening.is_remote(path) and any(character in path for character in "*?[")
+    return opening.is_on_hub(path) and any(character in path for character in "*?[")
 
 
 class Wanted(NamedTuple):
@@ -163,7 +164,7 @@ class _Crew:
         if opening.is_remote(item.path):
             if self._threads is None:
                 self._threads = self._stack.enter_context(_Threads(registry.jobs))
-            self._pending[self._threads.submit(_on_hub, registry, item)] = _Task([item], self._threads)
+            self._pending[self._threads.submit(_far_away, registry, item)] = _Task([item], self._threads)
         elif known := registry.log.local(item.path, skip_others=registry.job.skip_others):
             yield item, [known]
         elif self._is_patient():
@@ -254,30 +255,50 @@ def matching(pattern: str) -> list[str]:
         UsageError: a wildcard anywhere but in the repository's name.
         HubError: the Hub refused or cannot be reached.
     """
-    owner, _, name = pattern.removeprefix(hub.SCHEME).partition("/")
+    owner, _, name = pattern.removeprefix(hub_reference.SCHEME).partition("/")
     if not owner or any(character in owner for character in "*?[") or "/" in name or "@" in name:
         raise UsageError("a wildcard stands for repositories of one owner", where=pattern, expected="hf://owner/*")
     api = hub.client()
     with hub.errors(pattern):
         models = hub.call(lambda: [model.id for model in api.list_models(author=owner)], few=True)
         repos = sorted(model for model in models if fnmatch.fnmatchcase(model, f"{owner}/{name}"))
-    strange = [repo for repo in repos if not hub.is_repository(repo)]
+    strange = [repo for repo in repos if not hub_reference.is_repository(repo)]
     if strange:
         raise HubError("the Hub lists what is no repository", where=pattern, found=ascii(strange[0])[:80])
-    return [hub.SCHEME + repo for repo in repos]
+    return [hub_reference.SCHEME + repo for repo in repos]
 
 
-def _on_hub(registry: Registry, item: Item) -> list[Result]:
+def _far_away(registry: Registry, item: Item) -> list[Result]:
     path = item.path
     try:
+        if not opening.is_on_hub(path):
+            return [_in_store(registry, path)]
         reference = Reference.parse(path)
         if item.pattern:
             return _repository(registry, path, reference)
         if hub.is_offline():
             return [Result(path, None, registry.verifier.verify(path))]
         return [_pinned(registry, path, reference, hub.resolve(hub.client(), reference))]
-    except (HubError, UsageError) as error:
+    except (RemoteError, UsageError) as error:
         return [Result(path, None, Failed(path, error))]
+
+
+def _in_store(registry: Registry, path: str) -> Result:
+    if not registry.log.is_file:
+        return Result(path, None, registry.verifier.verify(path))
+    before = _state_in_store(path)
+    if before and (earlier := registry.log.get(path, before, skip_others=registry.job.skip_others)):
+        return earlier
+    outcome = registry.verifier.verify(path)
+    return Result(path, before if before == _state_in_store(path) else None, outcome)
+
+
+def _state_in_store(path: str) -> str | None:
+    """None of a folder that cannot be read, of which the verifier says why."""
+    try:
+        return store.state_of(opening.locate(path)[0])
+    except FormatError:
+        return None
 
 
 def _repository(registry: Registry, path: str, reference: Reference) -> list[Result]:

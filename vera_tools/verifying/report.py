@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
 
-from vera_tools.errors import FormatError, HubError, VeraToolsError
+from vera_tools.errors import FormatError, RemoteError, VeraToolsError
 from vera_tools.platforms import rows
 from vera_tools.projections.identification import Match
 from vera_tools.projections.key import same_key
@@ -41,8 +41,8 @@ class Failed(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """5 where the network or the Hub refused, 4 for what is gone."""
-        return HubError.exit_code if isinstance(self.error, HubError) else FormatError.exit_code
+        """5 where the network, the Hub or a store refused, 4 for what is gone."""
+        return RemoteError.exit_code if isinstance(self.error, RemoteError) else FormatError.exit_code
 
 
 @dataclass(frozen=True)

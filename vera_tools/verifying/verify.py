@@ -11,10 +11,11 @@ from typing import TextIO
 
 from vera_tools import parts
 from vera_tools.checkpoints.base import BaseModel
-from vera_tools.checkpoints.checkpoint import find
+from vera_tools.checkpoints.checkpoint import find, in_order
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.files import opening
+from vera_tools.files import opening, store
+from vera_tools.files.store_client import Address
 from vera_tools.parts import Part
 from vera_tools.report import Progress
 from vera_tools.verifying import registry, runs
@@ -51,8 +52,8 @@ def verify(
     A checkpoint that cannot be read, or is not VeRA, is a verdict ("invalid"), not an exception.
 
     Args:
-        checkpoints: Folders, adapter_model.safetensors files, or ``hf://owner/name[@revision][/subfolder]``;
-            ``hf://owner/*`` stands for every adapter in an owner's repositories.
+        checkpoints: Folders, adapter_model.safetensors files, ``hf://owner/name[@revision][/subfolder]``, or addresses
+            in a store such as ``s3://bucket/adapter``; ``hf://owner/*`` stands for every adapter of an owner's.
         recursive: Search the folders for checkpoints; adapters of other kinds are counted as skipped.
         base: A base model to check them against. It adds checks and never changes a verdict.
         base_digests: Hash its weights where a manifest has digests of them. Default: where it lies on disk.
@@ -62,7 +63,7 @@ def verify(
             is at least 1.
         against_loads: Loaders to move to from those of the one `require_loads`: the exit code is at least 1 where
             that changes a checkpoint's projections, or may change them.
-        jobs: Checkpoints verified side by side: by processes on disk, by threads on the Hub. Default: one for each CPU
+        jobs: Checkpoints verified side by side: by processes on disk, by threads elsewhere. Default: one for each CPU
             that this process may use. A few checkpoints are verified in this process all the same.
         allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
         log: A file to append a JSON line to as each is done. What it says of a commit on the Hub is not verified again,
@@ -80,7 +81,7 @@ def verify(
         FormatError: the base cannot be read, or a recursive search or a pattern finds no adapter.
         UsageError: no checkpoint given, or one that is not there or has no name; an unknown `require`,
             `require_loads` or `against_loads`; no such `part`.
-        HubError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
+        RemoteError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
         Interrupted: a KeyboardInterrupt, with the report on what was done by then, where there are several.
     """
     gathered = Gathered(
@@ -152,8 +153,8 @@ def verify(
 def _listed(checkpoints: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]]:
     """Each checkpoint, and the name that decides which part it is of."""
     for checkpoint in checkpoints:
-        path = os.fspath(checkpoint)
-        yield path, path if opening.is_remote(path) else Path(path).as_posix()
+        path = opening.shown(checkpoint)
+        yield path, path if "://" in path else Path(path).as_posix()
 
 
 def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]]:
@@ -163,13 +164,20 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]
     """
     seen: set[str] = set()
     for root in roots:
-        if opening.is_remote(root):
-            yield os.fspath(root), os.fspath(root)
-            continue
         opening.refuse_empty(root)
-        path, empty = Path(root), True
+        if address := opening.in_store(root):
+            for there, name in _search_store(address):
+                if there not in seen:
+                    seen.add(there)
+                    yield there, name
+            continue
+        text = opening.spelled(root)
+        if opening.is_on_hub(text):
+            yield text, text
+            continue
+        path, empty = Path(text), True
         if os.path.isfile(path):
-            yield os.fspath(root), path.name
+            yield text, path.name
             continue
         for folder in find(path):
             empty = False
@@ -178,3 +186,13 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]
                 yield str(folder), folder.relative_to(path).as_posix()
         if empty:
             raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=path)
+
+
+def _search_store(root: Address) -> Iterator[tuple[str, str]]:
+    """Every checkpoint below an address, as `_search` names those below a folder."""
+    found = store.find(root, CONFIG_NAME)
+    if not found:
+        raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=str(root))
+    inside = {str(folder)[len(str(root)) :].strip("/"): str(folder) for folder in found}
+    for name in sorted(inside, key=lambda name: [in_order(part) for part in name.split("/") if part]):
+        yield inside[name], name or "."
