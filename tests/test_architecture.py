@@ -21,8 +21,9 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # The packages, and the modules beside them, from the ground up. Each imports from the levels below its own, and of its
 # own level from itself alone.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "dtypes", "blas"),
+    ("errors", "_version", "dtypes", "blas", "conformity"),
     ("schema", "report", "parts"),
+    ("pages",),
     ("projections",),
     ("platforms", "files"),
     ("architectures",),

@@ -16,6 +16,7 @@ from vera_tools.architectures import data
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
+from vera_tools.conformity import Compiler
 from vera_tools.drifting import comparison
 from vera_tools.errors import VeraToolsError
 from vera_tools.verifying.log import Log
@@ -78,9 +79,69 @@ def test_whatever_a_schema_passes_is_read_or_refused_by_name(made, name):
     @given(made(name))
     def read(document):
         passed.append(not schema.problems(document, name))
+        # What is found to pass without jsonschema passes there too.
+        assert not schema._check(name)(document) or not list(schema._leaves(document, name))
         with contextlib.suppress(VeraToolsError):
             READERS[name](json.dumps(document))
 
     read()
     if made is documents:
         assert sum(passed) >= len(passed) // 4  # or else the generator makes other documents than the schema's
+
+
+ALL = sorted(
+    path.name.removesuffix(".schema.json") for path in (Path(schema.__file__).parent.parent / "schemas").glob("*.json")
+)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_schema_is_known_without_jsonschema(name):
+    """All of its keywords are, so that what passes is not put to jsonschema."""
+    schema._compiler()._reference(name, "")
+
+
+WRONG = {
+    "true is no 1": ({"type": "integer"}, True),
+    "8.0 is no integer": ({"type": "integer"}, 8.0),
+    "true is no number": ({"type": "number"}, True),
+    "null is no string": ({"type": "string"}, None),
+    "another constant": ({"const": 1}, True),
+    "another type of a constant": ({"const": 1}, 1.0),
+    "none of these": ({"enum": ["a", None]}, "b"),
+    "a key missing": ({"required": ["a"]}, {"b": 1}),
+    "an unknown key": ({"properties": {"a": True}, "additionalProperties": False}, {"a": 1, "b": 1}),
+    "another key's value": ({"additionalProperties": {"type": "string"}}, {"a": 1}),
+    "a key's name": ({"propertyNames": {"pattern": "^a"}}, {"b": 1}),
+    "an item": ({"items": {"minimum": 0}}, [0, -1]),
+    "too few": ({"minItems": 2}, [0]),
+    "too many": ({"maxItems": 1}, [0, 0]),
+    "too short": ({"minLength": 2}, "a"),
+    "too large": ({"maximum": 1}, 2),
+    "no match": ({"pattern": "^a$"}, "b"),
+    "one of all": ({"allOf": [{"type": "object"}, {"required": ["a"]}]}, {}),
+    "none of any": ({"anyOf": [{"type": "null"}, {"required": ["a"]}]}, {}),
+    "through a reference": ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "null"}}}, 1),
+    "left over": (
+        {"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"a": True}}}, "unevaluatedProperties": False},
+        {"a": 1, "b": 1},
+    ),
+    "a keyword that is not known": ({"multipleOf": 2}, 4),
+}
+
+
+@pytest.mark.parametrize(("rule", "value"), WRONG.values(), ids=WRONG)
+def test_what_does_not_surely_pass(rule, value):
+    assert not Compiler(lambda _: rule).of("x")(value)
+
+
+RIGHT = [
+    ({"type": ["integer", "null"], "minimum": 0}, [0, 5, None]),
+    ({"minimum": 0, "minItems": 1, "pattern": "a"}, [{}, True, None]),  # each says something of its own type alone
+    ({"enum": ["a", None, 1, True]}, ["a", None, 1, True]),
+    ({"$defs": {"x": {"items": {"$ref": "#/$defs/x"}, "type": "array"}}, "$ref": "#/$defs/x"}, [[], [[[]], []]]),
+]
+
+
+@pytest.mark.parametrize(("rule", "values"), RIGHT)
+def test_what_surely_passes(rule, values):
+    assert all(map(Compiler(lambda _: rule).of("x"), values))

@@ -1,6 +1,6 @@
 """The packaged JSON schemas, and validation whose errors name the path in the document.
 
-jsonschema is imported on the first validation only.
+What passes is found out by `conformity`. jsonschema is imported for the first document that may not pass.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vera_tools.conformity import Check, Compiler
 from vera_tools.errors import FormatError, cut
 
 if TYPE_CHECKING:
@@ -38,6 +39,8 @@ def load(name: str) -> dict[str, Any]:
 
 def problems(document: object, name: str) -> list[FormatError]:
     """Everything in which `document` breaks the schema called `name`, most telling first."""
+    if _check(name)(document):
+        return []
     return [_as_error(error) for error in sorted(_leaves(document, name), key=lambda e: [str(p) for p in e.path])]
 
 
@@ -63,6 +66,16 @@ def validate(document: object, name: str, *, where: str) -> None:
     for error in problems(document, name):
         inside = f"{where}: {error.where}" if error.where else where
         raise FormatError(error.what, where=inside, expected=error.expected, found=error.found)
+
+
+@functools.cache
+def _check(name: str) -> Check:
+    return _compiler().of(name)
+
+
+@functools.cache
+def _compiler() -> Compiler:
+    return Compiler(load)
 
 
 @functools.cache
