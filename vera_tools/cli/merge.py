@@ -9,6 +9,7 @@ import click
 
 import vera_tools
 from vera_tools.cli.completion import FOLDER, REFERENCE
+from vera_tools.cli.executors import dask_option, executor_of
 from vera_tools.cli.shared import (
     Output,
     RecipeOptions,
@@ -73,6 +74,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 @click.option(
     "--jobs", type=click.IntRange(1), metavar="N", help="Workers. Default: one for each BLAS thread, up to 8."
 )
+@dask_option
 @overwrite_option
 @dry_run_option
 @recipe_options
@@ -97,6 +99,7 @@ def command(
     allow_pickle: bool,
     sync: bool,
     jobs: int | None,
+    dask: str | None,
     overwrite: bool,
     dry_run: bool,
     recipe_options: RecipeOptions,
@@ -107,7 +110,7 @@ def command(
     Products are summed in float32 and rounded once. Tensors that no adapter touches are copied byte for byte, and so
     are config, tokenizer and code files. OUT appears whole or not at all; BASE is never written to.
     """
-    with output.progress("merging", unit="bytes") as progress:
+    with executor_of(dask) as executor, output.progress("merging", unit="bytes") as progress:
         report = vera_tools.merge(
             checkpoints,
             base=base,
@@ -131,6 +134,7 @@ def command(
             jobs=jobs,
             progress=progress,
             dry_run=dry_run,
+            executor=executor,
         )
     return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
 

@@ -9,6 +9,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Collection, Sequence
+from concurrent.futures import Executor, as_completed, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +21,7 @@ from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
 from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
-from vera_tools.files import local
+from vera_tools.files import local, opening
 from vera_tools.files.store_client import Address
 from vera_tools.merging import execution, loading, record, rehearsal, staging, task_heads, verification
 from vera_tools.merging.adapters import Adapter
@@ -146,6 +147,7 @@ def merge(
     jobs: int | None = None,
     progress: Progress | None = None,
     dry_run: bool = False,
+    executor: Executor | None = None,
 ) -> MergeReport:
     """Merge adapters into a base: W + sum of weight * (lambda_b * B) @ (lambda_d * A), in float32, rounded once.
 
@@ -177,6 +179,8 @@ def merge(
         jobs: Workers. Default: as many as BLAS has threads, up to 8.
         progress: Told of bytes done and to do.
         dry_run: Do all of it but writing, the computing too, so that what would be refused is refused.
+        executor: Who writes the files, each a part of its own: any `concurrent.futures.Executor` whose workers see the
+            same files. What they have written is checked and made to appear here. `jobs` is then for each part.
 
     Raises:
         CheckFailedError: the base is quantised, lacks a target, does not fit, or is not the one that an adapter was
@@ -192,13 +196,16 @@ def merge(
     references = [checkpoints] if isinstance(checkpoints, str | os.PathLike) else list(checkpoints)
     factors = [1.0] * len(references) if weights is None else [float(weight) for weight in weights]
     part = part or shard
-    _check_arguments(references, factors, part=part, finish=finish)
+    _check_arguments(references, factors, part=part, finish=finish, spread=executor is not None)
     if dry_run and (resume or finish):
         raise UsageError("a dry run goes on from nothing", hint="leave --resume and --finish out")
+    if dry_run and executor is not None:
+        raise UsageError("a dry run is made here: no executor goes with it")
     target = destination.refuse_folder(output, overwrite=overwrite, inputs=(base, *references))
-    if not isinstance(target, Path) and (part is not None or resume or finish):
+    if not isinstance(target, Path) and (part is not None or resume or finish or executor is not None):
         hint = "merge to a folder, and copy it there"
-        raise UsageError("--part, --resume and --finish take a folder on disk", where=str(target), hint=hint)
+        what = "--part, --resume, --finish and other processes' merging take a folder on disk"
+        raise UsageError(what, where=str(target), hint=hint)
     with contextlib.ExitStack() as stack:
         path = stack.enter_context(destination.on_disk(target))
         model = stack.enter_context(BaseModel.open(base))
@@ -218,6 +225,34 @@ def merge(
         notes = [*task_heads.notes(plan), *plan.notes]
         mine = portion(plan.shards, part)
         _texts(plan, {})  # what cannot be written is refused before the weights are
+        written: list[MergeReport] = []
+        if executor is not None:
+            arguments = {
+                "checkpoints": [_anywhere(reference) for reference in references],
+                "base": _anywhere(base),
+                "output": _anywhere(output),
+                "weights": factors,
+                "dtype": dtype,
+                "max_shard_size": max_shard_size,
+                "resize_vocabulary": resize_vocabulary,
+                "tokenizer": tokenizer,
+                "recipe": recipe,
+                "stored_dtype": stored_dtype,
+                "strict": strict,
+                "allow_nonfinite": allow_nonfinite,
+                "allow_pickle": allow_pickle,
+                "resume": resume,
+                "overwrite": overwrite,
+                "jobs": jobs,
+            }
+            try:
+                written = _by_others(executor, min(len(mine), MOST_PARTS), arguments, progress)
+            except Exception:
+                if not resume and staging.place(path).is_dir():
+                    with staging.enter(path, plan, resume=True, shared=False) as begun:
+                        begun.discard()
+                raise
+            finish = True
         for adapter in adapters:
             adapter.load()
         if dry_run:
@@ -234,6 +269,7 @@ def merge(
         count = stack.enter_context(execution.workers(jobs))
         keep = verification.finished(plan, mine, stage, jobs=count)
         todo = [item for item in mine if item not in keep]
+        names = {name for one in written for name in one.shards} or {item.name for item in todo}
         if finish and todo:
             raise UsageError(
                 "not every file is finished",
@@ -254,7 +290,9 @@ def merge(
             for adapter in adapters:
                 adapter.checkpoint.check_unchanged()
             stage.publish(overwrite=overwrite, sync=sync)
-        return _report(target, plan, loads, notes, started, todo=todo, keep=keep, finished=whole, proven=proven)
+        done = [item for item in mine if item.name in names]
+        kept = [item for item in keep if item.name not in names]
+        return _report(target, plan, loads, notes, started, todo=done, keep=kept, finished=whole, proven=proven)
 
 
 def _report(
@@ -296,6 +334,47 @@ def _report(
     )
 
 
+#: With an executor, the files are shared out in at most so many parts.
+MOST_PARTS = 64
+
+
+def _by_others(
+    executor: Executor, count: int, arguments: dict[str, Any], progress: Progress | None
+) -> list[MergeReport]:
+    """Have the parts written, wherever the executor does that.
+
+    Raises:
+        VeraToolsError: a part could not be written; or whoever wrote it is gone.
+    """
+    futures = [executor.submit(_part, (number, count), arguments) for number in range(1, count + 1)]
+    reports: list[MergeReport] = []
+    try:
+        for future in as_completed(futures):
+            reports.append(future.result())
+            if progress is not None:
+                written, total = sum(report.bytes_written for report in reports), reports[0].bytes_total
+                progress(written, total, f"{len(reports)} of {count} parts")
+    except VeraToolsError:
+        raise
+    except Exception as error:
+        what = f"a part was not written: {type(error).__name__}: {error}"
+        raise VeraToolsError(what, where=arguments["output"], hint="with resume, what is finished is kept") from error
+    finally:
+        for future in futures:
+            future.cancel()
+        wait(futures)  # none still writes where the next run will
+    return reports
+
+
+def _part(part: tuple[int, int], arguments: dict[str, Any]) -> MergeReport:
+    return merge(**arguments, part=part)
+
+
+def _anywhere(reference: str | os.PathLike[str]) -> str:
+    """The reference as it is understood in a process that was started elsewhere."""
+    return os.fspath(reference) if opening.is_remote(reference) else os.path.abspath(reference)
+
+
 def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
     """The class that all adapters are of."""
     checkpoints = [adapter.checkpoint for adapter in adapters]
@@ -321,7 +400,12 @@ def _refuse_contradictions(checkpoint: Checkpoint, base: BaseModel) -> None:
 
 
 def _check_arguments(
-    references: Sequence[object], weights: Sequence[float], *, part: tuple[int, int] | None, finish: bool
+    references: Sequence[object],
+    weights: Sequence[float],
+    *,
+    part: tuple[int, int] | None,
+    finish: bool,
+    spread: bool,
 ) -> None:
     if not references:
         raise UsageError("there is nothing to merge", expected="at least one checkpoint")
@@ -335,6 +419,8 @@ def _check_arguments(
         parts.check(part)
     if part is not None and finish:
         raise UsageError("--finish comes by itself, after every --part I/N has ended")
+    if spread and (part is not None or finish):
+        raise UsageError("an executor writes all parts and finishes them: no part and no finish go with it")
 
 
 def _check_room(plan: Plan, todo: Sequence[Shard], folder: Path, *, where: Path) -> None:
