@@ -6,13 +6,14 @@ import re
 import shutil
 import subprocess
 import sys
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from tests.machine import x86
+from tests.markup import Page
 from vera_tools.drifting import page as drift_page
+from vera_tools.pages import Made
 from vera_tools.platforms.names import PLATFORMS
 
 pytestmark = pytest.mark.capability
@@ -20,40 +21,6 @@ pytestmark = pytest.mark.capability
 pytest.importorskip("matplotlib", reason="the pictures need matplotlib (the extra html)")
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-VOID = {"meta", "br", "link", "img", "input", "hr"}
-
-
-class Page(HTMLParser):
-    """Elements opened and not closed, every attribute, and the visible text."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: set[str] = set()
-        self.words: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.add(tag)
-        self.attributes += [(tag, name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if not {"style", "script"} & set(self.open):
-            self.words.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.words))
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +95,34 @@ def test_many_layers_are_drawn_without_their_names(report):
     assert "layer, in the checkpoint" in text
     assert text.count("layers.6.q") == 1
     assert "layers.7.q" not in text
+
+
+def test_legends_cover_no_dot_and_small_changes_are_told_apart(report):
+    """One layer changes a million times as much as the others, which would all lie on the axis."""
+    from dataclasses import replace
+
+    layers = [
+        {"module": f"layers.{n}.q", "in_features": 8, "out_features": 8, "relative_change": 1e-7 if n else 0.1}
+        for n in range(3)
+    ]
+    effect = {"differing": 0.5, "worst": layers[0], "layers": layers, "logits": None, "logits_why_not": "no base"}
+    row = replace(report.environments[0], effect=effect)
+    text = drift_page.render(replace(report, environments=(row,), samples={}))
+    dots = [float(x) for x in re.findall(r'<use xlink:href="#m\w+" x="([\d.]+)" y="[\d.]+" style="fill-opacity', text)]
+    legend = text.index('id="legend_1"')
+    assert len(dots) == 3 + 1  # the last one is the legend's own
+    axis = float(re.search(r'id="patch_2">\s*<path d="M ([\d.]+)', text)[1])
+    assert min(dots[:3]) - axis > 20
+    assert legend > text.index('id="axes_1"')
+    assert 'id="legend_1"' not in re.search(r'<g id="axes_1">.*?\n  </g>\n', text, re.DOTALL)[0]
+
+
+def test_it_says_when_where_and_how_it_was_made(report):
+    text = drift_page.render(report, made=Made("2026-01-02 03:04 UTC", "<host>", "vera-tools drift --report x.html"))
+    assert "2026-01-02 03:04 UTC, on &lt;host&gt;, <code>vera-tools drift --report x.html</code>" in text
+    assert "prefers-color-scheme: dark" in text
+    assert "#010203" not in text  # what is drawn takes the page's own colour
+    assert "currentColor" in text
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path):

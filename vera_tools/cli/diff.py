@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 import vera_tools
 from vera_tools.cli.completion import REFERENCE
-from vera_tools.cli.shared import Output, base_option, examples, in_features_option, output_options, strict_option
+from vera_tools.cli.shared import (
+    Output,
+    base_option,
+    examples,
+    in_features_option,
+    output_options,
+    page_option,
+    strict_option,
+)
 from vera_tools.report import printable
 
 if TYPE_CHECKING:
@@ -29,6 +39,7 @@ _SHOWN = 10  # tensors and layers listed without -v
 @in_features_option
 @strict_option
 @click.option("--allow-pickle", is_flag=True, help="Read adapter_model.bin too, by torch with weights_only.")
+@page_option
 @output_options
 def command(
     output: Output,
@@ -39,12 +50,17 @@ def command(
     in_features: int | None,
     strict: bool,
     allow_pickle: bool,
+    page: Path | None,
 ) -> int:
     """Compare checkpoints A and B: config, tensors, and the updates that they make to a base's weights.
 
     Exits 0 only where config and tensors are equal. Differences in metadata, manifest and model card are
     reported, and do not count.
     """
+    if page:
+        from vera_tools.files import atomic  # late: help and completion write nothing
+
+        atomic.refuse_unwritable(page)
     with output.progress("comparing layers") as progress:
         report = vera_tools.diff(
             a,
@@ -55,6 +71,12 @@ def command(
             allow_pickle=allow_pickle,
             progress=progress,
         )
+    if page:
+        from vera_tools.comparing.page import render
+        from vera_tools.files import atomic
+        from vera_tools.pages import Made
+
+        atomic.write_bytes(page, render(report, made=Made.now(sys.argv[1:])).encode())
     return output.emit(report, lambda console: _show(report, console, limit=None if output.verbose else _SHOWN))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -140,7 +141,9 @@ def command(
     if save is not None:
         atomic.write_bytes(save, (report.to_json() + "\n").encode())
     if page is not None:
-        atomic.write_bytes(page, drift_page.render(report).encode())
+        from vera_tools.pages import Made
+
+        atomic.write_bytes(page, drift_page.render(report, made=Made.now(sys.argv[1:])).encode())
     return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
-from vera_tools.cli.shared import Function, Output
+from vera_tools.cli.shared import Function, Output, page_option
 from vera_tools.errors import UsageError
 from vera_tools.verifying.findings import VERDICTS, Verdict
 
@@ -35,16 +36,18 @@ class Form:
         output: --json, -q and -v.
         name: One of FORMATS.
         junit: A file for JUnit XML, or None.
+        page: A file for an HTML page, or None.
         failed_only: The paths alone of those that are not good.
     """
 
     output: Output
     name: str
     junit: Path | None
+    page: Path | None
     failed_only: bool
 
     @classmethod
-    def of(cls, output: Output, form: str | None, junit: Path | None, *, failed_only: bool) -> Form:
+    def of(cls, output: Output, form: str | None, junit: Path | None, page: Path | None, *, failed_only: bool) -> Form:
         """From the options, before any work.
 
         Raises:
@@ -55,15 +58,15 @@ class Form:
         name = "json" if output.json else form or "human"
         if failed_only and name != "human":
             raise UsageError("--failed-only prints paths alone, which is a form of its own")
-        if junit:
+        for file in filter(None, (junit, page)):
             from vera_tools.files import atomic  # late: help and completion write nothing
 
-            atomic.refuse_unwritable(junit)
+            atomic.refuse_unwritable(file)
         if name == "github":
             from vera_tools.cli import github
 
             github.refuse_unwritable_summary()
-        return cls(replace(output, json=name == "json"), name, junit, failed_only)
+        return cls(replace(output, json=name == "json"), name, junit, page, failed_only)
 
     def show(self, report: VerifyReport) -> int:
         """Show a report, and return its exit code."""
@@ -71,6 +74,12 @@ class Form:
             from vera_tools.files import atomic
 
             atomic.write_bytes(self.junit, report.to_junit().encode())
+        if self.page:
+            from vera_tools.files import atomic
+            from vera_tools.pages import Made
+            from vera_tools.verifying import page
+
+            atomic.write_bytes(self.page, page.render(report, made=Made.now(sys.argv[1:])).encode())
         if self.name == "jsonl" or (self.output.quiet and self.name != "json"):
             return report.exit_code
         if self.failed_only:
@@ -122,12 +131,10 @@ def requirement_options(function: Function) -> Function:
     return wrapper  # type: ignore[return-value]
 
 
-def junit_option(function: Function) -> Function:
-    """--junit."""
-    option = click.option(
-        "--junit", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Write JUnit XML too."
-    )
-    return option(function)
+def file_options(function: Function) -> Function:
+    """--junit and --report."""
+    path = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--junit", type=path, metavar="FILE", help="Write JUnit XML too.")(page_option(function))
 
 
 def failed_only_option(function: Function) -> Function:

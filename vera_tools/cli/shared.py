@@ -9,6 +9,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
@@ -206,6 +207,12 @@ def strict_option(function: Function) -> Function:
         "--strict", is_flag=True, help="Refuse (exit 3) a recipe that is assumed, or was when it was recorded."
     )
     return option(function)
+
+
+def page_option(function: Function) -> Function:
+    """--report."""
+    path = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--report", "page", type=path, metavar="FILE.html", help="Write one HTML page too.")(function)
 
 
 def part_option(*names: str, help: str) -> Callable[[Function], Function]:

@@ -13,7 +13,7 @@ from vera_tools.cli.forms import (
     Form,
     Requirements,
     failed_only_option,
-    junit_option,
+    file_options,
     requirement_options,
 )
 from vera_tools.cli.shared import Output, examples, output_options
@@ -24,7 +24,7 @@ from vera_tools.cli.shared import Output, examples, output_options
 )
 @click.argument("logs", nargs=-1, required=True, type=REFERENCE, metavar="LOG...")
 @requirement_options
-@junit_option
+@file_options
 @click.option(
     "--format",
     "form",
@@ -39,6 +39,7 @@ def command(
     logs: tuple[str, ...],
     requirements: Requirements,
     junit: Path | None,
+    page: Path | None,
     form: str | None,
     failed_only: bool,
 ) -> int:
@@ -47,5 +48,5 @@ def command(
     Of two lines on one checkpoint the later one holds. Verdicts, summary and exit code are those of one `verify`. A log
     whose run did not end, or of which lines are missing, and parts of which one is not there, exit with 4.
     """
-    shown = Form.of(output, form, junit, failed_only=failed_only)
+    shown = Form.of(output, form, junit, page, failed_only=failed_only)
     return shown.show(vera_tools.summarize(*logs, **requirements))

@@ -11,12 +11,13 @@ import click
 
 import vera_tools
 from vera_tools.cli.completion import REFERENCE
+from vera_tools.cli.executors import dask_option, executor_of
 from vera_tools.cli.forms import (
     FORMATS,
     Form,
     Requirements,
     failed_only_option,
-    junit_option,
+    file_options,
     requirement_options,
 )
 from vera_tools.cli.shared import Output, base_option, examples, output_options, part_option, write_line
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     help="Hash the base's weights of which a manifest has digests.  [default: where the base lies on disk]",
 )
 @requirement_options
-@junit_option
+@file_options
 @click.option(
     "--format",
     "form",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     help="Where all passes, write an in-toto statement on it, for cosign or actions/attest to sign.",
 )
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Checkpoints at a time. Default: one for each CPU.")
+@dask_option
 @part_option(help="Verify only part I of N, for other machines to verify the others; `summarize` puts them together.")
 @click.option("--allow-pickle", is_flag=True, help="Read legacy adapter_model.bin files (needs torch; weights_only).")
 @click.option(
@@ -75,10 +77,12 @@ def command(
     base_digests: bool | None,
     requirements: Requirements,
     junit: Path | None,
+    page: Path | None,
     form: str | None,
     failed_only: bool,
     attest: Path | None,
     jobs: int | None,
+    dask: str | None,
     part: Part | None,
     allow_pickle: bool,
     log: str | None,
@@ -96,7 +100,7 @@ def command(
     checkpoints = tuple(path for path in checkpoints if path != "-")
     if log == "-" and not output.json:
         form = form or "jsonl"
-    shown = Form.of(output, form, junit, failed_only=failed_only)
+    shown = Form.of(output, form, junit, page, failed_only=failed_only)
     if log == "-" and shown.name != "jsonl":
         raise UsageError(f"--format {shown.name} and --log - would both write to stdout", hint="name a file")
     if shown.name == "jsonl" and log not in (None, "-"):
@@ -109,7 +113,8 @@ def command(
         attesting.prepare(attest)
     many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     try:
-        with shown.output.progress("verifying") if many else contextlib.nullcontext() as progress:
+        bar = shown.output.progress("verifying") if many else contextlib.nullcontext()
+        with executor_of(dask) as executor, bar as progress:
             report = vera_tools.verify(
                 *checkpoints,
                 recursive=recursive,
@@ -123,6 +128,7 @@ def command(
                 listed=listed,
                 part=part,
                 file_digests=attest is not None,
+                executor=executor,
             )
     except KeyboardInterrupt as error:
         partial: VerifyReport | None = getattr(error, "report", None)

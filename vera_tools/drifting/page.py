@@ -1,4 +1,4 @@
-"""A drift report as one self-contained page: no script, no network, and nothing that only colour tells.
+"""A drift report as one self-contained page: no script, and nothing that only colour tells.
 
 Pictures are drawn by matplotlib (the extra ``vera-tools[html]``) as SVG, which stands in the page itself.
 """
@@ -6,15 +6,14 @@ Pictures are drawn by matplotlib (the extra ``vera-tools[html]``) as SVG, which 
 from __future__ import annotations
 
 import functools
-import html
 import io
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from vera_tools._version import TOOL
 from vera_tools.drifting.drift import DriftReport, Sample
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
+from vera_tools.pages import Made, document, text
 from vera_tools.platforms.names import PLATFORMS
 from vera_tools.platforms.streams import Environment, Stream
 
@@ -24,39 +23,26 @@ if TYPE_CHECKING:
 #: Up to so many layers are named one by one in the picture.
 NAMED_LAYERS = 24
 
-_INK, _BLUE, _ORANGE = "#1f2933", "#0072b2", "#d55e00"
+_BLUE, _ORANGE = "#0072b2", "#d55e00"
+#: What becomes the page's own colour of text, and what stays as it is because it stands on a light cell.
+_INK, _ON_LIGHT = "#010203", "#1f2933"
 
 _STYLE = """
-:root { color-scheme: light; }
-body { font: 15px/1.5 system-ui, sans-serif; color: #1f2933; background: #f4f5f7; margin: 0; }
-main { max-width: 1240px; margin: 0 auto; padding: 32px 24px 48px; }
-h1 { font-size: 26px; margin: 0 0 4px; }
-h2 { font-size: 18px; margin: 0 0 8px; }
-p { margin: 4px 0 12px; max-width: 90ch; }
-section { background: #fff; border: 1px solid #d9dde3; border-radius: 8px; padding: 18px 20px; margin-top: 18px; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 13px; }
-th, td { text-align: left; vertical-align: top; padding: 7px 7px; border-bottom: 1px solid #e4e7ec; }
-thead th { border-bottom: 2px solid #1f2933; white-space: nowrap; }
-tbody th { font-weight: 600; min-width: 160px; }
-tbody th small, td small { display: block; font-weight: 400; color: #52606d; }
-code { font: 12px/1.5 ui-monospace, monospace; }
+thead th { white-space: nowrap; } tbody th { min-width: 160px; }
 td.stream code { font-size: 11px; white-space: nowrap; padding: 2px 5px; border-radius: 4px; }
-.fused { background: #dbeaf7; border: 1px solid #0072b2; }
-.separate { background: #fdebd8; border: 1px dashed #d55e00; }
-.other { background: #f3e3f0; border: 2px dotted #8d4a7d; }
-.unknown { background: #fff; border: 3px double #a11; }
+.fused { background: var(--blue-ground); border: 1px solid var(--blue); }
+.separate { background: var(--red-ground); border: 1px dashed var(--red); }
+.other { background: var(--plum-ground); border: 2px dotted var(--plum); }
+.unknown { background: var(--paper); border: 3px double var(--red); }
 .verdict { font-weight: 700; white-space: nowrap; }
-.yes { color: #005a8d; } .no { color: #a4380a; } .open { color: #52606d; }
+.verdict.yes { color: var(--blue); } .verdict.no { color: var(--red); } .open { color: var(--soft); }
 tr.forced th { font-weight: 400; font-style: italic; padding-left: 22px; }
-.banner { font-size: 17px; font-weight: 600; padding: 10px 14px; border-radius: 6px; }
-p.banner { margin: 14px 0 0; max-width: none; }
-.banner.yes { background: #dbeaf7; border-left: 6px solid #0072b2; }
-.banner.no { background: #fdebd8; border-left: 6px double #d55e00; }
-figure { margin: 12px 0 0; overflow-x: auto; } figure svg { max-width: 100%; height: auto; }
-figcaption { color: #52606d; font-size: 13px; }
+figure { margin: 12px 0 0; overflow-x: auto; color: var(--ink); }
+figure svg { max-width: 100%; min-width: 560px; height: auto; }
+figcaption { color: var(--soft); font-size: 13px; }
 .key span { display: inline-block; margin-right: 18px; }
-footer { color: #52606d; font-size: 12px; margin-top: 18px; }
+@media print { @page { size: A4 landscape; } figure svg { min-width: 0; } tbody th { min-width: 0; }
+  thead th, td.stream code, .verdict { white-space: normal; } }
 """
 
 
@@ -75,7 +61,7 @@ def require() -> None:
         ) from error
 
 
-def render(report: DriftReport) -> str:
+def render(report: DriftReport, *, made: Made | None = None) -> str:
     """The page's text.
 
     Raises:
@@ -83,28 +69,22 @@ def render(report: DriftReport) -> str:
     """
     require()
     parts = [*_head(report), _matrix(report), _differences(report), _effects(report), _comparison(report)]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>vera-tools drift</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(part for part in parts if part)
-        + f"\n<footer>{TOOL['name']} {TOOL['version']}</footer>\n</main>\n</body>\n</html>\n"
-    )
+    return document("vera-tools drift", "\n".join(part for part in parts if part), made=made, style=_STYLE)
 
 
 def _head(report: DriftReport) -> Iterator[str]:
     target = report.target
-    wanted = f"<code>{_text(target.recipe.name)}</code>" if target.recipe else "the stored pair"
-    subject = f" of <code>{_text(target.checkpoint)}</code>" if target.checkpoint else ""
+    wanted = f"<code>{text(target.recipe.name)}</code>" if target.recipe else "the stored pair"
+    subject = f" of <code>{text(target.checkpoint)}</code>" if target.checkpoint else ""
     assumed = " (assumed: nothing proves it)" if target.assumed else ""
     yield "<h1>Which projections does torch draw here?</h1>"
     yield f"<p>Each row is one process. Measured against the projections{subject}: {wanted}{assumed}.</p>"
     drifted = [row for row in report.environments if row.native and row.exact is not True]
     if drifted:
-        text = f"✗ {len(drifted)} environment{'s do' if len(drifted) > 1 else ' does'} not get them bit for bit"
+        say = f"✗ {len(drifted)} environment{'s do' if len(drifted) > 1 else ' does'} not get them bit for bit"
     else:
-        text = "✓ every environment gets them bit for bit, as it runs by itself"
-    yield f'<p class="banner {"no" if drifted else "yes"}">{text}</p>'
+        say = "✓ every environment gets them bit for bit, as it runs by itself"
+    yield f'<p class="banner {"no" if drifted else "yes"}">{say}</p>'
 
 
 def _matrix(report: DriftReport) -> str:
@@ -131,13 +111,13 @@ ATEN_CPU_CAPABILITY. They inform; the others decide.</p>
 def _matrix_row(row: Environment, dtypes: list[str]) -> str:
     cells = "".join(f'<td class="stream">{_stream(row.streams.get(dtype))}</td>' for dtype in dtypes)
     kind = "" if row.native else ' class="forced"'
-    name = _text(row.interpreter or "this interpreter")
+    name = text(row.interpreter or "this interpreter")
     versions = f"torch {row.torch}, Python {row.python}, {row.machine}" if row.torch else row.error or ""
     platform = f"<small>{row.platform} ({PLATFORMS[row.platform]})</small>" if row.platform else ""
     kernels = row.kernels if row.torch or row.native else f"{row.cpu_capability} (forced)"
     return (
-        f"<tr{kind}><th>{name}: {_text(kernels)}<small>{_text(versions)}</small>{platform}{_known(row)}</th>"
-        f"<td>{_verdict(row)}</td>{cells}<td>{_text(row.gets)}</td></tr>"
+        f"<tr{kind}><th>{name}: {text(kernels)}<small>{text(versions)}</small>{platform}{_known(row)}</th>"
+        f"<td>{_verdict(row)}</td>{cells}<td>{text(row.gets)}</td></tr>"
     )
 
 
@@ -145,11 +125,11 @@ def _stream(stream: Stream | None) -> str:
     if stream is None:
         return ""
     if stream.error:
-        return f"<small>not drawn: {_text(stream.error)}</small>"
+        return f"<small>not drawn: {text(stream.error)}</small>"
     kind = stream.recipe.rounding if stream.recipe else "other" if stream.generator else "unknown"
     label = stream.label.removeprefix("mt19937-")
-    also = "".join(f"<small>= {_text(name.removeprefix('mt19937-'))}</small>" for name in stream.also_matches[:1])
-    return f'<code class="{kind}" title="{_text(stream.label)}">{_text(label)}</code>{also}'
+    also = "".join(f"<small>= {text(name.removeprefix('mt19937-'))}</small>" for name in stream.also_matches[:1])
+    return f'<code class="{kind}" title="{text(stream.label)}">{text(label)}</code>{also}'
 
 
 def _verdict(row: Environment) -> str:
@@ -163,7 +143,7 @@ def _verdict(row: Environment) -> str:
 def _known(row: Environment) -> str:
     if row.known is None:
         return ""
-    entry = _text(row.known["entry"])
+    entry = text(row.known["entry"])
     return f"<small>{'as' if row.known['agrees'] else 'NOT as'} in the atlas ({entry})</small>"
 
 
@@ -175,7 +155,11 @@ def _differences(report: DriftReport) -> str:
         "<section><h2>Where and how much the values differ</h2>",
         "<p>Both projections against the wanted ones. An ulp is the distance to the next representable number; near "
         "zero one rounding is many ulps, though it is tiny.</p>",
-        _figure(lambda figure: _draw_ulps(figure, samples), (10.4, 3.2), "Histogram of the differences in ulps"),
+        _figure(
+            lambda figure: _draw_ulps(figure, samples),
+            (10.4, 3.2 + 0.2 * len(samples)),
+            "Histogram of the differences in ulps",
+        ),
     ]
     for names, sample in samples:
         rows, columns = sample.corner.shape
@@ -217,14 +201,14 @@ def _effects(report: DriftReport) -> str:
                 f"{logits['argmax_changed']} of {logits['positions']} positions</small>"
             )
         else:
-            words = f"<small>not compared: {_text(effect['logits_why_not'] or '')}</small>"
+            words = f"<small>not compared: {text(effect['logits_why_not'] or '')}</small>"
         parts.append(
-            f"<tr><th>{_text(names)}</th><td>{100 * effect['differing']:.1f} %</td>"
-            f"<td><code>{_text(module)}</code></td><td>{change}</td><td>{words}</td></tr>"
+            f"<tr><th>{text(names)}</th><td>{100 * effect['differing']:.1f} %</td>"
+            f"<td><code>{text(module)}</code></td><td>{change}</td><td>{words}</td></tr>"
         )
     parts.append("</tbody></table></div>")
     layers = len(effects[0][1]["layers"])
-    height = 1.2 + 0.28 * layers if layers <= NAMED_LAYERS else 3.4
+    height = (1.2 + 0.32 * layers if layers <= NAMED_LAYERS else 3.4) + 0.2 * len(effects)
     if any(effect["worst"] for _, effect in effects):
         caption = "Relative change of each layer's weight update"
         parts.append(_figure(lambda figure: _draw_layers(figure, effects), (10.4, height), caption))
@@ -239,9 +223,9 @@ def _comparison(report: DriftReport) -> str:
     for dtype, groups in comparison.groups.items():
         for group in groups:
             stream = comparison.rows[group[0]][1].streams[dtype]
-            who = "<br>".join(_text(f"{comparison.rows[n][0]}: {comparison.rows[n][1].title}") for n in group)
+            who = "<br>".join(text(f"{comparison.rows[n][0]}: {comparison.rows[n][1].title}") for n in group)
             lines.append(f'<tr><td>{dtype}</td><td class="stream">{_stream(stream)}</td><td>{who}</td></tr>')
-    state = f"{'✓' if comparison.agree else '✗'} {_text(comparison.verdict)}"
+    state = f"{'✓' if comparison.agree else '✗'} {text(comparison.verdict)}"
     return (
         f'<section><h2>Against saved reports</h2><p class="banner {"yes" if comparison.agree else "no"}">{state}</p>'
         '<div class="scroll"><table><thead><tr><th>dtype</th><th>stream</th><th>drawn by</th></tr></thead><tbody>'
@@ -262,9 +246,15 @@ def _draw_ulps(figure: Figure, samples: list[tuple[str, Sample]]) -> None:
         axes.bar(places, shares, width, label=names, color=colour, hatch=hatch, edgecolor="white", linewidth=0.5)
     axes.set_yscale("log")
     axes.set_xticks(range(longest), [_power(power) for power in range(longest)], fontsize=8)
-    axes.set_xlabel("difference in ulps, from this power of two up to the next")
+    axes.set_xlabel("how far apart, in ulps; each bar reaches to the next power of two")
     axes.set_ylabel("% of all elements")
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure)
+
+
+def _legend(figure: Figure) -> None:
+    """Above the picture, where it covers nothing."""
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", frameon=False, fontsize=9, ncols=1)
 
 
 def _draw_corner(figure: Figure, sample: Sample) -> None:
@@ -275,7 +265,7 @@ def _draw_corner(figure: Figure, sample: Sample) -> None:
     for (row, column), value in _cells(corner):
         dark = abs(value) > 0.6 * limit
         sign = "+" if value > 0 else "−"
-        axes.text(column, row, sign, ha="center", va="center", fontsize=7, color="white" if dark else _INK)
+        axes.text(column, row, sign, ha="center", va="center", fontsize=7, color="white" if dark else _ON_LIGHT)
     axes.set_xlabel("column")
     axes.set_ylabel("row")
     bar = figure.colorbar(image, ax=axes, pad=0.015, fraction=0.03)
@@ -295,26 +285,32 @@ def _draw_layers(figure: Figure, effects: list[tuple[str, Mapping[str, Any]]]) -
     names = [layer["module"] for layer in effects[0][1]["layers"]]
     markers = ("o", "s", "^", "D", "v", "P")
     colours = (_BLUE, _ORANGE, "#009e73", "#8d4a7d")
+    named = len(names) <= NAMED_LAYERS
+    positive = []
     for number, (label, effect) in enumerate(effects):
         changes = [layer["relative_change"] for layer in effect["layers"]]
         known = [(place, change) for place, change in enumerate(changes) if change is not None]
-        places, values = [place for place, _ in known], [change for _, change in known]
-        x, y = (values, places) if len(names) <= NAMED_LAYERS else (places, values)
+        beside = (number - (len(effects) - 1) / 2) * 0.18 if named else 0.0  # so that equal ones do not hide each other
+        places, values = [place + beside for place, _ in known], [change for _, change in known]
+        positive += [value for value in values if value > 0]
+        x, y = (values, places) if named else (places, values)
         axes.plot(
             x, y, markers[number % 6], color=colours[number % 4], label=label, markersize=6, fillstyle="none", mew=1.6
         )
-    title = "relative change of the weight update (Frobenius norm)"
-    if len(names) <= NAMED_LAYERS:
+    if positive and max(positive) > 20 * min(positive):  # else all but the largest lie on the axis
+        (axes.set_xscale if named else axes.set_yscale)("symlog", linthresh=min(positive))
+    title = "how much of the layer's weight update changes (Frobenius norm, relative)"
+    if named:
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_ylim(len(names) - 0.5, -0.5)
         axes.set_xlabel(title)
         axes.set_xlim(left=0)
     else:
         axes.set_xlabel("layer, in the checkpoint's order")
-        axes.set_ylabel(title, fontsize=8)
+        axes.set_ylabel(title.replace("(", "\n("), fontsize=8)
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.35, linewidth=0.6)
-    axes.legend(frameon=False, fontsize=9)
+    _legend(figure)
 
 
 def _figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: str, *, visible: bool = False) -> str:
@@ -323,17 +319,18 @@ def _figure(draw: Callable[[Figure], None], size: tuple[float, float], caption: 
     from matplotlib.figure import Figure
 
     # Text stays text, and the same report gives the same bytes.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "vera-tools", "text.color": _INK, "font.size": 10}
+    inks = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "vera-tools", "font.size": 10, **dict.fromkeys(inks, _INK)}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         for axes in figure.axes:
             axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
-    return f"<figure>\n{svg}{f'<figcaption>{_text(caption)}</figcaption>' if visible else ''}\n</figure>"
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
+    svg = buffer.getvalue().replace(_INK, "currentColor")  # dark on paper, light in the dark
+    svg = svg[svg.index("<svg") :].replace("<svg ", f'<svg role="img" aria-label="{text(caption)}" ', 1)
+    return f"<figure>\n{svg}{f'<figcaption>{text(caption)}</figcaption>' if visible else ''}\n</figure>"
 
 
 def _short(row: Environment) -> str:
@@ -347,7 +344,3 @@ def _joined(names: list[str]) -> str:
 
 def _power(power: int) -> str:
     return f"{2**power}" if power < 10 else f"{2 ** (power - 10)}k" if power < 20 else f"{2 ** (power - 20)}M"
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
