@@ -372,7 +372,8 @@ def _part(part: tuple[int, int], arguments: dict[str, Any]) -> MergeReport:
 
 def _anywhere(reference: str | os.PathLike[str]) -> str:
     """The reference as it is understood in a process that was started elsewhere."""
-    return os.fspath(reference) if opening.is_remote(reference) else os.path.abspath(reference)
+    path = opening.local_path(reference)
+    return os.fspath(reference) if path is None else os.path.abspath(path)
 
 
 def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
