@@ -39,6 +39,7 @@ _HOMES = {
     "Recipe": "projections.recipe",
     "VeraConfig": "checkpoints.config",
     "VeraModel": "nn",
+    "census": "comparing.census",
     "diff": "comparing.diff",
     "embed_projections": "converting.embed",
     "drift": "drifting.drift",

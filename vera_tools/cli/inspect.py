@@ -9,25 +9,80 @@ import click
 import vera_tools
 from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.shared import Output, base_option, examples, human_bytes, labelled, output_options
+from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from vera_tools.comparing.census import CensusReport
     from vera_tools.comparing.inspect import InspectReport
 
 
-@click.command("inspect", epilog=examples("inspect my-adapter", "inspect my-adapter --base my-base --json"))
-@click.argument("checkpoint", type=REFERENCE)
+@click.command(
+    "inspect", epilog=examples("inspect my-adapter", "inspect my-adapter --base my-base", "inspect -R registry")
+)
+@click.argument("checkpoints", type=REFERENCE, nargs=-1, required=True, metavar="CHECKPOINT...")
+@click.option("-R", "--recursive", is_flag=True, help="Search the folders, and say what all checkpoints are together.")
 @base_option
 @click.option("--allow-pickle", is_flag=True, help="Read a legacy adapter_model.bin (needs torch; weights_only).")
 @output_options
-def command(output: Output, *, checkpoint: str, base: str | None, allow_pickle: bool) -> int:
+def command(
+    output: Output, *, checkpoints: tuple[str, ...], recursive: bool, base: str | None, allow_pickle: bool
+) -> int:
     """Show what CHECKPOINT is: config, layers, shapes, dtypes, parameter and byte counts.
 
-    With --base it also says what a LoRA of the same rank would take.
+    With --base it also says what a LoRA of the same rank would take. Of several, or with -R: how many distinct pairs
+    they have, which are copies, and what stripping would save.
     """
-    report = vera_tools.inspect(checkpoint, base=base, allow_pickle=allow_pickle)
-    return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
+    if not recursive and len(checkpoints) == 1:
+        report = vera_tools.inspect(checkpoints[0], base=base, allow_pickle=allow_pickle)
+        return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
+    if base is not None:
+        raise UsageError("--base goes with one checkpoint")
+    with output.progress("looking") as progress:
+        many = vera_tools.census(*checkpoints, recursive=recursive, allow_pickle=allow_pickle, progress=progress)
+    return output.emit(many, lambda console: _show_many(many, console, verbose=output.verbose))
+
+
+#: Pairs and groups of copies that are listed without -v.
+_LISTED = 5
+
+
+def _show_many(report: CensusReport, console: Console, *, verbose: bool) -> None:
+    total = report.summary
+    for entry in report.checkpoints if verbose else ():
+        width = f"{entry.in_max or '?'} x {entry.out_max or '?'}"
+        facts = f"r {entry.r}, key {entry.prng_key}, {width}, {entry.dtype}, {entry.pair}"
+        console.print(f"{entry.path}: {facts}, {entry.layers} layers, {human_bytes(entry.file_bytes)}")
+    console.print(f"{total['checkpoints']:,} VeRA checkpoints, {human_bytes(total['bytes'])}", style="bold")
+    kinds = {
+        "stored": "stored",
+        "recorded": "recorded",
+        "assumed": "recorded on an assumption",
+        "unrecorded": "unrecorded",
+    }
+    counts = [f"{total[kind]:,} {words}" for kind, words in kinds.items() if total[kind]]
+    labelled(console, "pairs", f"{', '.join(counts)}; {total['distinct_pairs']:,} distinct by key, shape and dtype")
+    for entry, count in report.pairs[: None if verbose else _LISTED]:
+        shape = (
+            f"vera_A {[entry.r, entry.in_max]}, vera_B {[entry.out_max, entry.r]}" if entry.in_max else f"r {entry.r}"
+        )
+        labelled(console, "", f"{count:,} x key {entry.prng_key}, {shape}, {entry.dtype}")
+    if len(report.pairs) > _LISTED and not verbose:
+        labelled(console, "", f"and {len(report.pairs) - _LISTED:,} more (-v lists all)")
+    labelled(console, "bases", f"{total['bases']:,} named")
+    labelled(console, "manifests", f"{total['with_manifest']:,} of {total['checkpoints']:,}")
+    labelled(console, "copies", f"{total['duplicates']:,} weights files are byte for byte another one's")
+    for group in report.duplicates[: None if verbose else _LISTED]:
+        labelled(console, "", ", ".join(group))
+    saves = human_bytes(total["stripping_saves"])
+    labelled(console, "stripping", f"saves up to {saves}: `verify` tells of which pairs it is proven")
+    if report.skipped:
+        kinds_of = [kind for _, kind in report.skipped]
+        names = ", ".join(f"{kinds_of.count(kind)} {kind}" for kind in sorted(set(kinds_of)))
+        console.print(f"skipped, not VeRA: {names}")
+    for path, error in report.failed:
+        console.print(f"FAILED {path}: {error}" if path not in str(error) else f"FAILED {error}", style="bold red")
 
 
 def _show(report: InspectReport, console: Console, *, verbose: bool) -> None:
