@@ -9,7 +9,7 @@ import re
 import pytest
 
 from tests import ROOT
-from vera_tools.files.canonical_json import canonical, sha256
+from vera_tools.files.canonical_json import Plain, canonical, sha256
 
 TEXTS = {
     "null": "null",
@@ -43,6 +43,17 @@ TEXTS = {
 def test_each_document_has_this_text(document, text):
     assert canonical(json.loads(document)) == text
     assert sha256(json.loads(document)) == hashlib.sha256(text.encode()).hexdigest()
+
+
+WHOLE = {
+    document: text for document, text in TEXTS.items() if not re.search(r"\d[.e]-?\d", document) or '"' in document
+}
+
+
+@pytest.mark.parametrize(("document", "text"), WHOLE.items(), ids=ascii)
+def test_what_holds_no_float_is_written_the_same_by_pythons_own_encoder(document, text):
+    assert canonical(Plain(json.loads(document))) == text
+    assert canonical({"a": Plain(json.loads(document)), "b": 1.0}) == f'{{"a":{text},"b":0x3ff0000000000000}}'
 
 
 def test_the_documentations_lines_give_the_same(tmp_path, monkeypatch):

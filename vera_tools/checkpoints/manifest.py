@@ -23,6 +23,7 @@ from vera_tools import schema
 from vera_tools._version import TOOL
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files import canonical_json
+from vera_tools.files.canonical_json import Plain
 from vera_tools.files.strict_json import parse_json
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
@@ -294,8 +295,10 @@ class Manifest:
 
 
 def _check_digest(document: dict[str, Any], *, where: str) -> None:
+    covered = {name: value for name, value in document.items() if name != DIGEST}
+    covered["tensors"] = Plain(covered["tensors"])  # of `TensorRecord`s, which hold no float
     try:
-        found = canonical_json.sha256({name: value for name, value in document.items() if name != DIGEST})
+        found = canonical_json.sha256(covered)
     except RecursionError as error:
         raise FormatError("nested too deeply for a manifest", where=where) from error
     if found != document[DIGEST]:

@@ -15,16 +15,27 @@ number, and 1 and 1.0 are too, which PEFT tells apart. The rules:
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 from json.encoder import encode_basestring
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Plain(NamedTuple):
+    """A part of a document that holds no number but integers: Python's own encoder writes it by the same rules.
+
+    Floats are all that the two write differently, and it takes a third of the time.
+    """
+
+    part: Any
 
 
 def canonical(document: Any) -> str:
     """The document's one text.
 
     Args:
-        document: What `strict_json.parse_json` gives; lists and objects may be tuples and other mappings' copies.
+        document: What `strict_json.parse_json` gives; lists and objects may be tuples and other mappings' copies,
+            and parts of it `Plain`.
 
     Raises:
         TypeError: it holds what JSON does not have.
@@ -40,6 +51,8 @@ def canonical(document: Any) -> str:
     if isinstance(document, dict):
         members = (f"{encode_basestring(name)}:{canonical(value)}" for name, value in sorted(document.items()))
         return "{" + ",".join(members) + "}"
+    if isinstance(document, Plain):
+        return json.dumps(document.part, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     if isinstance(document, list | tuple):
         return "[" + ",".join(map(canonical, document)) + "]"
     raise TypeError(f"JSON has no {type(document).__name__}")
