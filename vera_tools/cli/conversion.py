@@ -142,6 +142,8 @@ def _show_batch(batch: BatchReport, console: Console) -> None:
             text += f", {human_bytes(item.report.input_bytes)} -> {human_bytes(item.report.output_bytes)}"
         elif item.error and item.status == "skipped":  # a failed one's is on stderr
             text += f": {item.error}"
+        elif item.status == "unchanged" and item.output != item.path:
+            text += f", and not written to {item.output}: it is that already"
         console.print(f"{item.path}: {text}")
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in batch.summary.items() if count)
     said = "; dry run, nothing was written" if batch.dry_run else ""
