@@ -258,6 +258,7 @@ class Log:
         self._runs = Runs()
         self._known: dict[tuple[str, str | None], Line] = {}
         self._taken: set[tuple[str, str | None]] = set()
+        self._done = self._written = 0
         self._held: list[Result] = []
         self._note = (0, b"")
         self._stream: TextIO | None = None
@@ -298,7 +299,7 @@ class Log:
             self._remember(line)
         self._lines = []
         if self._path:
-            self._append([], self._run.to_line())
+            self._append([], self._now().to_line())
 
     def end(self) -> None:
         """Note that the run did all that it had to do, and that nothing else is wrong."""
@@ -306,10 +307,9 @@ class Log:
         if held:
             self._append(held, ended=True)
             return
-        self._run = replace(self._run, ended=True)
         # Where all was taken from a run that was asked the same, that one's line says it already.
-        proven = self._run.written == 0 and self._runs.prove(self._run)
-        self._append([], b"" if proven else self._run.to_line())
+        proven = self._written == 0 and self._runs.prove(self._run)
+        self._append([], b"" if proven else self._now(ended=True).to_line())
 
     def give_up(self) -> None:
         """Note what was done of a run that does not end as it should."""
@@ -336,8 +336,8 @@ class Log:
     def write(self, results: Iterable[Result]) -> None:
         """Append what is new of the results of one thing that was to be done, and count it as done."""
         fresh = [result for result in results if not self._take(result)]
-        self._run = replace(self._run, done=self._run.done + 1)
-        if self._run.done == self._run.total:  # with which the run ends, where nothing else is wrong
+        self._done += 1
+        if self._done == self._run.total:  # with which the run ends, where nothing else is wrong
             self._held += fresh
         else:
             self._append(fresh)
@@ -351,16 +351,19 @@ class Log:
         if line.run is None:
             return False
         self._taken.add(line.key)
-        self._run = replace(self._run, taken=len(self._taken))
         return True
+
+    def _now(self, *, ended: bool = False) -> Run:
+        """The run as far as it is."""
+        return replace(self._run, done=self._done, written=self._written, taken=len(self._taken), ended=ended)
 
     def _append(self, results: list[Result], note: bytes | None = None, *, ended: bool = False) -> None:
         """Append lines, the last of which may say that the run ended; or a note on the run, until the next line."""
         lines = []
         for number, result in enumerate(results, start=1):
-            last = number == len(results)
-            self._run = replace(self._run, written=self._run.written + 1, ended=ended and last)
-            lines.append(json.dumps(result.to_dict(self._conditions, self._run), allow_nan=False) + "\n")
+            self._written += 1
+            now = self._now(ended=ended and number == len(results))
+            lines.append(json.dumps(result.to_dict(self._conditions, now), allow_nan=False) + "\n")
         data = "".join(lines).encode() + (note or b"")
         if self._path and (data or note is not None):
             with self._alone(self._path) as stream:
