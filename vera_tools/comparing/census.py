@@ -206,10 +206,11 @@ def _entry(path: str, opened: Checkpoint) -> CensusEntry:
     config, shape, record = opened.config, opened.pair_shape(None), opened.recorded
     pair = list(opened.projections.values())
     vectors = [info for layer in opened.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info]
-    unproven = record is None or record.recipe is None
-    holding: Holding = (
-        "stored" if len(pair) == 2 else "unrecorded" if unproven else "assumed" if record.assumed else "recorded"
-    )
+    holding: Holding = "unrecorded"
+    if len(pair) == 2:
+        holding = "stored"
+    elif record is not None and record.recipe is not None:
+        holding = "assumed" if record.assumed else "recorded"
     return CensusEntry(
         path=path,
         prng_key=config.projection_prng_key,
