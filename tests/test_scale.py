@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -41,8 +40,13 @@ def root(tmp_path_factory):
 def run(root, tmp_path):
     """Runs a script with these variables, and gives its exit code."""
 
+    command_here = tmp_path / "bin" / "vera-tools"
+    command_here.parent.mkdir()
+    command_here.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vera_tools "$@"\n')
+    command_here.chmod(0o755)
+
     def ran(*command, **variables):
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        path = f"{command_here.parent}:{os.environ['PATH']}"
         python = {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
         places = {"REGISTRY": str(root), "LOGS": str(tmp_path / "the logs")}
         environment = {**os.environ, **python, "PATH": path, **places, **variables}

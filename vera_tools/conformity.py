@@ -191,8 +191,8 @@ def _number(holds: Callable[[Any, Any], bool]) -> Callable[[Any], Check]:
     return lambda bound: lambda value: type(value) not in (int, float) or holds(value, bound)
 
 
-def _length(kind: type, holds: Callable[[int, int], bool]) -> Callable[[int], Check]:
-    return lambda bound: lambda value: type(value) is not kind or holds(len(value), bound)
+def _length(kind: type[str] | type[list[Any]], holds: Callable[[int, int], bool]) -> Callable[[int], Check]:
+    return lambda bound: lambda value: not isinstance(value, kind) or holds(len(value), bound)
 
 
 _BOUNDS: dict[str, Callable[[Any], Check]] = {
