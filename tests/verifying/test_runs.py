@@ -175,6 +175,22 @@ def test_a_part_that_nobody_began(root, tmp_path):
         vera_tools.summarize(one, tmp_path / "other", three)
 
 
+def test_a_run_of_the_whole_stands_for_its_parts(root, tmp_path, killed_at):
+    part, whole = tmp_path / "part", tmp_path / "whole"
+    vera_tools.verify(root, recursive=True, part=(1, 2), log=part)
+    vera_tools.verify(root, recursive=True, log=whole)
+    assert len(vera_tools.summarize(part, whole).checkpoints) == 4
+    vera_tools.verify(root / "0", root / "1", log=whole)
+    assert len(vera_tools.summarize(part, whole).checkpoints) == 4
+    (root / "3" / "adapter_config.json").touch()
+    killed_at("3", root, recursive=True, log=whole)
+    with pytest.raises(FormatError, match="the run did not end: 3 of 4 done"):
+        vera_tools.summarize(part, whole)
+    vera_tools.verify(root, recursive=True, part=(1, 2), log=whole)  # a part does not stand for the whole
+    with pytest.raises(FormatError, match="the run did not end: 3 of 4 done"):
+        vera_tools.summarize(part, whole)
+
+
 def test_a_missing_log_and_an_empty_one(root, tmp_path):
     vera_tools.verify(root / "1", log=tmp_path / "log")
     (tmp_path / "empty").touch()

@@ -45,8 +45,8 @@ class Run:
     ended: bool = False
 
     def repeats(self, other: Run) -> bool:
-        """Whether it was asked what the other one was asked."""
-        return (self.asked, self.part) == (other.asked, other.part)
+        """Whether it was asked all that the other one was asked."""
+        return self.asked == other.asked and self.part in (None, other.part)
 
     def to_dict(self) -> dict[str, Any]:
         """The member `run` of a line."""
@@ -137,7 +137,8 @@ class Runs:
             else:
                 said.append(_short(one))
             valid.append(one)
-        return [*said, *(words for group in _groups(valid) for words in _absent(group))]
+        parts = [one for one in valid if not any(two.run.part is None and two.run.repeats(one.run) for two in valid)]
+        return [*said, *(words for group in _groups(parts) for words in _absent(group))]
 
 
 def _short(seen: _Seen) -> str:
