@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 import vera_tools
 from vera_tools.cli.completion import REFERENCE
@@ -37,7 +38,7 @@ def command(
     if not recursive and len(checkpoints) == 1:
         report = vera_tools.inspect(checkpoints[0], base=base, allow_pickle=allow_pickle)
         return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
-    if base is not None:
+    if click.get_current_context().get_parameter_source("base") is ParameterSource.COMMANDLINE:
         raise UsageError("--base goes with one checkpoint")
     with output.progress("looking") as progress:
         many = vera_tools.census(*checkpoints, recursive=recursive, allow_pickle=allow_pickle, progress=progress)
