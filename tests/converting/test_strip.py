@@ -265,7 +265,7 @@ def test_text(tmp_path):
     result = run_cli("strip-projections", CHECKPOINTS / KEPT, "-o", tmp_path / "out")
     assert result.returncode == 0
     assert "10.4 kB -> 2.6 kB, 7.8 kB saved, 4.0 times smaller" in result.stdout
-    assert "PEFT on float32 and quantised bases: Linux, Apple silicon (torch >=2.2)\n" in result.stdout
+    assert "PEFT on float32 and bnb 8-bit bases: Linux, Apple silicon (torch >=2.2)\n" in result.stdout
     assert result.stderr == ""
 
 

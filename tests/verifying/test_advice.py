@@ -18,7 +18,7 @@ from tests.verifying.reports import message_of, one
 from vera_tools.projections.identification import share
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.advice import safety
-from vera_tools.verifying.loads import OLD_PEFT, PEFT, Trained, loader_table
+from vera_tools.verifying.loads import BASE_KINDS, OLD_PEFT, PEFT, Trained, loader_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
 
@@ -38,8 +38,8 @@ def stripped(name: str, folder: Path) -> Path:
         (
             KEPT,
             "vera-tools and PEFT 0.21 or newer (default options) everywhere; with PEFT before 0.21 only "
-            f"{PLACES} with a float32 or quantised base",
-            f"vera-tools everywhere; with any PEFT only {PLACES} with a float32 or quantised base",
+            f"{PLACES} with a float32 or bnb 8-bit base",
+            f"vera-tools everywhere; with any PEFT only {PLACES} with a float32 or bnb 8-bit base",
         ),
         (
             BF16,
@@ -82,11 +82,10 @@ def test_no_sentence_promises_a_place_where_the_table_says_no(stored, dtype, rou
             assert not exact
             continue
         everywhere = "everywhere" in clause
-        dtypes = re.search(r"with a ([\w ,]+) base", clause)
-        named = (
-            set(re.findall(r"\w+", dtypes[1])) - {"or"} if dtypes else {"float32", "bfloat16", "float16", "quantised"}
-        )
-        bases = {"integer" if base == "quantised" else base for base in named}
+        dtypes = re.search(r"with a ([\w ,-]+) base", clause)
+        kinds = set(re.split(r", | or ", dtypes[1])) if dtypes else set(BASE_KINDS.values())
+        bases = {dtype for dtype, kind in BASE_KINDS.items() if kind in kinds}
+        assert len(bases) == len(kinds)
         fused = everywhere or "Linux (AVX2 or Arm)" in clause or " on " not in clause
         separate = everywhere or "Windows" in clause or " on " not in clause
         promised = {("fused", base) for base in bases if fused} | {("separate", base) for base in bases if separate}

@@ -58,7 +58,9 @@ def test_parts_may_be_left_out():
     spec = LoadSpec.parse("peft>=0.21:bfloat16:macos-arm64:torch==2.1")
     assert (spec.base_dtype, spec.platform, spec.torch) == ("bfloat16", "macos-arm64", (2, 1))
     assert LoadSpec.parse("peft>=0.21::windows-x86_64").platform == "windows-x86_64"
-    assert LoadSpec.parse("vera-tools:quantised").base_dtype == "integer"
+    assert LoadSpec.parse("vera-tools:integer").base_dtype == "integer"
+    with pytest.raises(UsageError):  # which kind of quantised, a gate has to know: some round the pair
+        LoadSpec.parse("peft>=0.21:quantised")
     late = {stack.platform for stack in LoadSpec.parse("peft:torch==2.12.1").stacks()}
     assert late == set(PLATFORMS) - {"macos-x86_64"}  # which has no such build
 

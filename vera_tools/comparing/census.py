@@ -17,7 +17,7 @@ from typing import Any, ClassVar, Literal
 from vera_tools.checkpoints.checkpoint import Checkpoint, find
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.dtypes import BITS, CODES
-from vera_tools.errors import FormatError, HubError, NotVeraError, UsageError, VeraToolsError, escaped
+from vera_tools.errors import FormatError, NotVeraError, RemoteError, UsageError, VeraToolsError, escaped
 from vera_tools.files import opening
 from vera_tools.projections.key import seed
 from vera_tools.report import Document, Progress, Report, worst
@@ -174,7 +174,7 @@ def census(
                 alike.setdefault((opened.weights.size, header), []).append(path)
         except NotVeraError as error:
             skipped.append((path, error.kind))
-        except (FormatError, HubError) as error:
+        except (FormatError, RemoteError) as error:
             failed.append((path, error))
         except VeraToolsError:
             raise
@@ -232,7 +232,7 @@ def _same(paths: list[str], *, allow_pickle: bool) -> Iterator[tuple[str, ...]]:
     """Groups of those that are the same to the last byte, of files of one size and header."""
     by_digest: dict[str, list[str]] = {}
     for path in paths:
-        with contextlib.suppress(FormatError, HubError):  # it was there, and is nobody's copy any more
+        with contextlib.suppress(FormatError, RemoteError):  # it was there, and is nobody's copy any more
             with Checkpoint.open(path, allow_pickle=allow_pickle) as opened:
                 digest = opened.weights.file_sha256()
             by_digest.setdefault(digest, []).append(path)

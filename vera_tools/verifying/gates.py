@@ -22,7 +22,6 @@ from vera_tools.verifying.loads import BASE_DTYPES, BASE_KINDS, OLD_PEFT, OPTION
 
 #: The releases of PEFT that a loader of the table stands for: from the first, and below the second.
 _RELEASES = {OLD_PEFT: ((0, 11, 0), (0, 21, 0)), PEFT: ((0, 21, 0), None)}
-_WORDS = {word: dtype for dtype, word in BASE_KINDS.items()} | {dtype: dtype for dtype in BASE_DTYPES}
 _OPTIONS = {f"{name}={value}".lower(): {name: value} for options in OPTIONS for name, value in options.items()}
 _VALID = (
     "LOADER[:DTYPE][:PLATFORM][:torch==VERSION], where LOADER is vera-tools or peft with versions (peft>=0.21, "
@@ -244,8 +243,8 @@ def _table(loads: Sequence[Load]) -> dict[_Key, Load]:
 
 
 def _part(part: str, text: str) -> tuple[str, object]:
-    if part in _WORDS:
-        return "base_dtype", _WORDS[part]
+    if part in BASE_DTYPES:
+        return "base_dtype", part
     if part in PLATFORMS:
         return "platform", part
     if part in _OPTIONS:

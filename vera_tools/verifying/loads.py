@@ -25,8 +25,8 @@ from vera_tools.report import Document
 OLD_PEFT, PEFT, VERA_TOOLS = "peft>=0.11,<0.21", "peft>=0.21", "vera-tools"
 ROUNDINGS = rows.ROUNDINGS
 BASE_DTYPES = ("float32", "bfloat16", "float16", "integer")
-#: The same in the words of tables for people.
-BASE_KINDS = dict(zip(BASE_DTYPES, ("float32", "bfloat16", "float16", "quantised"), strict=True))
+#: The same in words. Of the layers whose weights are integers, bitsandbytes' of 8 bit were tried.
+BASE_KINDS = dict(zip(BASE_DTYPES, ("float32", "bfloat16", "float16", "bnb 8-bit"), strict=True))
 OPTIONS: tuple[dict[str, bool], ...] = ({}, {"low_cpu_mem_usage": True}, {"autocast_adapter_dtype": False})
 
 
