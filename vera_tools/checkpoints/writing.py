@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
@@ -23,7 +24,7 @@ from vera_tools.checkpoints.manifest import (
 )
 from vera_tools.dtypes import Array
 from vera_tools.files import atomic, local, safetensors
-from vera_tools.files.safetensors import Deferred
+from vera_tools.files.safetensors import Deferred, TensorFile
 
 
 def write_checkpoint(
@@ -124,16 +125,29 @@ def describe(
         name: TensorRecord(info.shape, info.dtype, sha256[name]) for name, info in checkpoint.weights.tensors.items()
     }
     earlier = checkpoint.manifest
-    return Manifest(
+    return _made_here(
         projections=record,
         tensors=tensors,
         config=checkpoint.raw_config,
         metadata=checkpoint.weights.metadata,
         base=base if isinstance(base, BaseRecord) else _describe_base(checkpoint, base, digest_base=digest_base),
-        torch=torch_version(),
-        platform=f"{platform.system()}-{platform.machine()}",
         original=original or (earlier.original if earlier else None),
     )
+
+
+def describe_weights(path: Path, config: dict[str, Any], record: ProjectionRecord, *, base: BaseRecord) -> Manifest:
+    """The manifest of a weights file whose tensors are not VeRA's, and were made of a pair.
+
+    Args:
+        path: The safetensors file; every tensor in it is hashed.
+        config: The adapter_config.json beside it.
+        record: The pair.
+        base: What is known of the base model.
+    """
+    with TensorFile.open(path) as file:
+        sha256 = file.digests()
+        tensors = {name: TensorRecord(info.shape, info.dtype, sha256[name]) for name, info in file.tensors.items()}
+        return _made_here(projections=record, tensors=tensors, config=config, metadata=file.metadata, base=base)
 
 
 def base_record(checkpoint: Checkpoint, base: BaseModel | None) -> BaseRecord:
@@ -163,6 +177,11 @@ def torch_version() -> str | None:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _made_here(**fields: Any) -> Manifest:
+    """A manifest that names this machine and its torch."""
+    return Manifest(**fields, torch=torch_version(), platform=f"{platform.system()}-{platform.machine()}")
 
 
 def _describe_base(checkpoint: Checkpoint, base: BaseModel | None, *, digest_base: bool) -> BaseRecord:

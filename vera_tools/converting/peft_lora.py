@@ -14,7 +14,7 @@ Three rules, all for LoRA alone:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from vera_tools.architectures import data
@@ -75,41 +75,42 @@ def model_type(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:
     return None if entry is None else str(entry["model_type"])
 
 
-def refuse_unloadable(checkpoint: Checkpoint, kind: str | None, known: Architecture | None) -> None:
+def refuse_unloadable(layers: Collection[str], kind: str | None, known: Architecture | None, *, label: str) -> None:
     """Stop where PEFT would not load the LoRA of these layers on a base of this model type and class.
 
     Args:
-        checkpoint: The VeRA adapter.
+        layers: The modules that the adapter is on.
         kind: The base's model type, where it is known.
         known: The class that PEFT adapted, where it is known.
+        label: The adapter's name for messages.
 
     Raises:
         CheckFailedError: it would not; the message names a layer and says what PEFT does.
     """
     for rule in RULES:
-        found = [module for module in checkpoint.layers if _last(module) in rule.targets]
+        found = [module for module in layers if _last(module) in rule.targets]
         if found and kind in rule.model_types:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise CheckFailedError(
                 f"no LoRA that PEFT loads: {rule.what}",
-                where=f"{checkpoint.label}: {found[0]}{more}",
+                where=f"{label}: {found[0]}{more}",
                 expected=f"no adapter on {', '.join(sorted(rule.targets))} of a model of type {kind}",
                 hint="merge it into its base: `vera-tools merge`",
             )
 
     if known is None:
         return
-    for module, name in _renamed(checkpoint, known):
+    for module, name in _renamed(layers, known):
         raise CheckFailedError(
             "no LoRA that PEFT loads: with transformers 5, PEFT takes this for a name of an older file",
-            where=f"{checkpoint.label}: {module}",
+            where=f"{label}: {module}",
             expected=f"a name that loading {known.name} leaves alone",
             found=name,
             hint="merge it into its base: `vera-tools merge`",
         )
 
 
-def _renamed(checkpoint: Checkpoint, known: Architecture) -> Iterator[tuple[str, str]]:
+def _renamed(layers: Collection[str], known: Architecture) -> Iterator[tuple[str, str]]:
     """Layers whose keys PEFT renames, and to what."""
     if (
         known.model_type not in data.tables()["conversions"]
@@ -117,7 +118,7 @@ def _renamed(checkpoint: Checkpoint, known: Architecture) -> Iterator[tuple[str,
         return
     active: set[int] = set()
     end = ".lora_A.default.weight"
-    for module in sorted(checkpoint.layers, key=natural_order):
+    for module in sorted(layers, key=natural_order):
         name = module + end
         for step in known.steps:
             if not step.operations:

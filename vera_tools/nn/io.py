@@ -222,9 +222,7 @@ def save(
         UsageError: save_projection is off, and no recipe makes these projections; a tensor has no values; or it is not
             in `state_dict`, or has another shape there, or the projections there are not the model's.
     """
-    config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
-    if config.task_type is None and config.auto_mapping is None:
-        config.auto_mapping = _auto_mapping(model.model)
+    config = config_to_save(model, adapter_name)
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
         is_main_process = not together or distributed.get_rank() == 0
@@ -240,7 +238,7 @@ def save(
                 tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
             else:
                 _check_seed_only(model, record, where=folder)
-            base = _describe_base(model, config, adapter_name)
+            base = describe_base(model, config, adapter_name)
             base_name = getattr(getattr(model.model, "config", None), "_name_or_path", None)
             _write(Path(folder), config, tensors, record, base, base_name)
         elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
@@ -359,14 +357,25 @@ def _check_seed_only(model: Adapters, record: ProjectionRecord, *, where: str) -
         )
 
 
-def _auto_mapping(base: nn.Module) -> dict[str, str]:
-    """The base's class, by which PEFT's AutoPeftModel makes the base where no task says which class."""
-    # fully_shard puts a class of its own in front of the model's.
-    own = next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
-    return {"base_model_class": own.__name__, "parent_library": own.__module__}
+def config_to_save(model: Adapters, adapter_name: str) -> VeraConfig:
+    """An adapter's config as it is written.
+
+    Where no task says which class the base is of, it names that class: PEFT's AutoPeftModel makes the base by it.
+    """
+    config = dataclasses.replace(model.peft_config[adapter_name], inference_mode=True)
+    if config.task_type is None and config.auto_mapping is None:
+        own = class_of(model.model)
+        config.auto_mapping = {"base_model_class": own.__name__, "parent_library": own.__module__}
+    return config
 
 
-def _describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> BaseRecord:
+def class_of(base: nn.Module) -> type:
+    """The base's class, without the one that fully_shard puts in front of it."""
+    return next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+def describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> BaseRecord:
+    """What a manifest says of the base: its name, and the weights under the adapter."""
     weights = {
         f"{name}.weight": TensorRecord(tuple(whole_shape(layer.weight)), dtype_name(layer.weight.dtype), None)
         for name, layer in model.vera_layers().items()

@@ -21,6 +21,7 @@ from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.forwarding import with_signature_of_base
 from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
 from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.lora import Lora, to_lora
 from vera_tools.nn.rows import NO_ADAPTER, Rows
 from vera_tools.nn.state_dicts import LoadResult
 from vera_tools.nn.status import LayerStatus, ModelStatus, layer_status, model_status
@@ -420,8 +421,28 @@ class VeraModel(Adapters):
         return list(self.vera_layers())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: VeRA is a LoRA of rank r, exactly; ``vera-tools convert --to lora`` makes it of a saved checkpoint."""
+        """True: VeRA is a LoRA of rank r, exactly; `to_lora` makes it."""
         return True
+
+    def to_lora(self, adapter_name: str = "default", *, dtype: str | None = None) -> Lora:
+        """An adapter as the LoRA of rank r that it exactly is, with its biases and saved modules.
+
+        Bit for bit what ``vera-tools convert --to lora`` makes of the saved adapter. Under FSDP every process has to
+        call this, because the vectors are gathered.
+
+        Args:
+            adapter_name: Which adapter.
+            dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
+
+        Returns:
+            Config and tensors, and a method that writes them.
+
+        Raises:
+            UsageError: no such adapter, no such dtype, or a tensor has no values here.
+            CheckFailedError: a value of lora_A or lora_B would not be finite, or PEFT does not load LoRA on such layers
+                of such a base.
+        """
+        return to_lora(self, adapter_name, dtype=dtype)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Let a model's embeddings require gradients, which reentrant checkpointing of frozen layers needs."""
