@@ -59,7 +59,7 @@ def load(name, folder=None, **options):
         return VeraModel.from_pretrained(base_model(name), folder or CHECKPOINTS / name, **options)
 
 
-@pytest.mark.filterwarnings("ignore:the biases that adapter:vera_tools.errors.VeraToolsWarning")
+@pytest.mark.filterwarnings("ignore:Careful, disabling adapter layers:vera_tools.errors.VeraToolsWarning")
 @pytest.mark.parametrize("name", NAMES)
 def test_every_checkpoint_gives_the_logits_that_peft_gave(name):
     model = load(name)
@@ -369,6 +369,14 @@ def test_an_adapter_on_the_hub(hub):
 
 def test_revision_and_subfolder_are_taken_as_peft_takes_them(hub, tmp_path):
     hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT, "adapters/"))
+    config = VeraConfig.from_pretrained("hf://ann/x", "adapters", revision="main", token=None)
+    assert config == VeraConfig.from_pretrained(CHECKPOINTS / KEPT)
+    with pytest.raises(UsageError, match="hf://owner/name@v1"):
+        VeraConfig.from_pretrained(CHECKPOINTS / KEPT, revision="v1")
+    with pytest.raises(UsageError, match="HF_HUB_OFFLINE"):
+        VeraConfig.from_pretrained("hf://ann/x/adapters", local_files_only=True)
+    with pytest.raises(TypeError, match="'r'"):  # PEFT takes it and leaves it: the file's rank holds
+        VeraConfig.from_pretrained(CHECKPOINTS / KEPT, r=3)
     for reference, options in (
         ("hf://ann/x", {"revision": "main", "subfolder": "adapters"}),
         ("hf://ann/x/adapters", {"revision": "main"}),

@@ -50,7 +50,7 @@ MODELS = {
     "bfloat16": lambda: adapted(torch.bfloat16),
     "half vectors": half_vectors,
     "float64": lambda: on(llama(torch.float64), target_modules=["q_proj", "down_proj"]),
-    "Conv1D, all biases": lambda: on(gpt2(), target_modules=["c_attn", "c_proj"], bias="all"),
+    "Conv1D, all biases": lambda: on(gpt2(), target_modules=["c_attn", "c_proj"], bias="all", fan_in_fan_out=True),
     "own biases": lambda: on(bert(), target_modules=["query"], bias="vera_only"),
     "a head": lambda: on(bert(), target_modules=["query", "value"], task_type="SEQ_CLS"),
     "a pattern": lambda: on(llama(), target_modules=r".*\.(q|k)_proj"),
@@ -107,6 +107,16 @@ def test_each_of_several_adapters_with_its_own_pair(tmp_path):
 def save(model, name, folder):
     model.save_pretrained(folder / "vera")
     return folder / "vera" if name == "default" else folder / "vera" / name
+
+
+def test_training_on_leaves_it_as_it_was():
+    model = on(bert(), target_modules=["query"], task_type="SEQ_CLS", bias="all")
+    lora = model.to_lora()
+    before = {name: tensor.clone() for name, tensor in lora.state_dict.items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 1
+    assert all(torch.equal(lora.state_dict[name], tensor) for name, tensor in before.items())
 
 
 def test_what_is_merged_or_disabled_makes_no_difference():

@@ -201,7 +201,7 @@ def test_delete_adapter():
 
 def test_deleting_the_active_adapter_says_which_is_active_now():
     model = two_adapters()
-    with pytest.warns(VeraToolsWarning, match="'second' is active now"):
+    with pytest.warns(VeraToolsWarning, match="Setting active adapter to second"):
         model.delete_adapter("default")
     assert model.active_adapters == ["second"]
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 
 import pytest
 import torch
 
+import vera_tools.nn
+from tests import ROOT
 from tests.nn.models import OPTIONS, Tiny, adapted, bert, fresh, llama, logits, randomise, some_ids, tiny, two_adapters
 from tests.peers import QUIET_PEERS
+from vera_tools.checkpoints import peft_arguments
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
 from vera_tools.nn import (
     VeraConfig,
@@ -275,3 +279,51 @@ def test_arguments_in_pefts_order(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="should be a directory, not a file"):
         model.save_pretrained(tmp_path / "file")
+
+
+def test_the_trainers_card_is_that_of_the_adapter(tmp_path):
+    model = adapted()
+    model.save_pretrained(tmp_path)
+    expected = (tmp_path / "README.md").read_bytes()
+    (tmp_path / "README.md").unlink()
+    model.create_or_update_model_card(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == expected
+    assert model.peft_type == "VERA"
+
+
+def named_as_in_peft():
+    import peft
+
+    pairs = [(VeraModel, peft.PeftModel, name) for name in ("from_pretrained", "load_adapter", "save_pretrained")]
+    pairs += [(VeraModel, peft.PeftModel, name) for name in ("add_adapter", "set_adapter", "set_requires_grad")]
+    pairs += [(VeraModel, peft.tuners.vera.VeraModel, name) for name in ("merge_and_unload", "merge_adapter")]
+    pairs += [(vera_tools.nn, peft, name) for name in vera_tools.nn.__all__ if name.startswith(("get_", "set_"))]
+    pairs += [(VeraConfig, peft.VeraConfig, name) for name in ("from_pretrained", "save_pretrained", "from_json_file")]
+    layer = peft.tuners.vera.layer.Linear
+    layers = ("merge", "unmerge", "get_delta_weight", "delete_adapter", "reset_vera_parameters", "enable_adapters")
+    return pairs + [(vera_tools.nn.VeraLinear, layer, name) for name in layers]
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "name"), named_as_in_peft(), ids=lambda value: getattr(value, "__name__", value)
+)
+def test_arguments_have_pefts_names_and_order(ours, theirs, name):
+    mine, pefts = (list(inspect.signature(getattr(owner, name)).parameters.values()) for owner in (ours, theirs))
+    by_place = [p.name for p in pefts if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert [p.name for p in mine if p.kind is p.POSITIONAL_OR_KEYWORD] == by_place
+    known = {p.name: p.default for p in mine}
+    different = {p.name for p in pefts if p.name in by_place and known[p.name] is not p.default != known[p.name]}
+    assert different <= {"is_main_process"}, "None is rank 0 here"
+
+
+def test_what_is_refused_is_documented():
+    from huggingface_hub import hf_hub_download
+
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    known = peft_arguments.LOADING | peft_arguments.SAVING
+    refused = [name for name, argument in known.items() if argument.same is not None]
+    assert [name for name in refused if f"`{name}" not in text] == []
+    # What PEFT passes on to the Hub's client, but for what it is called with itself.
+    internal = {"repo_id", "filename", "subfolder", "revision", "library_name", "library_version"}
+    internal |= {"headers", "tqdm_class", "dry_run"}
+    assert inspect.signature(hf_hub_download).parameters.keys() - internal <= known.keys()

@@ -67,7 +67,8 @@ def test_conv1d_is_recognised_and_computed_as_peft_does():
 
 def test_fan_in_fan_out_follows_the_layers():
     wrong = VeraConfig(**{**OPTIONS, "fan_in_fan_out": True})
-    assert VeraModel(llama(), wrong).peft_config["default"].fan_in_fan_out is False
+    with pytest.warns(VeraToolsWarning, match="Setting fan_in_fan_out to False"):
+        assert VeraModel(llama(), wrong).peft_config["default"].fan_in_fan_out is False
     assert wrong.fan_in_fan_out is True, "the caller's config was changed"
 
 

@@ -56,10 +56,7 @@ def _get_peft_model(theirs: Any) -> Any:
     ) -> Any:
         if not _is_ours(peft_config):
             return theirs(model, peft_config, adapter_name, *args, **kwargs)
-        revision = kwargs.pop("revision", None)
-        if revision is not None:
-            peft_config.revision = revision
-        return Peer(VeraModel(model, peft_config, adapter_name, *args, **kwargs))
+        return Peer(vera_tools.nn.get_peft_model(model, peft_config, adapter_name, *args, **kwargs))
 
     return get_peft_model
 
@@ -99,11 +96,8 @@ def _kind(folder: Any, subfolder: str | None) -> str | None:
 
 def _function(name: str, theirs: Any) -> Any:
     def function(model: Any, *args: Any, **kwargs: Any) -> Any:
-        own = _ours(model)
-        if own is None:
-            return theirs(model, *args, **kwargs)
-        ours = getattr(vera_tools.nn, name, None)
-        return getattr(own, name)(*args, **kwargs) if ours is None else ours(model, *args, **kwargs)
+        chosen = theirs if _ours(model) is None else getattr(vera_tools.nn, name)
+        return chosen(model, *args, **kwargs)
 
     return function
 

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import enum
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vera_tools import schema
-from vera_tools.checkpoints import expressions, names, peft_values
+from vera_tools.checkpoints import expressions, names, peft_arguments, peft_values
 from vera_tools.checkpoints.expressions import Expression
 from vera_tools.checkpoints.targeting import IN_LAYERS, Targeting, kept_by, needs_no_expression
 from vera_tools.errors import FormatError, NotVeraError, UsageError
-from vera_tools.files import atomic
+from vera_tools.files import atomic, local
+from vera_tools.files.opening import locate
 
 CONFIG_NAME = "adapter_config.json"
 #: Bytes of it. One that lists every expert of the largest mixtures by name has half of that.
@@ -64,6 +66,8 @@ class VeraConfig:
         base_model_name_or_path: The base model.
         revision: The base model's revision.
         auto_mapping: PEFT's class mapping for models without a task type.
+        ensure_weight_tying: Save all modules that share a parameter, such as embedding and output layer, where one is
+            in modules_to_save, and let them share it. PEFT's LoraConfig has it; it is written where it is true.
         peft_version: The PEFT that wrote the file, where it says so (0.18 and later).
         extra: Unknown keys, kept as found and written back.
 
@@ -88,6 +92,7 @@ class VeraConfig:
     base_model_name_or_path: str | None = None
     revision: str | None = None
     auto_mapping: dict[str, Any] | None = None
+    ensure_weight_tying: bool = False
     peft_version: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -129,6 +134,8 @@ class VeraConfig:
         known = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extra"}
         if self.peft_version is None:
             del known["peft_version"]
+        if not self.ensure_weight_tying:
+            del known["ensure_weight_tying"]
         return {**known, "peft_type": self.peft_type.value, **self.extra}
 
     def to_json(self) -> str:
@@ -202,28 +209,48 @@ class VeraConfig:
         return cls.from_dict(peft_values.read(text, where=where).document, where=where)
 
     @classmethod
-    def from_json_file(cls, path_json_file: str | Path) -> dict[str, Any]:
+    def from_json_file(cls, path_json_file: str | os.PathLike[str]) -> dict[str, Any]:
         """What an adapter_config.json holds, as PEFT's method of this name returns it: a dict, nothing filled in.
 
         Raises:
             FormatError: it cannot be read, or is not JSON.
         """
-        document: dict[str, Any] = peft_values.read(_text(Path(path_json_file)), where=str(path_json_file)).document
+        path = Path(path_json_file)
+        text = local.read_text(local.LocalFolder(path.parent), path.name, limit=MOST_BYTES)
+        document: dict[str, Any] = peft_values.read(text, where=str(path)).document
         return {key: value for key, value in document.items() if key != "runtime_config"}  # PEFT's too
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, subfolder: str | None = None) -> VeraConfig:
-        """Read adapter_config.json from a local folder, or from a folder below it.
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        *,
+        revision: str | None = None,
+        **options: Any,
+    ) -> VeraConfig:
+        """Read the adapter_config.json of a checkpoint, which need not be whole.
+
+        Args:
+            pretrained_model_name_or_path: A folder, or ``hf://owner/name[@revision][/subfolder]``.
+            subfolder: A folder below it.
+            revision: A branch, tag or commit, where it is on the Hub.
+            **options: PEFT's further arguments, `peft_arguments.HUB`, with the values for which nothing is done
+                otherwise.
 
         Raises:
             FormatError: no such file, or `from_json`'s reasons.
+            UsageError: no such folder, or an option that is not supported.
         """
-        path = Path(folder, subfolder or "") / CONFIG_NAME
-        return cls.from_json(_text(path), where=str(path))
+        peft_arguments.check(options, peft_arguments.HUB)
+        where = peft_arguments.located(pretrained_model_name_or_path, revision=revision, subfolder=subfolder)
+        folder, _ = locate(where)
+        text = local.read_text(folder, CONFIG_NAME, limit=MOST_BYTES)
+        return cls.from_json(text, where=folder.path_of(CONFIG_NAME))
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write adapter_config.json into `folder`."""
-        path = Path(folder)
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write adapter_config.json into a folder."""
+        path = Path(save_directory)
         path.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(path / CONFIG_NAME, self.to_json().encode())
 
@@ -284,13 +311,6 @@ def _looked_at(value: Any, name: str) -> Any:
         return value[: wrong + 1]
     expected = "an integer of 0 or more" if numbers else "a string"
     raise UsageError("has a wrong value", where=f"{name}.{wrong}", expected=expected, found=schema.shown(value[wrong]))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"cannot be read: {error}", where=path) from error
 
 
 def _plain(value: Any) -> Any:

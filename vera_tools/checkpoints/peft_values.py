@@ -171,6 +171,7 @@ _MEANINGS: dict[str, Callable[[Any], Any]] = {
     "inference_mode": _truth,  # set anew on loading
     "fan_in_fan_out": _truth,
     "init_weights": _truth,
+    "ensure_weight_tying": _truth,
     "save_projection": _hashable_truth,
     "base_model_name_or_path": _text,
     "revision": _text,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import warnings
 from typing import Any
 
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import UsageError
+from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import io
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.model import VeraModel
@@ -18,18 +20,64 @@ from vera_tools.nn.state_dicts import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from vera_tools.nn.status import get_layer_status, get_model_status
 
 __all__ = [
     "VeraConfig",
     "VeraLinear",
     "VeraModel",
     "get_base_model_state_dict",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_model",
     "get_peft_model_state_dict",
     "load_adapter",
     "save_adapter",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: VeraConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> VeraModel:
+    """PEFT's function of this name: a model with a new adapter, `VeraModel`.
+
+    Args:
+        model: A plain model.
+        peft_config: What to adapt and how; it is copied.
+        adapter_name: The adapter's name.
+        mixed: False: adapters of one kind only.
+        autocast_adapter_dtype: As `VeraModel`.
+        revision: The base model's revision, for the config.
+        low_cpu_mem_usage: As `VeraModel`.
+
+    Warns:
+        VeraToolsWarning: the config names another revision.
+
+    Raises:
+        UsageError: as `VeraModel`, or `mixed`.
+    """
+    if mixed:
+        raise UsageError("is not supported", where="mixed", expected="False", found="True")
+    config = VeraConfig.of(peft_config)
+    if revision is not None:
+        if config.revision not in (None, revision):
+            warnings.warn(
+                f"peft config has already set base model revision to {config.revision}, overwriting with revision "
+                f"{revision}",
+                VeraToolsWarning,
+                stacklevel=2,
+            )
+        config = dataclasses.replace(config, revision=revision)
+    options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}
+    return VeraModel(model, config, adapter_name, **options)
 
 
 def load_adapter(

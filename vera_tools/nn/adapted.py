@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -15,25 +16,47 @@ class AdaptedModule(nn.Module):
     Attributes:
         name: The module's name in the model, for messages.
         active_adapters: The model's active adapters; those of them that are not here do nothing here.
+        merged_adapters: The adapters whose updates are in the base weight at the moment.
         disable_adapters: Compute the base's own module alone.
         rows: Set while a batch runs whose rows use different adapters.
     """
+
+    #: What PEFT's status reports call such a module.
+    module_type: ClassVar[str]
+    #: What holds something for each adapter, by its name: parameters, and the rest.
+    adapter_layer_names: ClassVar[tuple[str, ...]]
+    other_param_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, name: str = "") -> None:
         super().__init__()
         self.name = name
         self.active_adapters: list[str] = []
+        self.merged_adapters: list[str] = []
         self.disable_adapters = False
         self.rows: Rows | None = None
 
     @property
+    def base_module(self) -> nn.Module:
+        """The base's own module."""
+        raise NotImplementedError
+
+    @property
     def available_adapters(self) -> list[str]:
         """The adapters that are here, sorted."""
-        raise NotImplementedError
+        return sorted(getattr(self, self.adapter_layer_names[0]))
 
     def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
         """The parameters of one adapter here; none where it is not here."""
-        raise NotImplementedError
+        for held in (getattr(self, which) for which in self.adapter_layer_names):
+            if name in held:
+                yield from [held[name]] if isinstance(held, nn.ParameterDict) else held[name].parameters()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove what an adapter has here."""
+        for held in (getattr(self, which) for which in self.adapter_layer_names):
+            if adapter_name in held:
+                del held[adapter_name]
+        self.active_adapters = [active for active in self.active_adapters if active != adapter_name]
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active here, and trainable unless `inference_mode`; all others are frozen.

@@ -17,7 +17,7 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
-from vera_tools.nn import targets
+from vera_tools.nn import targets, tying
 from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
@@ -42,6 +42,8 @@ class Adapters(nn.Module):
     """
 
     model: nn.Module
+    #: What the names of an adapter's parameters begin with, behind their layer's.
+    prefix = "vera_lambda_"
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -126,6 +128,13 @@ class Adapters(nn.Module):
         taken = adapter_name == NO_ADAPTER or hasattr(nn.ParameterDict, adapter_name)
         if not adapter_name or "." in adapter_name or taken:
             raise UsageError("not a name for an adapter", expected="a name without dots", found=repr(adapter_name))
+        if adapter_name in self.prefix:
+            warnings.warn(
+                f"Adapter name '{adapter_name}' should not be contained in the prefix '{self.prefix}'. This may lead "
+                "to reinitialization of the adapter weights during loading, in PEFT.",
+                VeraToolsWarning,
+                stacklevel=4,
+            )
         for existing in self.peft_config.values():
             if existing.projection_prng_key != config.projection_prng_key:
                 raise UsageError(
@@ -161,7 +170,7 @@ class Adapters(nn.Module):
             autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer.
         """
         saved = targets.saved(config, self.model)
-        self._warn_of_shared_weights(modules)
+        tying.warn_of_merging(self.model, [n for n, module in modules.items() if not isinstance(module, VeraLinear)])
         self.hold_pair(adapter_name, config, modules, record, pair)
         self.peft_config[adapter_name] = config
         # Where transformers keeps what it let torchao quantise the model by, which merging needs again.
@@ -188,8 +197,14 @@ class Adapters(nn.Module):
                 self._replace(name, wrapper)
                 module = wrapper
             module.add_adapter(adapter_name)
-        for module in self._adapted():
+        self.tie(adapter_name)
+        for module in self.adapted():
             module.set_requires_grad(adapter_name, False)
+
+    def tie(self, adapter_name: str) -> None:
+        """Let an adapter's copies of saved modules share what the base's share, where its config ensures that."""
+        if self.peft_config[adapter_name].ensure_weight_tying:
+            tying.tie(adapter_name, self.saved_modules().values())
 
     def hold_pair(
         self,
@@ -307,14 +322,18 @@ class Adapters(nn.Module):
             raise UsageError(
                 f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
             )
-        for module in self._adapted():
+        for module in self.adapted():
             module.delete_adapter(adapter_name)
         del self.vera_A[adapter_name], self.vera_B[adapter_name]
         del self.peft_config[adapter_name], self._records[adapter_name]
         left = [name for name in self._active if name != adapter_name]
         if not left and self.peft_config:
             left = [next(iter(self.peft_config))]
-            warnings.warn(f"the active adapter was deleted; {left[0]!r} is active now", VeraToolsWarning, stacklevel=2)
+            warnings.warn(  # PEFT's words
+                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                VeraToolsWarning,
+                stacklevel=2,
+            )
         self._choose(left, inference_mode=all(self.peft_config[name].inference_mode for name in left))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -324,7 +343,7 @@ class Adapters(nn.Module):
             UsageError: no such adapter.
         """
         for name in self.check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names):
-            for module in self._adapted():
+            for module in self.adapted():
                 module.set_requires_grad(name, requires_grad)
             for bias in self.trained_biases(self.peft_config[name].bias).values():
                 bias.requires_grad_(requires_grad)
@@ -385,7 +404,8 @@ class Adapters(nn.Module):
         sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
-    def _adapted(self) -> Iterator[VeraLinear | SavedModule]:
+    def adapted(self) -> Iterator[VeraLinear | SavedModule]:
+        """The adapted layers, then the modules that are saved whole."""
         yield from self.vera_layers().values()
         yield from self.saved_modules().values()
 
@@ -401,12 +421,12 @@ class Adapters(nn.Module):
 
     def _set_disabled(self, disabled: bool) -> None:
         self._disabled = disabled
-        for module in self._adapted():
+        for module in self.adapted():
             module.enable_adapters(not disabled)
 
     def _freeze_base(self) -> None:
         mine = {
-            id(p) for module in self._adapted() for name in self.peft_config for p in module.adapter_parameters(name)
+            id(p) for module in self.adapted() for name in self.peft_config for p in module.adapter_parameters(name)
         }
         for parameter in self.model.parameters():
             if id(parameter) not in mine:
@@ -414,7 +434,7 @@ class Adapters(nn.Module):
 
     def _choose(self, names: list[str], *, inference_mode: bool) -> None:
         self._active = names
-        for module in self._adapted():
+        for module in self.adapted():
             module.set_adapter(names, inference_mode)
         for name, config in self.peft_config.items():
             for bias in self.trained_biases(config.bias).values():
@@ -437,24 +457,24 @@ class Adapters(nn.Module):
         for name in self._active:
             if (bias := self.peft_config[name].bias) != "none":
                 warnings.warn(
-                    f"the biases that adapter {name!r} with bias={bias!r} has trained stay, so what is computed now is "
-                    "not the base model",
+                    f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
+                    f"output as the base model would without adaption: the biases that adapter {name!r} has trained "
+                    "stay.",
                     VeraToolsWarning,
                     stacklevel=stacklevel,
                 )
 
-    def _warn_of_shared_weights(self, modules: dict[str, nn.Module]) -> None:
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for name, module in modules.items():
-            if not isinstance(module, VeraLinear) and len(shared := names.get(id(weight_like(module)), [])) > 1:
-                others = ", ".join(other for other in shared if not other.startswith(f"{name}."))
-                warnings.warn(
-                    f"the weight of {name} is tied to {others}: merging an adapter into it will change both",
-                    VeraToolsWarning,
-                    stacklevel=4,
-                )
+
+def adapters_of(model: nn.Module) -> Adapters:
+    """The `Adapters` that a model is, or that something has been put around.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = next((module for module in model.modules() if isinstance(module, Adapters)), None)
+    if found is None:
+        raise UsageError("this is no VeraModel", expected="a VeraModel", found=type(model).__name__)
+    return found
 
 
 def _no_op(module: nn.Module, args: tuple[object, ...]) -> None:

@@ -17,6 +17,8 @@ from vera_tools.errors import VeraToolsWarning
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
 
+#: How a model is asked for them, the embedding first.
+GETTERS = ("get_input_embeddings", "get_output_embeddings")
 #: Names that PEFT looks for in target_modules (``peft.utils.constants.EMBEDDING_LAYER_NAMES``).
 _NAMES = ("embed_tokens", "lm_head")
 
@@ -27,8 +29,8 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
     A tied head stands there under both names. A layer that an adapter saves whole is left out.
     """
     found: dict[str, Tensor] = {}
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        layer = _call(model, getter)
+    for getter in GETTERS:
+        layer = layer_of(model, getter)
         name = next((name for name, module in model.named_modules() if module is layer), None)
         if name is None or layer is None or isinstance(layer, SavedModule):
             continue
@@ -62,7 +64,7 @@ def saved(model: nn.Module, config: VeraConfig, wanted: bool | Literal["auto"]) 
         why = f"{' and '.join(adapted)} is adapted" if found else None
     if why is None:
         return {}
-    _warn(f"the embedding layers are saved too: {why}")
+    _warn(f"Setting `save_embedding_layers` to `True` as {why}")
     return found
 
 
@@ -90,10 +92,13 @@ def _resized(model: nn.Module, config: VeraConfig) -> str | None:
         )
         _warn(message)
         return None
-    return f"the vocabulary is {size} and was {before} in {base}" if before != size else None
+    if before == size:
+        return None
+    return f"the embedding layer has been resized during finetuning: {size} tokens, and {before} in {base}"
 
 
-def _call(model: nn.Module, getter: str) -> nn.Module | None:
+def layer_of(model: nn.Module, getter: str) -> nn.Module | None:
+    """The model's embedding or output layer, by one of `GETTERS`; None where it has none."""
     method = getattr(model, getter, None)
     try:
         layer = method() if callable(method) else None

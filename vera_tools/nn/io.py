@@ -23,7 +23,7 @@ from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import FLOATS, HALVES, Array
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic
-from vera_tools.nn import embeddings, state_dicts, targets
+from vera_tools.nn import embeddings, state_dicts, targets, tying
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.base_layers import PLAIN, cast_dtype, features, whole_shape
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
@@ -87,6 +87,8 @@ def load(
             for name in checkpoint.weights.tensors
             if name.startswith(MODULES)
         }
+    if config.ensure_weight_tying:
+        tying.check(model.model, tensors, prefix=MODULES, label=checkpoint.label)
     if there:
         model.hold_pair(adapter_name, model.peft_config[adapter_name], modules, resolved.record, pair)
     else:
@@ -100,6 +102,7 @@ def load(
             autocast_adapter_dtype=autocast_adapter_dtype,
         )
     state_dicts.put(model, state_dicts.places(model, adapter_name), tensors)
+    model.tie(adapter_name)
     return state_dicts.LoadResult([], [])
 
 
@@ -239,8 +242,7 @@ def save(
             else:
                 _check_seed_only(model, record, where=folder)
             base = describe_base(model, config, adapter_name)
-            base_name = getattr(getattr(model.model, "config", None), "_name_or_path", None)
-            _write(Path(folder), config, tensors, record, base, base_name)
+            _write(Path(folder), model, config, tensors, record, base)
         elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
             spread = [(name, own) for name, own in sorted(parameters.items()) if hasattr(own.tensor, "full_tensor")]
             for tensor in [state_dicts.values(name, own, None) for name, own in spread]:
@@ -386,27 +388,28 @@ def describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> Bas
 
 def _write(
     folder: Path,
+    model: Adapters,
     config: VeraConfig,
     tensors: dict[str, Array],
     record: ProjectionRecord,
     base: BaseRecord,
-    base_name: str | None,
 ) -> None:
     if not folder.exists():
         with atomic.folder(folder) as temporary:
             write_checkpoint(temporary, config, tensors, record, base=base)
-            _write_card(temporary, config, base_name)
+            write_card(temporary, model, config)
         return
     with replaced_files(folder) as scratch:
         write_checkpoint(scratch, config, tensors, record, base=base)
-    _write_card(folder, config, base_name)
+    write_card(folder, model, config)
 
 
-def _write_card(folder: Path, config: VeraConfig, base_name: str | None) -> None:
-    """Write README.md, or add what it lacks; one that cannot be read is left as it is."""
+def write_card(folder: Path, model: Adapters, config: VeraConfig) -> None:
+    """Write README.md, or add what it lacks; one that cannot be read is left as it is, with a warning."""
     path = folder / card.CARD_NAME
     try:
         existing = path.read_bytes().decode("utf-8") if path.exists() else None
+        base_name = getattr(getattr(model.model, "config", None), "_name_or_path", None)
         text = card.beside_adapter(existing, config, base_name)
     except (OSError, UnicodeDecodeError, FormatError) as error:
         warnings.warn(f"{path} is left as it is: {error}", VeraToolsWarning, stacklevel=5)

@@ -12,7 +12,7 @@ have the names of PEFT's layer (``peft.tuners.vera.layer.Linear``), so that code
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ class VeraLinear(AdaptedModule):
 
     vera_A: ProjectionDict
     vera_B: ProjectionDict
-    #: What holds something for each adapter: parameters, and the rest.
+    module_type = "vera.Linear"
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_A", "vera_B")
 
@@ -67,7 +67,6 @@ class VeraLinear(AdaptedModule):
         self.vera_lambda_d = nn.ParameterDict()
         self.vera_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
-        self.merged_adapters: list[str] = []
         self._torchao_config = torchao_config
         self._unmerged: dict[str, Any] | None = None
 
@@ -163,26 +162,16 @@ class VeraLinear(AdaptedModule):
         if config.init_weights:
             self.reset_vera_parameters(name, d_initial=config.d_initial)
 
-    def reset_vera_parameters(self, name: str, d_initial: float = 0.1) -> None:
+    def reset_vera_parameters(self, adapter_name: str, d_initial: float = 0.1) -> None:
         """Set an adapter's vectors to their initial values: lambda_b to 0, lambda_d to `d_initial`."""
-        nn.init.constant_(self.vera_lambda_d[name], d_initial)
-        nn.init.zeros_(self.vera_lambda_b[name])
+        nn.init.constant_(self.vera_lambda_d[adapter_name], d_initial)
+        nn.init.zeros_(self.vera_lambda_b[adapter_name])
 
-    def delete_adapter(self, name: str) -> None:
+    def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter's vectors."""
-        if name in self.r:
-            del self.r[name], self.vera_lambda_b[name], self.vera_lambda_d[name], self.vera_dropout[name]
-        self.active_adapters = [active for active in self.active_adapters if active != name]
-
-    @property
-    def available_adapters(self) -> list[str]:
-        """The adapters that this layer has, sorted."""
-        return sorted(self.r)
-
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """An adapter's two vectors."""
-        if name in self.r:
-            yield from (self.vera_lambda_b[name], self.vera_lambda_d[name])
+        super().delete_adapter(adapter_name)
+        if self.r.pop(adapter_name, None) is not None:
+            del self.vera_dropout[adapter_name]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Compute the adapters, or the base layer alone; adapters that are merged are taken out for that."""
@@ -295,10 +284,10 @@ class VeraLinear(AdaptedModule):
         self._unmerged = None
         self.merged_adapters.clear()
 
-    def get_delta_weight(self, name: str) -> Tensor:
+    def get_delta_weight(self, adapter: str) -> Tensor:
         """What `merge` adds to the base weight, in its layout, in the projections' dtype."""
-        A, B = self.projections(name, self.vera_lambda_d[name].device)
-        d, b = self.vera_lambda_d[name].to(A.dtype), self.vera_lambda_b[name].to(A.dtype)
+        A, B = self.projections(adapter, self.vera_lambda_d[adapter].device)
+        d, b = self.vera_lambda_d[adapter].to(A.dtype), self.vera_lambda_b[adapter].to(A.dtype)
         delta = delta_weight(A=A, B=B, d=d, b=b)
         return delta.T if self.fan_in_fan_out else delta
 
@@ -310,6 +299,11 @@ class VeraLinear(AdaptedModule):
     def kind(self) -> Kind:
         """How the base layer holds its weight, as it is now."""
         return kind_of(self.base_layer, self._torchao_config)
+
+    @property
+    def base_module(self) -> nn.Module:
+        """The base layer."""
+        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         """The base layer."""

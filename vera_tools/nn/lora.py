@@ -90,7 +90,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
 
 def _made(tensor: Array | Deferred) -> Array:
     if not isinstance(tensor, Deferred):
-        return tensor
+        return tensor.copy()  # the model goes on training its own
     pieces = [np.asarray(piece) for piece in tensor.pieces()]
     return np.concatenate(pieces) if pieces else np.empty(tensor.shape, np_dtype(tensor.dtype))
 

@@ -10,21 +10,23 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints import peft_arguments
+from vera_tools.checkpoints.config import PeftType, VeraConfig
 from vera_tools.errors import UsageError, VeraToolsWarning
-from vera_tools.nn import io, peft_arguments
+from vera_tools.nn import io
 from vera_tools.nn.adapters import Adapters
-from vera_tools.nn.forwarding import with_signature_of_base
+from vera_tools.nn.forwarding import by_row, with_signature_of_base
 from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.lora import Lora, to_lora
-from vera_tools.nn.rows import NO_ADAPTER, Rows
 from vera_tools.nn.state_dicts import LoadResult
-from vera_tools.nn.status import LayerStatus, ModelStatus, layer_status, model_status
+from vera_tools.nn.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
+from vera_tools.nn.tying import note_untied
 from vera_tools.projections.pair import PROJECTIONS
 
 
@@ -53,8 +55,7 @@ class VeraModel(Adapters):
             is then as it was.
     """
 
-    #: What the names of an adapter's parameters begin with, behind their layer's.
-    prefix = "vera_lambda_"
+    peft_type = PeftType.VERA
 
     def __init__(
         self,
@@ -81,6 +82,9 @@ class VeraModel(Adapters):
         is_trainable: bool = False,
         config: VeraConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         strict: bool = False,
         allow_pickle: bool = False,
@@ -98,7 +102,10 @@ class VeraModel(Adapters):
             autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
             strict: Refuse what can only be assumed, and what was assumed or stated when it was recorded.
             allow_pickle: Read a legacy adapter_model.bin too, by torch with weights_only.
-            **options: PEFT's further arguments: revision, subfolder and key_mapping as `load_adapter` takes them, and
+            ephemeral_gpu_offload: False: move the model with ``.to()``.
+            low_cpu_mem_usage: Taken as PEFT takes it; an adapter is always loaded straight from its file.
+            key_mapping: As `load_adapter` takes it.
+            **options: PEFT's further arguments: revision and subfolder as `load_adapter` takes them, and
                 `peft_arguments.LOADING`, with the values for which nothing is done otherwise.
 
         Raises:
@@ -113,8 +120,11 @@ class VeraModel(Adapters):
             model_id,
             adapter_name,
             is_trainable,
-            config=config,
             autocast_adapter_dtype=autocast_adapter_dtype,
+            ephemeral_gpu_offload=ephemeral_gpu_offload,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            key_mapping=key_mapping,
+            config=config,
             strict=strict,
             allow_pickle=allow_pickle,
             **options,
@@ -131,9 +141,11 @@ class VeraModel(Adapters):
         is_trainable: bool = False,
         torch_device: str | None = None,
         autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
         *,
         config: VeraConfig | None = None,
-        key_mapping: Mapping[str, str] | None = None,
         strict: bool = False,
         allow_pickle: bool = False,
         revision: str | None = None,
@@ -151,10 +163,12 @@ class VeraModel(Adapters):
             is_trainable: Let it be trained, active or not; else the model is put into evaluation mode.
             torch_device: Taken as PEFT takes it; vectors go to the device of their layer.
             autocast_adapter_dtype: As there.
-            config: As there.
+            ephemeral_gpu_offload: As there.
+            low_cpu_mem_usage: As there.
             key_mapping: Regular expressions for the names of tensors below ``base_model.model.``, with what to put in
                 their place; the first that is found counts. Default: `model._checkpoint_conversion_mapping`, by which
                 a class of transformers takes checkpoints of an older layout of its modules.
+            config: As there.
             strict: As there.
             allow_pickle: As there.
             revision: A branch, tag or commit, where `model_id` is on the Hub.
@@ -167,7 +181,7 @@ class VeraModel(Adapters):
         Raises:
             As `from_pretrained`; and UsageError where the adapter of that name is another one.
         """
-        peft_arguments.check(options, peft_arguments.LOADING)
+        peft_arguments.check({**options, "ephemeral_gpu_offload": ephemeral_gpu_offload}, peft_arguments.LOADING)
         result = io.load(
             self,
             peft_arguments.located(model_id, revision=revision, subfolder=subfolder),
@@ -236,6 +250,14 @@ class VeraModel(Adapters):
                 save_embedding_layers=save_embedding_layers,
             )
 
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write README.md into a folder, or add the metadata that it lacks: what `save_pretrained` does beside it.
+
+        `transformers.Trainer` calls it, where it finds such a card.
+        """
+        name = self.active_adapters[0] if self.active_adapters else next(iter(self.peft_config))
+        io.write_card(Path(output_dir), self, self.peft_config[name])
+
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Refused: the base model's own would upload the base.
 
@@ -257,7 +279,7 @@ class VeraModel(Adapters):
         warning says so.
         """
         self._warn_of_biases(stacklevel=4)
-        if len({module.disable_adapters for module in self._adapted()}) > 1:
+        if len({module.disable_adapters for module in self.adapted()}) > 1:
             message = (
                 "The model contains some adapter layers that are enabled and others that are disabled; after this "
                 f"`with` all are {'disabled' if self._disabled else 'enabled'}"
@@ -318,6 +340,7 @@ class VeraModel(Adapters):
                 module.active_adapters = names
             module.disable_adapters = False
             self._replace(name, module.active_module)
+        note_untied(self.model)
         return self.model
 
     def unload(self) -> nn.Module:
@@ -353,7 +376,7 @@ class VeraModel(Adapters):
         """
         if labels is not None:
             kwargs["labels"] = labels
-        with self._rows(adapter_names):
+        with by_row(self, adapter_names):
             return self.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Any:
@@ -363,34 +386,8 @@ class VeraModel(Adapters):
             int(kwargs.get(option, getattr(options, option, None)) or 1)
             for option in ("num_beams", "num_return_sequences")
         )
-        with self._rows(adapter_names, copies=copies):
+        with by_row(self, adapter_names, copies=copies):
             return self.model.generate(*args, **kwargs)  # type: ignore[operator]
-
-    @contextlib.contextmanager
-    def _rows(self, names: Sequence[str] | None, *, copies: int = 1) -> Iterator[None]:
-        if names is None:
-            yield
-            return
-        if self.training:
-            raise UsageError("Cannot pass `adapter_names` when the model is in training mode.")
-        self.check_known(names if isinstance(names, str) else [name for name in {*names} if name != NO_ADAPTER])
-        if any(layer.merged for layer in self.vera_layers().values()):
-            raise UsageError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if any(config.bias != "none" for config in self.peft_config.values()):
-            raise UsageError("adapter_names cannot choose biases by row", hint="use adapters with bias='none'")
-        rows = Rows(names, copies=copies)
-        modules = list(self._adapted())
-        handle = self.model.register_forward_pre_hook(rows.see_inputs, with_kwargs=True)
-        for module in modules:
-            module.rows = rows
-        try:
-            yield
-        finally:
-            handle.remove()
-            for module in modules:
-                module.rows = None
 
     # The rest of the peer's interface.
 
@@ -450,11 +447,11 @@ class VeraModel(Adapters):
 
     def get_layer_status(self) -> list[LayerStatus]:
         """The state of every adapted layer, then of every module that is saved whole."""
-        return layer_status(self)
+        return get_layer_status(self)
 
     def get_model_status(self) -> ModelStatus:
         """The state of the adapters as a whole; "irregular" where layers do not agree."""
-        return model_status(self)
+        return get_model_status(self)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapters and all."""

@@ -33,10 +33,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vera_tools.checkpoints import peft_arguments
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.errors import UsageError
 from vera_tools.files import opening
-from vera_tools.nn import live, peft_arguments, provenance
+from vera_tools.nn import live, provenance
 from vera_tools.nn.io import projections
 from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
 from vera_tools.nn.recording import record, save

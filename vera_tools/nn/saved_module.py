@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,14 +22,18 @@ class SavedModule(AdaptedModule):
         active_adapters: Those of the model's active adapters that have a copy here; the last one's is used.
     """
 
-    #: What holds something for each adapter, as with an adapted layer.
+    module_type = "ModulesToSaveWrapper"
     adapter_layer_names = ("modules_to_save",)
-    other_param_names = ()
 
     def __init__(self, module: nn.Module, *, name: str = "") -> None:
         super().__init__(name=name)
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
+
+    @property
+    def base_module(self) -> nn.Module:
+        """The base's own, frozen."""
+        return self.original_module
 
     def add_adapter(self, name: str) -> None:
         """Make a copy for an adapter."""
@@ -39,22 +43,6 @@ class SavedModule(AdaptedModule):
         """Make adapters active here, those of them that have a copy."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
         super().set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
-
-    def delete_adapter(self, name: str) -> None:
-        """Remove an adapter's copy."""
-        if name in self.modules_to_save:
-            del self.modules_to_save[name]
-        self.active_adapters = [active for active in self.active_adapters if active != name]
-
-    @property
-    def available_adapters(self) -> list[str]:
-        """The adapters that have a copy, sorted."""
-        return sorted(self.modules_to_save)
-
-    def adapter_parameters(self, name: str) -> Iterator[nn.Parameter]:
-        """The parameters of an adapter's copy."""
-        if name in self.modules_to_save:
-            yield from self.modules_to_save[name].parameters()
 
     @property
     def active_module(self) -> nn.Module:

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
-from vera_tools.nn import embeddings
-from vera_tools.nn.adapters import Adapters
+from vera_tools.nn import embeddings, tying
+from vera_tools.nn.adapters import Adapters, adapters_of
 from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.projections.pair import PROJECTIONS
 
@@ -65,7 +65,7 @@ def get_peft_model_state_dict(
     Raises:
         UsageError: no such adapter; or a tensor has no values here, or is not in `state_dict`.
     """
-    own = _adapters(model)
+    own = adapters_of(model)
     own.check_known([adapter_name])
     wanted = named(own, adapter_name, save_embedding_layers=save_embedding_layers)
     tensors = {name: whole(values(name, one, state_dict)) for name, one in wanted.items()}
@@ -94,7 +94,7 @@ def set_peft_model_state_dict(
         UsageError: no such adapter, or the projections are not there although the config saves them.
         CheckFailedError: a tensor has another shape. Nothing was changed.
     """
-    own = _adapters(model)
+    own = adapters_of(model)
     own.check_known([adapter_name])
     given = dict(peft_model_state_dict)
     pair = [given.pop(ROOT + name, None) for name in PROJECTIONS]
@@ -110,16 +110,19 @@ def set_peft_model_state_dict(
             warnings.warn(f"{name}: {text}; it is left as it was", VeraToolsWarning, stacklevel=2)
             del given[name]
             expected.pop(name, None)
+    if own.peft_config[adapter_name].ensure_weight_tying:
+        tying.check(own.model, given, prefix=MODULES, label="the state dict")
     if pair[0] is not None and pair[1] is not None:
         own.set_pair(adapter_name, (pair[0], pair[1]))
     missing = [one.key for name, one in expected.items() if name not in given]
     put(own, targets, given)
+    own.tie(adapter_name)
     return LoadResult(missing, list(given))
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the base had without adapters, under its own names."""
-    own = _adapters(model)
+    own = adapters_of(model)
     state = own.model.state_dict()
     return {original: state[key] for original, key in _base_keys(own).items()}
 
@@ -130,7 +133,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
     Raises:
         RuntimeError: `strict`, and names are missing or unknown, as torch has it.
     """
-    own = _adapters(model)
+    own = adapters_of(model)
     keys = _base_keys(own)
     result = LoadResult([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
     problems = [
@@ -232,13 +235,6 @@ def whole(tensor: Tensor) -> Tensor:
     gather: Any = getattr(tensor, "full_tensor", None)
     gathered: Tensor = gather() if gather is not None else tensor
     return gathered.detach()
-
-
-def _adapters(model: nn.Module) -> Adapters:
-    found = next((module for module in model.modules() if isinstance(module, Adapters)), None)
-    if found is None:
-        raise UsageError("this is no VeraModel", expected="a VeraModel", found=type(model).__name__)
-    return found
 
 
 def _base_keys(model: Adapters) -> dict[str, str]:

@@ -6,7 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
-from vera_tools.nn.adapters import Adapters
+from torch import nn
+
+from vera_tools.errors import UsageError
+from vera_tools.nn.adapted import AdaptedModule
+from vera_tools.nn.adapters import adapters_of
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
 
@@ -21,7 +25,7 @@ class LayerStatus:
 
     Attributes:
         name: Its name in the `VeraModel`.
-        module_type: "VeraLinear" or "SavedModule".
+        module_type: "vera.Linear" or "ModulesToSaveWrapper", PEFT's words.
         enabled: Whether adapters are computed.
         active_adapters: The model's active adapters, whether this layer has them or not; those of them that a saved
             module has.
@@ -78,34 +82,41 @@ class ModelStatus:
     quantization_backend: str | Literal["irregular"] | None
 
 
-def layer_status(model: Adapters) -> list[LayerStatus]:
-    """The state of every adapted layer, then of every module that is saved whole."""
-    modules = model.vera_layers() | model.saved_modules()
+def get_layer_status(model: nn.Module) -> list[LayerStatus]:
+    """The state of every adapted layer, then of every module that is saved whole.
+
+    Args:
+        model: A `VeraModel`, or what DistributedDataParallel, FSDP or torch.compile have put around one.
+
+    Raises:
+        UsageError: (a ValueError) there are none.
+    """
+    own = adapters_of(model)
+    modules = own.vera_layers() | own.saved_modules()
+    if not modules:
+        raise UsageError("No adapter layers found in the model", hint="unload() took them off")
     return [_status(f"model.{name}", module) for name, module in modules.items()]
 
 
-def model_status(model: Adapters) -> ModelStatus:
-    """The state of the model's adapters."""
-    layers = layer_status(model)
-    names = sorted(model.peft_config)
-    trainable, every = model.get_nb_trainable_parameters()
-    merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    whole = all(
-        name in layer.merged_adapters
-        for layer in layers
-        for name in merged
-        if name in layer.available_adapters and layer.module_type == VeraLinear.__name__
-    )
+def get_model_status(model: nn.Module) -> ModelStatus:
+    """The state of the model's adapters; as `get_layer_status`."""
+    own = adapters_of(model)
+    layers = get_layer_status(own)
+    names = sorted(own.peft_config)
+    trainable, every = own.get_nb_trainable_parameters()
+    merged = {name for layer in layers for name in layer.merged_adapters}
+    adapted = [layer for layer in layers if layer.module_type != SavedModule.module_type]
+    whole = all(merged & {*layer.available_adapters} <= {*layer.merged_adapters} for layer in adapted)
     return ModelStatus(
-        base_model_type=type(model.model).__name__,
-        adapter_model_type=type(model).__name__,
-        peft_types={name: config.peft_type for name, config in model.peft_config.items()},
+        base_model_type=type(own.model).__name__,
+        adapter_model_type=type(own).__name__,
+        peft_types={name: config.peft_type for name, config in own.peft_config.items()},
         trainable_params=trainable,
         total_params=every,
         num_adapter_layers=len(layers),
         enabled=_common(layer.enabled for layer in layers),
         active_adapters=_active(layers),
-        merged_adapters=merged if whole else IRREGULAR,
+        merged_adapters=sorted(merged) if whole else IRREGULAR,
         requires_grad={
             name: _common(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
             for name in names
@@ -118,15 +129,15 @@ def model_status(model: Adapters) -> ModelStatus:
     )
 
 
-def _status(name: str, module: VeraLinear | SavedModule) -> LayerStatus:
+def _status(name: str, module: AdaptedModule) -> LayerStatus:
     parameters = {adapter: list(module.adapter_parameters(adapter)) for adapter in module.available_adapters}
-    held = [module.vera_A, module.vera_B] if isinstance(module, VeraLinear) else []
+    held = [getattr(module, which) for which in module.other_param_names]
     return LayerStatus(
         name=name,
-        module_type=type(module).__name__,
+        module_type=module.module_type,
         enabled=not module.disable_adapters,
         active_adapters=list(module.active_adapters),
-        merged_adapters=list(module.merged_adapters) if isinstance(module, VeraLinear) else [],
+        merged_adapters=list(module.merged_adapters),
         requires_grad={name: _common(p.requires_grad for p in own) for name, own in parameters.items() if own},
         available_adapters=module.available_adapters,
         devices={
@@ -139,12 +150,12 @@ def _status(name: str, module: VeraLinear | SavedModule) -> LayerStatus:
 
 def _active(layers: list[LayerStatus]) -> list[str] | Literal["irregular"]:
     """What is active in all adapted layers, where each saved module has its part of it active."""
-    found = _common(layer.active_adapters for layer in layers if layer.module_type == VeraLinear.__name__)
+    saved = [layer for layer in layers if layer.module_type == SavedModule.module_type]
+    found = _common(layer.active_adapters for layer in layers if layer not in saved)
     if found == IRREGULAR:
         return IRREGULAR
-    for layer in layers:
-        own = [name for name in found if name in layer.available_adapters]
-        if layer.module_type == SavedModule.__name__ and layer.active_adapters != own:
+    for layer in saved:
+        if layer.active_adapters != [name for name in found if name in layer.available_adapters]:
             return IRREGULAR
     return found
 

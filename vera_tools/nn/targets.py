@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 
 from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.names import TASK_HEADS, is_saved
-from vera_tools.errors import CheckFailedError, UsageError
+from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.nn import tying
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import can_be_adapted, features, is_conv1d, is_linear
 from vera_tools.nn.layer import VeraLinear
@@ -56,9 +58,8 @@ def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
     """
     config = dataclasses.replace(config, extra=dict(config.extra))
     base = getattr(model, "config", None)
-    if config.task_type in TASK_HEADS:
-        heads = [head for head in TASK_HEADS[config.task_type] if head not in (config.modules_to_save or [])]
-        config.modules_to_save = (config.modules_to_save or []) + heads
+    config.modules_to_save = list(config.saved_modules) or config.modules_to_save
+    tying.complete(config, model, saved(config, model))
     if config.target_modules is None:
         model_type = base.get("model_type") if isinstance(base, dict) else getattr(base, "model_type", None)
         config.target_modules = DEFAULT_TARGETS.get(model_type or "")
@@ -90,7 +91,16 @@ def complete(config: VeraConfig, model: nn.Module) -> VeraConfig:
         config.target_modules = [name for name in found_names if not name.startswith(outer)]
     adapts = config.targeting().adapts
     found = [base_layer(module) for name, module in named_modules(model) if name and adapts(name)]
-    config.fan_in_fan_out = any(is_conv1d(module) for module in found)
+    transposed = any(is_conv1d(module) for module in found)
+    if found and transposed != config.fan_in_fan_out:
+        kind = "Conv1D" if transposed else "torch.nn.Linear"
+        warnings.warn(  # PEFT's words
+            f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{kind}`. Setting "
+            f"fan_in_fan_out to {transposed}.",
+            VeraToolsWarning,
+            stacklevel=4,
+        )
+    config.fan_in_fan_out = transposed
     if config.base_model_name_or_path is None:
         config.base_model_name_or_path = getattr(model, "name_or_path", None) or None
     return config

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from vera_tools.errors import UsageError
+from vera_tools.files.hub_reference import Reference
 from vera_tools.files.opening import is_on_hub
 
 
@@ -18,10 +19,23 @@ class _Argument(NamedTuple):
     hint: str = ""
 
 
-#: `same` is None where any value is: an adapter is always loaded straight from the file and onto its layer's device.
+#: How PEFT asks the Hub; ours is asked as the environment says. `same` is None where any value is.
+HUB = {
+    "token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "use_auth_token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
+    "cache_dir": _Argument((None,), "set HF_HUB_CACHE"),
+    "local_files_only": _Argument((False,), "set HF_HUB_OFFLINE=1"),
+    "endpoint": _Argument((None,), "set HF_ENDPOINT"),
+    "proxies": _Argument((None,), "set HTTPS_PROXY"),
+    "local_dir": _Argument((None,), "fetch it with `vera-tools pull owner/name -o FOLDER`, and load the folder"),
+    "repo_type": _Argument((None, "model"), "an adapter is a model repository"),
+    "force_download": _Argument((False,), "vera-tools reads the files that the Hub has now"),
+    "resume_download": _Argument(None),
+    "etag_timeout": _Argument(None),
+    "user_agent": _Argument(None),
+}
 LOADING = {
-    "low_cpu_mem_usage": _Argument(None),
-    "torch_device": _Argument(None),
+    **HUB,
     "ephemeral_gpu_offload": _Argument((False,), "move the model with .to()"),
     "use_safetensors": _Argument((None, True), "pass allow_pickle=True for an adapter_model.bin"),
     "ignore_mismatched_sizes": _Argument(
@@ -35,12 +49,6 @@ LOADING = {
     "offload_folder": _Argument(None),
     "offload_dir": _Argument(None),
     "offload_index": _Argument(None),
-    # How PEFT asks the Hub; ours is asked as the environment says.
-    "token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
-    "use_auth_token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
-    "cache_dir": _Argument((None,), "set HF_HUB_CACHE"),
-    "local_files_only": _Argument((False,), "set HF_HUB_OFFLINE=1"),
-    "force_download": _Argument((False,), "vera-tools reads the files that the Hub has now"),
 }
 SAVING = {
     "safe_serialization": _Argument((True,), "adapters are written as safetensors only, which runs no code"),
@@ -74,8 +82,6 @@ def located(
         UsageError: a revision of something that is not on the Hub, or a second one.
     """
     if revision is not None:
-        from vera_tools.files.hub_reference import Reference
-
         reference = Reference.parse(os.fspath(checkpoint)) if is_on_hub(checkpoint) else None
         if reference is None or reference.revision not in (None, revision):
             raise UsageError(
