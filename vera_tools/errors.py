@@ -108,10 +108,18 @@ class BrokenValuesError(CheckFailedError, ValueError):
     """Values that cannot be used in a live model. A ValueError too, which is what PEFT raises of them."""
 
 
+class WrongSizeError(CheckFailedError, RuntimeError):
+    """Tensors that a live model has in other sizes. A RuntimeError too, which is what torch and PEFT raise of them."""
+
+
 class UsageError(VeraToolsError, ValueError):
     """The call itself is wrong: options that contradict each other, an output that exists already."""
 
     exit_code = 2
+
+
+class WrongTypeError(UsageError, TypeError):
+    """An argument or a layer of a type that cannot be taken. A TypeError too, which is what PEFT raises of it."""
 
 
 class NothingToDoError(UsageError):

@@ -135,3 +135,8 @@ def peft_model(base: nn.Module, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return peft.get_peft_model(base, peft.VeraConfig(**{**OPTIONS, **options})).eval()
+
+
+def made(library: Any, base: Any = llama, **options: Any) -> Any:
+    """A model with a new adapter as `peft` makes it, or `vera_tools.nn`."""
+    return library.get_peft_model(base(), library.VeraConfig(**{**OPTIONS, **options}))

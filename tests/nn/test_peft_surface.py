@@ -10,7 +10,20 @@ import torch
 
 import vera_tools.nn
 from tests import ROOT
-from tests.nn.models import OPTIONS, Tiny, adapted, bert, fresh, llama, logits, randomise, some_ids, tiny, two_adapters
+from tests.nn.models import (
+    OPTIONS,
+    Tiny,
+    adapted,
+    bert,
+    fresh,
+    llama,
+    logits,
+    made,
+    randomise,
+    some_ids,
+    tiny,
+    two_adapters,
+)
 from tests.peers import QUIET_PEERS
 from vera_tools.checkpoints import peft_arguments
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
@@ -327,3 +340,37 @@ def test_what_is_refused_is_documented():
     internal = {"repo_id", "filename", "subfolder", "revision", "library_name", "library_version"}
     internal |= {"headers", "tqdm_class", "dry_run"}
     assert inspect.signature(hf_hub_download).parameters.keys() - internal <= known.keys()
+
+
+def test_errors_are_of_pefts_kinds(tmp_path):
+    import peft
+
+    fresh().save_pretrained(tmp_path)
+    state = get_peft_model_state_dict(fresh())
+    shorter = {name: tensor[1:] if "lambda_b" in name else tensor for name, tensor in state.items()}
+
+    def loaded_onto_another_base(library):
+        model = getattr(library, "PeftModel", VeraModel)
+        model.from_pretrained(llama(head_dim=8), tmp_path)
+
+    kinds = {
+        RuntimeError: (
+            lambda library: library.set_peft_model_state_dict(made(library), shorter),
+            loaded_onto_another_base,
+        ),
+        TypeError: (
+            lambda library: made(library).merge_adapter(adapter_names="default"),
+            lambda library: made(library, target_modules=["embed_tokens"]),
+        ),
+        ValueError: (
+            lambda library: made(library, target_modules=["nothing"]),
+            lambda library: made(library).set_adapter("other"),
+            lambda library: made(library).delete_adapter("other"),
+            lambda library: made(library).add_adapter("default", library.VeraConfig(**OPTIONS)),
+        ),
+    }
+    for kind, calls in kinds.items():
+        for call in calls:
+            for library in (peft, vera_tools.nn):
+                with pytest.raises(kind):
+                    call(library)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vera_tools.nn
-from tests.nn.models import OPTIONS, llama
+from tests.nn.models import OPTIONS, llama, made
 from tests.peers import QUIET_PEERS
 from vera_tools.errors import VeraToolsWarning
 
@@ -24,10 +24,6 @@ def gpt2():
 
 def tied():
     return llama(tie_word_embeddings=True)
-
-
-def made(library, base=llama, **options):
-    return library.get_peft_model(base(), library.VeraConfig(**{**OPTIONS, **options}))
 
 
 def two(library):

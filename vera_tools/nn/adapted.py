@@ -23,6 +23,8 @@ class AdaptedModule(nn.Module):
 
     #: What PEFT's status reports call such a module.
     module_type: ClassVar[str]
+    #: Where the base's own module is.
+    base_name: ClassVar[str]
     #: What holds something for each adapter, by its name: parameters, and the rest.
     adapter_layer_names: ClassVar[tuple[str, ...]]
     other_param_names: ClassVar[tuple[str, ...]] = ()
@@ -38,7 +40,9 @@ class AdaptedModule(nn.Module):
     @property
     def base_module(self) -> nn.Module:
         """The base's own module."""
-        raise NotImplementedError
+        module = getattr(self, self.base_name)
+        assert isinstance(module, nn.Module)
+        return module
 
     @property
     def available_adapters(self) -> list[str]:

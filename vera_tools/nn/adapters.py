@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.errors import UsageError, VeraToolsWarning, WrongSizeError, WrongTypeError
 from vera_tools.nn import targets, tying
 from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.nn.layer import VeraLinear
@@ -247,12 +247,12 @@ class Adapters(nn.Module):
             pair: vera_A and vera_B.
 
         Raises:
-            CheckFailedError: they have other shapes than those that are there.
+            WrongSizeError: they have other shapes than those that are there.
         """
         held = (self.vera_A, self.vera_B)
         for name, own, values in zip(PROJECTIONS, held, pair, strict=True):
             if values.shape != own[adapter_name].shape:
-                raise CheckFailedError(
+                raise WrongSizeError(
                     "has another shape",
                     where=name,
                     expected=str(list(own[adapter_name].shape)),
@@ -388,7 +388,7 @@ class Adapters(nn.Module):
             UsageError: one of them is no adapter's.
         """
         if isinstance(names, str):
-            raise UsageError("expected a list of adapter names", found=repr(names))
+            raise WrongTypeError("expected a list of adapter names", found=repr(names))
         for name in names:
             if name not in self.peft_config:
                 known = " or ".join(map(repr, self.peft_config))

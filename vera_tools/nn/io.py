@@ -21,7 +21,7 @@ from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord, Tensor
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import FLOATS, HALVES, Array
-from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning, WrongSizeError
 from vera_tools.files import atomic
 from vera_tools.nn import embeddings, state_dicts, targets, tying
 from vera_tools.nn.adapters import Adapters
@@ -316,7 +316,7 @@ def _check_embeddings(checkpoint: Checkpoint, model: Adapters, modules: Mapping[
     for name, tensor in _embeddings(checkpoint, model, modules).items():
         shape = checkpoint.weights.tensors[name].shape
         if shape != tuple(whole_shape(tensor)):
-            raise CheckFailedError(
+            raise WrongSizeError(
                 "the vocabulary is not as large as the one that the adapter was trained with",
                 where=f"{checkpoint.label}: {name}",
                 expected=str(list(shape)),

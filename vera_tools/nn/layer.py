@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning
+from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning, WrongTypeError
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import PLAIN, Kind, features, is_conv1d, kind_of, weight_like, whole_shape
 from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
@@ -45,6 +45,7 @@ class VeraLinear(AdaptedModule):
     vera_A: ProjectionDict
     vera_B: ProjectionDict
     module_type = "vera.Linear"
+    base_name = "base_layer"
     adapter_layer_names = ("vera_lambda_b", "vera_lambda_d")
     other_param_names = ("vera_A", "vera_B")
 
@@ -202,7 +203,7 @@ class VeraLinear(AdaptedModule):
         """
         wanted = self.active_adapters if adapter_names is None else list(adapter_names)
         if isinstance(adapter_names, str):
-            raise UsageError("adapter_names is a list of names", found=repr(adapter_names))
+            raise WrongTypeError("adapter_names is a list of names", found=repr(adapter_names))
         new = [name for name in wanted if name not in self.merged_adapters and name in self.r]
         if self.merged:  # PEFT's words
             message = "All adapters are already merged, nothing to do."
@@ -299,11 +300,6 @@ class VeraLinear(AdaptedModule):
     def kind(self) -> Kind:
         """How the base layer holds its weight, as it is now."""
         return kind_of(self.base_layer, self._torchao_config)
-
-    @property
-    def base_module(self) -> nn.Module:
-        """The base layer."""
-        return self.base_layer
 
     def get_base_layer(self) -> nn.Module:
         """The base layer."""

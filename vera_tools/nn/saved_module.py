@@ -23,17 +23,13 @@ class SavedModule(AdaptedModule):
     """
 
     module_type = "ModulesToSaveWrapper"
+    base_name = "original_module"
     adapter_layer_names = ("modules_to_save",)
 
     def __init__(self, module: nn.Module, *, name: str = "") -> None:
         super().__init__(name=name)
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
-
-    @property
-    def base_module(self) -> nn.Module:
-        """The base's own, frozen."""
-        return self.original_module
 
     def add_adapter(self, name: str) -> None:
         """Make a copy for an adapter."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.errors import UsageError, VeraToolsWarning, WrongSizeError
 from vera_tools.nn import embeddings, tying
 from vera_tools.nn.adapters import Adapters, adapters_of
 from vera_tools.nn.base_layers import weight_like, whole_shape
@@ -92,7 +92,7 @@ def set_peft_model_state_dict(
 
     Raises:
         UsageError: no such adapter, or the projections are not there although the config saves them.
-        CheckFailedError: a tensor has another shape. Nothing was changed.
+        WrongSizeError: a tensor has another shape. Nothing was changed.
     """
     own = adapters_of(model)
     own.check_known([adapter_name])
@@ -106,7 +106,7 @@ def set_peft_model_state_dict(
         if tuple(given[name].shape) != shape:
             text = f"found shape {list(given[name].shape)} in the checkpoint and {list(shape)} in the model"
             if not ignore_mismatched_sizes:
-                raise CheckFailedError(f"size mismatch: {text}", where=name.removeprefix(MODULES))
+                raise WrongSizeError(f"size mismatch: {text}", where=name.removeprefix(MODULES))
             warnings.warn(f"{name}: {text}; it is left as it was", VeraToolsWarning, stacklevel=2)
             del given[name]
             expected.pop(name, None)
@@ -239,11 +239,9 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _base_keys(model: Adapters) -> dict[str, str]:
     """Where the base's tensors are now, by the names that they have without adapters."""
-    layers, saved = model.vera_layers(), model.saved_modules()
-    inside = {f"{name}.base_layer.": f"{name}." for name in layers}
-    inside |= {f"{name}.original_module.": f"{name}." for name in saved}
-    adapted = tuple(f"{name}.{part}" for name in layers for part in ("vera_lambda_", "vera_dropout."))
-    adapted += tuple(f"{name}.modules_to_save." for name in saved)
+    modules = model.vera_layers() | model.saved_modules()
+    inside = {f"{name}.{module.base_name}.": f"{name}." for name, module in modules.items()}
+    adapted = tuple(f"{name}.{part}." for name, module in modules.items() for part in module.adapter_layer_names)
     found = {}
     for key in model.model.state_dict():
         if not key.startswith(adapted):

@@ -10,7 +10,7 @@ from torch import nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.names import TASK_HEADS, is_saved
-from vera_tools.errors import CheckFailedError, UsageError, VeraToolsWarning
+from vera_tools.errors import UsageError, VeraToolsWarning, WrongSizeError, WrongTypeError
 from vera_tools.nn import tying
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import can_be_adapted, features, is_conv1d, is_linear
@@ -200,7 +200,7 @@ def check(name: str, module: nn.Module, model: nn.Module) -> None:
             hint="quantise the base with bitsandbytes, torchao or HQQ",
         )
     if not can_be_adapted(module):
-        raise UsageError(
+        raise WrongTypeError(
             "only linear layers can be adapted: torch.nn.Linear, transformers' Conv1D, quantised ones, and what has "
             "in_features and out_features as they do",
             where=name,
@@ -218,10 +218,10 @@ def check_fits(name: str, module: nn.Module, out_features: int) -> None:
     """Refuse a checkpoint's vector that does not fit the layer.
 
     Raises:
-        CheckFailedError: vera_lambda_b has another length than the layer has rows.
+        WrongSizeError: vera_lambda_b has another length than the layer has rows.
     """
     if features(base_layer(module))[1] != out_features:
-        raise CheckFailedError(
+        raise WrongSizeError(
             "the layer does not fit vera_lambda_b",
             where=name,
             expected=f"out_features {out_features}",
