@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
+from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight, linear_vera
 
 
 def operands(*, rows=(3, 5), n_in=6, n_out=7, r=4, dtype=torch.float64):
@@ -144,3 +144,57 @@ def test_delta_weight_is_the_update_as_a_matrix():
     delta = delta_weight(d=trained["d"], b=trained["b"], **frozen)
     update = add_vera(**trained, **frozen) - trained["result"]
     torch.testing.assert_close(linear(trained["x"], delta), update)
+
+
+def whole_layer(*, rows=(4, 33), dtype=torch.float64, n_in=6, n_out=7):
+    trained, frozen = operands(rows=rows, dtype=dtype, n_in=n_in, n_out=n_out)
+    generator = torch.Generator().manual_seed(1)
+    del trained["result"]
+    W = torch.randn(n_out, n_in, generator=generator, dtype=dtype)
+    return trained, {**frozen, "W": W, "bias": torch.randn(n_out, generator=generator, dtype=dtype)}
+
+
+@pytest.mark.parametrize("frozen_names", [(), ("d",), ("b",), ("d", "b")], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_whole_layers_gradients_are_those_of_finite_differences(frozen_names, bias):
+    trained, frozen = whole_layer(rows=(2, 5))
+    for name in frozen_names:
+        trained[name].requires_grad_(False)
+    if not bias:
+        frozen["bias"] = None
+
+    def function(*values):
+        return linear_vera(**dict(zip(trained, values, strict=True)), **frozen)
+
+    assert torch.autograd.gradcheck(function, [*trained.values()])
+    assert torch.autograd.gradgradcheck(function, [*trained.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_whole_layer_gives_the_same_bits(dtype):
+    trained, frozen = whole_layer(dtype=dtype, n_in=48, n_out=40)
+    total = linear_vera(**trained, **frozen)
+    W, bias = frozen.pop("W"), frozen.pop("bias")
+    apart = add_vera(linear(trained["x"], W, bias), **trained, **frozen)
+    assert torch.equal(total, apart)
+    gradients = [torch.autograd.grad(y.square().sum(), list(trained.values())) for y in (total, apart)]
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_layer_is_not_computed_whole():
+    def declines(**change):
+        trained, frozen = whole_layer(dtype=torch.float32)
+        return linear_vera(**{**trained, **frozen, **change}) is None
+
+    trained, frozen = whole_layer(dtype=torch.float32)
+    assert not declines()
+    assert declines(W=frozen["W"].bfloat16())
+    assert declines(W=frozen["W"].clone().requires_grad_())
+    assert declines(bias=frozen["bias"].clone().requires_grad_())
+    assert declines(x=trained["x"].detach())
+    assert declines(x=trained["x"][:1, :1])
+    with torch.no_grad():
+        assert declines()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert declines()

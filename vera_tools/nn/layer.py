@@ -22,7 +22,7 @@ from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning, WrongTypeError
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import PLAIN, Kind, features, is_conv1d, kind_of, weight_like, whole_shape
-from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight
+from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight, linear_vera
 from vera_tools.nn.projection import ProjectionDict
 from vera_tools.nn.rows import Rows
 
@@ -73,6 +73,8 @@ class VeraLinear(AdaptedModule):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """(..., in_features) to (..., out_features), in the base layer's dtype."""
+        if not args and not kwargs and (total := self._in_one(x)) is not None:
+            return total
         result: Tensor = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return result
@@ -93,6 +95,20 @@ class VeraLinear(AdaptedModule):
                 d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
                 result = add_vera(result, self.vera_dropout[name](x), A=A, B=B, d=d, b=b)
         return result.to(dtype)
+
+    def _in_one(self, x: Tensor) -> Tensor | None:
+        """The output, where base layer and update can be computed together and that is faster in training."""
+        base, names = self.base_layer, [name for name in self.active_adapters if name in self.r]
+        if self.disable_adapters or self.merged or self.rows is not None or len(names) != 1:
+            return None
+        dropout = self.vera_dropout[names[0]]
+        if isinstance(dropout, nn.Dropout) and dropout.training:
+            return None
+        if type(base) is not nn.Linear or "forward" in base.__dict__ or _is_watched(base):
+            return None
+        A, B = self.projections(names[0], x.device)
+        d, b = self.vera_lambda_d[names[0]], self.vera_lambda_b[names[0]]
+        return linear_vera(x, base.weight, base.bias, A=A, B=B, d=d, b=b)
 
     def _by_row(self, rows: Rows, x: Tensor, result: Tensor) -> Tensor:
         """The layer's output, with every row's own adapter.
@@ -329,3 +345,9 @@ class VeraLinear(AdaptedModule):
             kept = self._unmerged.items()
             self._unmerged = {name: fn(part) if isinstance(part, Tensor) else part for name, part in kept}
         return self
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether something is called when the module is: hooks of accelerate's, DeepSpeed's, profilers', ..."""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or nn.modules.module._has_any_global_hook()
