@@ -360,7 +360,7 @@ def test_errors_are_of_pefts_kinds(tmp_path):
         ),
         TypeError: (
             lambda library: made(library).merge_adapter(adapter_names="default"),
-            lambda library: made(library, target_modules=["embed_tokens"]),
+            lambda library: made(library, target_modules=["q_proj", "embed_tokens"]),
         ),
         ValueError: (
             lambda library: made(library, target_modules=["nothing"]),
