@@ -350,4 +350,4 @@ class VeraLinear(AdaptedModule):
 def _is_watched(module: nn.Module) -> bool:
     """Whether something is called when the module is: hooks of accelerate's, DeepSpeed's, profilers', ..."""
     own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or nn.modules.module._has_any_global_hook()
+    return any(own) or bool(nn.modules.module._has_any_global_hook())  # type: ignore[no-untyped-call]

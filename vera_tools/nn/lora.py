@@ -12,12 +12,13 @@ from torch import Tensor
 
 from vera_tools.architectures.architecture import Architecture
 from vera_tools.checkpoints import destination
+from vera_tools.checkpoints.checkpoint import MODULES
 from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord
 from vera_tools.checkpoints.placement import known_under
 from vera_tools.converting import peft_lora
 from vera_tools.converting.factors import Factors, computed_in, lora_config, named_matrices
 from vera_tools.converting.lora import write_lora
-from vera_tools.dtypes import FLOATS, Array, np_dtype
+from vera_tools.dtypes import FLOATS, Array
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
 from vera_tools.files.safetensors import Deferred
@@ -71,33 +72,35 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
     record = model.record_of(adapter_name)
     pair = dict(zip(("vera_A", "vera_B"), model.stored_pair(adapter_name, record.dtype), strict=True))
     named = state_dicts.named(model, adapter_name, save_embedding_layers="auto")
-    tensors: dict[str, Array | Deferred] = {
+    arrays = {
         name: to_array(state_dicts.whole(state_dicts.values(name, own, None))) for name, own in sorted(named.items())
     }
-    work = computed_in({record.dtype, *(tensor.dtype.name for tensor in tensors.values())})
+    work = computed_in({record.dtype, *(array.dtype.name for array in arrays.values())})
     factors = Factors(label, record.shape, lambda name, start, stop: pair[name][start:stop], work, dtype or work)
+    made: dict[str, Deferred] = {}
     for name, layer in layers.items():
-        b, d = (tensors.pop(f"{state_dicts.MODULES}{name}.{which}") for which in layer.adapter_layer_names)
-        tensors |= named_matrices(name, factors.of(name, b, d, layer.in_features))
+        b, d = (arrays.pop(f"{MODULES}{name}.{which}") for which in layer.adapter_layer_names)
+        made |= named_matrices(name, factors.of(name, b, d, layer.in_features))
+    tensors = {name: array.copy() for name, array in arrays.items()}  # the model goes on training its own
+    tensors |= {name: _values(deferred) for name, deferred in made.items()}
     config = io.config_to_save(model, adapter_name)
     return Lora(
         lora_config(config, layers, r=record.shape.r, kind=kind),
-        {name: to_tensor(_made(tensor)) for name, tensor in tensors.items()},
+        {name: to_tensor(tensor) for name, tensor in tensors.items()},
         record,
         io.describe_base(model, config, adapter_name),
     )
 
 
-def _made(tensor: Array | Deferred) -> Array:
-    if not isinstance(tensor, Deferred):
-        return tensor.copy()  # the model goes on training its own
+def _values(tensor: Deferred) -> Array:
     pieces = [np.asarray(piece) for piece in tensor.pieces()]
-    return np.concatenate(pieces) if pieces else np.empty(tensor.shape, np_dtype(tensor.dtype))
+    array: Array = np.concatenate(pieces)
+    return array
 
 
 def _class_of_base(model: Adapters) -> tuple[str | None, Architecture | None]:
     """The base's model type, and what is known of its class, where it is one of transformers'."""
-    config = getattr(model.model, "config", None)
+    config: Any = getattr(model.model, "config", None)
     if not hasattr(config, "to_dict"):
         return None, None
     document: Mapping[str, Any] = config.to_dict()
