@@ -129,6 +129,14 @@ def test_what_does_not_surely_pass(rule, value):
     assert not Compiler(lambda _: rule).of("x")(value)
 
 
+def test_what_refers_to_a_rule_that_is_not_known_does_not_surely_pass_either():
+    """Whichever of the two is asked for first."""
+    rules = {"known": {"items": {"$ref": "urn:vera-tools:other"}}, "other": {"multipleOf": 2}}
+    for names in (("other", "known"), ("known", "other", "known")):
+        compiler = Compiler(rules.__getitem__)
+        assert not any(compiler.of(name)([4] if name == "known" else 4) for name in names)
+
+
 RIGHT = [
     ({"type": ["integer", "null"], "minimum": 0}, [0, 5, None]),
     ({"minimum": 0, "minItems": 1, "pattern": "a"}, [{}, True, None]),  # each says something of its own type alone

@@ -39,17 +39,18 @@ class Compiler:
         self._made: dict[tuple[str, str], Check] = {}
 
     def of(self, name: str) -> Check:
-        """What checks a document against the schema called `name`; what passes nothing where that is not known."""
-        try:
-            return self._reference(name, "")
-        except UnknownKeywordError:
-            return lambda _: False
+        """What checks a document against the schema called `name`."""
+        return self._reference(name, "")
 
     def _reference(self, name: str, path: str) -> Check:
         known = self._made.get((name, path))
         if known is None:
             self._made[name, path] = lambda value: self._made[name, path](value)  # for a rule that refers to itself
-            known = self._made[name, path] = self._rule(self._at(name, path), name)
+            try:
+                known = self._rule(self._at(name, path), name)
+            except UnknownKeywordError:
+                known = _passes_nothing
+            self._made[name, path] = known
         return known
 
     def _at(self, name: str, path: str) -> Any:
@@ -142,6 +143,11 @@ class Compiler:
             )
 
         return check
+
+
+def _passes_nothing(_: Any) -> bool:
+    """What stands for a rule that is not known here, for good: others may refer to it."""
+    return False
 
 
 def _has_type(kinds: frozenset[type]) -> Check:

@@ -256,7 +256,7 @@ def test_find_sees_every_checkpoint_below_a_folder_in_order(tmp_path):
         (tmp_path / place / CONFIG).write_text("{}")
     (tmp_path / "e" / CONFIG).unlink()
     (tmp_path / "a" / CONFIG).write_text("{}")
-    assert [str(path.relative_to(tmp_path)) for path in find(tmp_path)] == ["a", "a/step-10", "a/step-2", "b"]
+    assert [str(path.relative_to(tmp_path)) for path in find(tmp_path)] == ["a", "a/step-2", "a/step-10", "b"]
     with pytest.raises(FormatError, match="gone: no such folder"):
         list(find(tmp_path / "gone"))
 
