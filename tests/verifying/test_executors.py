@@ -144,6 +144,7 @@ class TestDask:
         assert (result.returncode, out.is_dir()) == (0, True)
 
     def test_one_that_nobody_answers_at(self, root, monkeypatch):
+        pytest.importorskip("distributed")
         monkeypatch.setattr("vera_tools.cli.executors.PATIENCE", 1)
         assert run_cli("verify", "-R", root, "--dask", "127.0.0.1:9").returncode == 5
         assert run_cli("verify", "-R", root, "--dask", "nonsense://1").returncode == 2
