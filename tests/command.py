@@ -90,6 +90,14 @@ def run_terminal(*args: object, columns: int = 80, env: dict[str, str] | None = 
     return process.returncode, shown.decode().replace("\r\n", "\n")
 
 
+def install_below(folder: Path) -> None:
+    """Put this environment's command where a pipeline has installed it: in vera-tools/bin."""
+    command = folder / "vera-tools" / "bin" / "vera-tools"
+    command.parent.mkdir(parents=True)
+    command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vera_tools "$@"\n', "utf-8")
+    command.chmod(0o755)
+
+
 def plain(text: str) -> str:
     """A terminal's text without its styles."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -15,6 +14,7 @@ import yaml
 
 from tests import ROOT
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of
+from tests.command import install_below
 from vera_tools import schema
 
 ACTION = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
@@ -54,10 +54,7 @@ def test_nothing_that_is_given_becomes_part_of_a_script():
 @pytest.fixture
 def here(tmp_path):
     """The environment's vera-tools, where the first step would have put it."""
-    folder = tmp_path / "vera-tools" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "vera-tools").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vera_tools "$@"\n', "utf-8")
-    (folder / "vera-tools").chmod(0o755)
+    install_below(tmp_path)
 
 
 def test_a_registry_is_annotated_and_summed_up(tmp_path, here):

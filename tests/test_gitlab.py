@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -14,6 +13,7 @@ import yaml
 
 from tests import ROOT
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of
+from tests.command import install_below
 
 SPEC, JOBS = yaml.safe_load_all((ROOT / "gitlab-ci.yml").read_text("utf-8"))
 INPUTS = SPEC["spec"]["inputs"]
@@ -38,10 +38,7 @@ def run_script(part, inputs, where, shell="sh"):
 @pytest.fixture
 def here(tmp_path):
     """The environment's vera-tools, where `before_script` would have put it."""
-    folder = tmp_path / "vera-tools" / "bin"
-    folder.mkdir(parents=True)
-    (folder / "vera-tools").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m vera_tools "$@"\n', "utf-8")
-    (folder / "vera-tools").chmod(0o755)
+    install_below(tmp_path)
     return tmp_path
 
 

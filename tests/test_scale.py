@@ -66,16 +66,19 @@ def together(tmp_path, root):
 @pytest.mark.long
 def test_slurm(root, run, tmp_path):
     summarize = ("bash", SCRIPTS / "summarize.slurm")
-    slurm = {"SLURM_ARRAY_TASK_MAX": "2", "SLURM_CPUS_PER_TASK": "1"}
-    run("bash", SCRIPTS / "verify.slurm", **slurm, SLURM_ARRAY_TASK_ID="1")
+    slurm = {"PARTS": "2", "SLURM_CPUS_PER_TASK": "1"}
+    # As with --array=1, by which a single task is submitted again.
+    run("bash", SCRIPTS / "verify.slurm", **slurm, SLURM_ARRAY_TASK_ID="1", SLURM_ARRAY_TASK_MAX="1")
     early = run(*summarize)
     assert (early.returncode, "part 2/2 was never begun" in early.stderr) == (4, True)
     run("bash", SCRIPTS / "verify.slurm", **slurm, SLURM_ARRAY_TASK_ID="2")
     assert together(tmp_path, root)[0] == run(*summarize).returncode == 4
     assert (tmp_path / "the logs" / "registry.html").exists()
     # what sbatch reads
-    directives = re.findall(r"^#SBATCH --(\w+[\w-]*)=", (SCRIPTS / "verify.slurm").read_text(), re.MULTILINE)
-    assert {"array", "cpus-per-task"} <= set(directives)
+    script = (SCRIPTS / "verify.slurm").read_text()
+    directives = dict(re.findall(r"^#SBATCH --(\w+[\w-]*)=(.*)", script, re.MULTILINE))
+    assert {"array", "cpus-per-task"} <= directives.keys()
+    assert f"PARTS=${{PARTS:-{directives['array'].removeprefix('1-')}}}" in script
 
 
 @posix

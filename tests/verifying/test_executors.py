@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing import get_context
 
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, base_of
 from tests.command import run_cli, run_json
+from tests.verifying.registries import mixed
 from vera_tools.errors import CheckFailedError, UsageError, VeraToolsError
 from vera_tools.merging import merge as merging
 from vera_tools.merging import staging
@@ -19,12 +19,8 @@ from vera_tools.merging import staging
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("registry")
-    for n in range(6):
-        shutil.copytree(CHECKPOINTS / (KEPT if n % 2 else SEED_ONLY), root / f"{n}")
-    edit(root / "1", lambda tensors: tensors[PAIR[0]].__setitem__((1, 3), 0.5))
-    (root / "3" / "adapter_model.safetensors").write_bytes(b"")
-    return root
+    adapters = [(str(n), KEPT if n % 2 else SEED_ONLY) for n in range(6)]
+    return mixed(tmp_path_factory.mktemp("registry"), adapters, drift="1", cut="3")
 
 
 def files_of(folder):

@@ -13,9 +13,10 @@ from dataclasses import replace
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, edit
+from tests.adapters import KEPT, SEED_ONLY
 from tests.command import run_cli
 from tests.markup import Page
+from tests.verifying.registries import mixed
 from vera_tools.errors import FormatError
 from vera_tools.pages import Made
 from vera_tools.verifying import page as pages
@@ -27,14 +28,8 @@ HOSTILE = "<script>alert(1)</script>\"' onmouseover=x \u202e"
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("registry")
-    for name, source in (("good", KEPT), ("drift", KEPT), ("seeds", SEED_ONLY), ("cut", KEPT)):
-        shutil.copytree(CHECKPOINTS / source, root / name)
-    edit(root / "drift", lambda tensors: tensors[PAIR[0]].__setitem__((1, 3), 0.5))
-    (root / "cut" / "adapter_model.safetensors").write_bytes(b"")
-    (root / "other").mkdir()
-    (root / "other" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    return root
+    adapters = [("good", KEPT), ("drift", KEPT), ("seeds", SEED_ONLY), ("cut", KEPT)]
+    return mixed(tmp_path_factory.mktemp("registry"), adapters, drift="drift", cut="cut", other="other")
 
 
 @pytest.fixture(scope="module")

@@ -8,29 +8,18 @@ import shutil
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, edit, files_of
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, files_of
 from tests.command import run_cli
+from tests.verifying.registries import mixed
 from vera_tools.errors import FormatError, UsageError
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     """Good ones, and one of each other fate, in folders that lie in folders."""
-    root = tmp_path_factory.mktemp("registry")
-    for name, source in (
-        *((f"good/{n}", KEPT) for n in range(5)),
-        ("good", KEPT),
-        ("good-too", KEPT),
-        ("drift", KEPT),
-        ("seeds", SEED_ONLY),
-        ("cut", KEPT),
-    ):
-        shutil.copytree(CHECKPOINTS / source, root / name, dirs_exist_ok=True)
-    edit(root / "drift", lambda tensors: tensors[PAIR[0]].__setitem__((1, 3), 0.5))
-    (root / "cut" / "adapter_model.safetensors").write_bytes(b"")
-    (root / "other").mkdir()
-    (root / "other" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    return root
+    good = [*((f"good/{n}", KEPT) for n in range(5)), ("good", KEPT), ("good-too", KEPT)]
+    adapters = [*good, ("drift", KEPT), ("seeds", SEED_ONLY), ("cut", KEPT)]
+    return mixed(tmp_path_factory.mktemp("registry"), adapters, drift="drift", cut="cut", other="other")
 
 
 @pytest.fixture(scope="module")

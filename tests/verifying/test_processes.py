@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +15,8 @@ from xml.etree import ElementTree
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit
+from tests.adapters import KEPT, SEED_ONLY, base_of
+from tests.verifying.registries import mixed
 from vera_tools import schema
 from vera_tools.errors import FormatError, NotVeraError
 from vera_tools.verifying import registry, work
@@ -27,14 +27,8 @@ posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp("registry")
-    for n in range(9):
-        shutil.copytree(CHECKPOINTS / (KEPT if n % 2 else SEED_ONLY), root / f"{n}")
-    edit(root / "1", lambda tensors: tensors[PAIR[0]].__setitem__((1, 3), 0.5))
-    (root / "3" / "adapter_model.safetensors").write_bytes(b"")
-    (root / "other").mkdir()
-    (root / "other" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
-    return root
+    adapters = [(str(n), KEPT if n % 2 else SEED_ONLY) for n in range(9)]
+    return mixed(tmp_path_factory.mktemp("registry"), adapters, drift="1", cut="3", other="other")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from concurrent.futures import Executor
 import click
 
 from vera_tools.cli.shared import Function
-from vera_tools.errors import HubError, UsageError
+from vera_tools.errors import RemoteError, UsageError
 
 #: Seconds that the scheduler has to answer in.
 PATIENCE = 30
@@ -31,7 +31,7 @@ def executor_of(address: str | None) -> Iterator[Executor | None]:
 
     Raises:
         UsageError: dask.distributed is not installed, or this is no address.
-        HubError: nobody answers there.
+        RemoteError: nobody answers there.
     """
     if address is None:
         yield None
@@ -49,9 +49,11 @@ def executor_of(address: str | None) -> Iterator[Executor | None]:
     except ValueError as error:
         raise UsageError(f"no address of a scheduler: {error}", where=address, expected="tcp://host:8786") from error
     except OSError as error:
-        raise HubError("no dask scheduler answers", where=address, hint="dask scheduler prints its address") from error
+        raise RemoteError(
+            "no dask scheduler answers", where=address, hint="dask scheduler prints its address"
+        ) from error
     with contextlib.closing(client):
         if not client.scheduler_info()["workers"]:
-            raise HubError("the dask scheduler has no workers", where=address, hint=f"dask worker {address}")
+            raise RemoteError("the dask scheduler has no workers", where=address, hint=f"dask worker {address}")
         with client.get_executor(pure=False, retries=0) as executor:
             yield executor
