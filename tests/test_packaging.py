@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def test_the_steps_of_the_image(tmp_path):
                 else:
                     shutil.copy(ROOT / name, source / target)
         elif keyword == "RUN":
-            command = re.sub("^python ", f"{sys.executable} ", rest).replace("/opt/vera-tools", str(home))
+            command = re.sub("^python ", lambda _: f"{shlex.quote(sys.executable)} ", rest)
+            command = command.replace("/opt/vera-tools", shlex.quote(str(home)))
             run("bash", "-euc", command, cwd=source, PYTHONPATH="")
         else:
             assert keyword in ("FROM", "WORKDIR")
@@ -128,7 +130,7 @@ def built(tmp_path_factory):
     """The wheel and the source archive, as RELEASE.md has them made."""
     pytest.importorskip("build", reason="needs the extra release")
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "-o", folder, ".", cwd=ROOT, PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
+    run(sys.executable, "-m", "build", "-o", folder, ".", cwd=ROOT, PIP_CONSTRAINT="constraints.txt")
     wheel, archive = folder / f"vera_tools-{__version__}-py3-none-any.whl", folder / f"vera_tools-{__version__}.tar.gz"
     assert set(folder.iterdir()) == {wheel, archive}
     return wheel, archive
