@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -119,3 +120,23 @@ def test_an_output_that_cannot_be_written_is_found_before_work(registry, monkeyp
     if os.name == "posix":
         result = run_cli("verify", "r/good", "--junit", "/proc/report.xml")
         assert result.returncode == 2
+
+
+@pytest.mark.parametrize("option", ["--junit", "--report", "--log"])
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "notes.txt"])
+def test_nothing_else_is_replaced_where_a_file_is_named_by_mistake(registry, option, name):
+    """`--junit adapter/` reads like a flag; a last line that nobody ended is not the log's."""
+    Path("r/good/notes.txt").write_text("mine\nno line's end", "utf-8")
+    before = Path("r/good", name).read_bytes()
+    result = run_cli("verify", "r/drift", option, f"r/good/{name}")
+    assert result.returncode == 2
+    assert "so it is not replaced" in result.stderr or "so nothing is written to it" in result.stderr
+    assert Path("r/good", name).read_bytes() == before
+
+
+def test_what_an_earlier_run_wrote_is_replaced(registry):
+    for option, name in (("--junit", "report.xml"), ("--report", "page.html")):
+        Path(name).touch()  # as mktemp does
+        for adapter in ("r/drift", "r/good"):
+            assert run_cli("verify", adapter, option, name).returncode in (0, 1)
+            assert adapter in Path(name).read_text("utf-8")

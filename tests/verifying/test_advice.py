@@ -253,6 +253,20 @@ def test_a_base_that_was_named_stands_in_the_next_step(tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", ["./bases/mine", "bases/mine"])
+def test_a_base_on_disk_is_no_repository(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(base_of(SEED_ONLY), "bases/mine")
+    assert one(CHECKPOINTS / SEED_ONLY, base=name).next_step.command.endswith(f"--base {name}")
+
+
+def test_a_base_that_does_not_fit_is_to_blame_and_is_not_named_again(tmp_path):
+    other = "peft-0.21.2-gpt2-conv1d-kept"
+    report = one(CHECKPOINTS / KEPT, base=base_of(other))
+    assert report.safety.startswith("Not safe to load on this base: it is another one")
+    assert report.next_step.command.endswith("--base BASE")
+
+
 def test_what_passes_has_no_next_step_and_what_is_accepted_is_not_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert one(CHECKPOINTS / KEPT).next_step is None

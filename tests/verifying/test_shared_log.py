@@ -20,11 +20,11 @@ def test_a_run_waits_until_the_log_is_free(tmp_path):
     run = threading.Thread(target=lambda: vera_tools.verify(tmp_path / "a", log=log))
     with log.open("wb", buffering=0) as held:
         assert locking.wait(held.fileno())
-        held.write(b'{"half')
+        held.write(b'{"schema": "vera-tools/ver')
         run.start()
         run.join(0.5)
         assert run.is_alive()
-        assert log.read_bytes() == b'{"half'
+        assert log.read_bytes() == b'{"schema": "vera-tools/ver'
     run.join()
     assert [json.loads(line)["path"] for line in log.read_text().splitlines()] == [str(tmp_path / "a")]
 
@@ -34,7 +34,7 @@ def test_two_runs_share_a_log(tmp_path):
     for name in (*names[0], *names[1]):
         shutil.copytree(CHECKPOINTS / KEPT, tmp_path / name)
     log = tmp_path / "log"
-    log.write_bytes(b'{"cut off')
+    log.write_bytes(b'{"schema": "vera-tools/verify-line/v1", "cut off')
     runs = [
         subprocess.Popen([sys.executable, "-m", "vera_tools", "verify", "-q", *side, "--log", "log"], cwd=tmp_path)
         for side in names

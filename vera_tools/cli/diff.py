@@ -60,7 +60,7 @@ def command(
     if page:
         from vera_tools.files import atomic  # late: help and completion write nothing
 
-        atomic.refuse_unwritable(page)
+        atomic.refuse_unwritable(page, atomic.PAGE)
     with output.progress("comparing layers") as progress:
         report = vera_tools.diff(
             a,

@@ -58,10 +58,12 @@ class Form:
         name = "json" if output.json else form or "human"
         if failed_only and name != "human":
             raise UsageError("--failed-only prints paths alone, which is a form of its own")
-        for file in filter(None, (junit, page)):
+        if junit or page:
             from vera_tools.files import atomic  # late: help and completion write nothing
 
-            atomic.refuse_unwritable(file)
+            for file, sort in ((junit, atomic.JUNIT), (page, atomic.PAGE)):
+                if file:
+                    atomic.refuse_unwritable(file, sort)
         if name == "github":
             from vera_tools.cli import github
 

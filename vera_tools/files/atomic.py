@@ -13,6 +13,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from vera_tools.errors import UsageError, VeraToolsError
@@ -181,6 +182,22 @@ def exchange(a: Path, b: Path) -> None:
         raise no_exchange(b)
 
 
+@dataclass(frozen=True)
+class Sort:
+    """A sort of output file.
+
+    Attributes:
+        words: What it is called.
+        mark: What stands, in lower case, among its first 4,096 bytes.
+    """
+
+    words: str
+    mark: bytes
+
+
+PAGE, JUNIT = Sort("page", b"<!doctype html"), Sort("JUnit XML", b"<testsuite")
+
+
 def no_exchange(path: Path) -> UsageError:
     """What is said where the system cannot replace a folder in one step."""
     return UsageError(
@@ -188,11 +205,15 @@ def no_exchange(path: Path) -> UsageError:
     )
 
 
-def refuse_unwritable(path: Path) -> None:
+def refuse_unwritable(path: Path, sort: Sort | None = None) -> None:
     """Find out before any work that an output file could not be written after it.
 
+    Args:
+        path: The file.
+        sort: What is written, where a file that is there is replaced only if it is of that sort.
+
     Raises:
-        UsageError: there is no folder for it, or nothing can be written there.
+        UsageError: there is no folder for it, nothing can be written there, or what is there is something else.
     """
     parent = path.parent
     if not parent.is_dir():
@@ -203,6 +224,27 @@ def refuse_unwritable(path: Path) -> None:
         os.unlink(name)
     except OSError as error:
         raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
+    if sort is not None and path.is_file():
+        refuse_other(path, sort)
+
+
+def refuse_other(path: Path, sort: Sort) -> None:
+    """Refuse to replace a file that is something else, as it is where an option's value is a checkpoint by mistake.
+
+    Raises:
+        UsageError: it is, or cannot be read. An empty file is of every sort.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(1 << 12)
+    except OSError as error:
+        raise UsageError(f"cannot be replaced: {error.strerror}", where=path) from error
+    if start and sort.mark not in start.lower():
+        raise UsageError(
+            f"is there, and no {sort.words}, so it is not replaced",
+            where=path,
+            hint="choose another file, or delete it yourself",
+        )
 
 
 def refuse_forbidden(path: Path) -> None:

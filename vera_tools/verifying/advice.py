@@ -6,6 +6,7 @@ docs/projections.md, and not here.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -52,6 +53,8 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
     failed = [check.id for check in checks if check.status == "fail" and check.id != MATCH]
     if verdict == "invalid":
         return "Not safe to load with any loader: no whole VeRA adapter could be read."
+    if not whole and all(name.startswith("base.") for name in failed):
+        return "Not safe to load on this base: it is another one than it was trained on, or the adapter is incomplete."
     if not whole:
         return "Not safe to load with any loader: the adapter is damaged or incomplete."
     where = _where(loads)
@@ -139,6 +142,8 @@ def _list(names: Sequence[str], *, last: str = "and") -> str:
     return f" {last} ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
+_OTHER_BASE = "name the base that it was trained on"
+_OR_DAMAGED = f"{_OTHER_BASE}; if this is it, copy the adapter again"
 #: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
 REMEDIES: Mapping[str, tuple[str, str]] = {
     "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
@@ -166,10 +171,14 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "manifest.config": ("restore the config; if the change was meant, renew the manifest", "{record}"),
     "manifest.metadata": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
     "manifest.recipe": ("restore the manifest; if the pair is right, renew it", "{record}"),
-    "base.modules": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
-    "base.pair": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
-    "base.parameters": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
-    "base.digests": ("name the base that it was trained on", "vera-tools verify {path} --base {base}"),
+    # Not the base that it was checked against: that is the one which does not fit.
+    "base.modules": (_OR_DAMAGED, "vera-tools verify {path} --base BASE"),
+    "base.pair": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
+    "base.parameters": (
+        f"{_OTHER_BASE}; if this is it, copy the adapter again",
+        "vera-tools verify {path} --base BASE",
+    ),
+    "base.digests": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
     "base.dtype": ("record it anew for the base that it was trained on", "vera-tools record {path} --base {base}"),
 }
 
@@ -246,4 +255,5 @@ def _base(name: str | None) -> str:
     """A BASE argument for the name that a config has."""
     if not name:
         return "BASE"
-    return f"hf://{name}" if re.fullmatch(r"[\w.-]+/[\w.-]+", name) else name
+    is_repository = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) and not os.path.exists(name)
+    return f"hf://{name}" if is_repository else name

@@ -35,6 +35,8 @@ from vera_tools.verifying.runs import Run, Runs
 _MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
 #: Bytes. A checkpoint's own line has some six thousand.
 _LONGEST_LINE = 16 << 20
+#: Of each line, in every version; what has another is not mended.
+_BEGINNING = b'{"schema": "vera-tools/verify-'
 #: What `verify` reads of a checkpoint.
 _READ = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)
 
@@ -397,7 +399,14 @@ class Log:
                 stream.seek(size - 1)
                 if stream.read(1) != b"\n":  # nobody is writing it, so nobody will end this line
                     stream.seek(0)
-                    stream.truncate(stream.readall().rfind(b"\n") + 1)
+                    content = stream.readall()
+                    if not content.startswith(_BEGINNING[: len(content)]):
+                        raise UsageError(
+                            "is there, and no log of `verify`, so nothing is written to it",
+                            where=path,
+                            hint="choose another file, or delete it yourself",
+                        )
+                    stream.truncate(content.rfind(b"\n") + 1)
             stream.seek(0)
             yield stream
 
