@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import copyreg
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -208,3 +210,18 @@ class SignatureWarning(VeraToolsWarning):
 
 class LeftoverWarning(VeraToolsWarning):
     """A run that was killed has left an unfinished output, which was removed, or which you may have to delete."""
+
+
+#: Where a warning's own frames lie: this package, and what context managers and decorators put between.
+_OWN = (os.path.dirname(__file__) + os.sep,)
+_BETWEEN = ("contextlib.py", "_contextlib.py")
+
+
+def warn(message: str, category: type[Warning] = VeraToolsWarning) -> None:
+    """Warn of the line, outside of vera-tools, from which it was called, however deep inside this is found out."""
+    depth, frame = 1, sys._getframe()
+    while frame.f_back is not None and (
+        frame.f_code.co_filename.startswith(_OWN) or os.path.basename(frame.f_code.co_filename) in _BETWEEN
+    ):
+        depth, frame = depth + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=depth)

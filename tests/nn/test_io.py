@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.adapters import (
     CHECKPOINTS,
@@ -311,6 +311,42 @@ def test_a_checkpoint_that_does_not_fit_is_refused_before_anything_changes(optio
     with pytest.raises(CheckFailedError, match=r"vera_lambda_b|too small"):
         VeraModel.from_pretrained(other, tmp_path / "a")
     assert list(other.state_dict()) == keys
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "words"),
+    [
+        ("classifier.weight", (1, 32), r"classifier.weight: the model has another shape \(expected \[1, 32\]"),
+        ("classifier.bias", (1,), r"classifier.bias: the model has another shape"),
+        ("query.base_layer.bias", (1,), r"query.base_layer.bias: the model has another shape"),
+        ("query.vera_lambda_b", (32, 1), r"does not fit vera_lambda_b \(expected out_features \[32, 1\], found 32\)"),
+        ("query.vera_lambda_d", (16, 1), r"vera_lambda_d contradicts .* \(expected 16, found \[16, 1\]\)"),
+    ],
+)
+def test_no_tensor_is_spread_over_a_larger_one(name, shape, words, tmp_path):
+    """torch copies a row into every row of a larger tensor, and says nothing."""
+    options = {**OPTIONS, "bias": "vera_only", "task_type": "SEQ_CLS", "target_modules": ["query"]}
+    model = VeraModel(bert(), VeraConfig(**options))
+    save_adapter(model, tmp_path)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    full = next(key for key in tensors if key.endswith(name))
+    save_file({**tensors, full: torch.ones(shape)}, tmp_path / "adapter_model.safetensors")
+    for load_into in (lambda: VeraModel.from_pretrained(bert(), tmp_path), lambda: load_adapter(model, tmp_path)):
+        with pytest.raises(CheckFailedError, match=words):
+            load_into()
+    after = model.state_dict()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_a_bias_of_two_names_is_saved_under_both_as_peft_does(tmp_path):
+    options = {"bias": "all", "target_modules": ["query"]}
+    VeraModel(bert("MaskedLM"), VeraConfig(**{**OPTIONS, **options})).save_pretrained(tmp_path / "ours")
+    peft_model(bert("MaskedLM"), **options).save_pretrained(tmp_path / "peers")
+    first, second = (load_file(tmp_path / f / "adapter_model.safetensors") for f in ("ours", "peers"))
+    assert first.keys() == second.keys()
+    for folder in ("ours", "peers"):
+        VeraModel.from_pretrained(bert("MaskedLM"), tmp_path / folder)
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path):

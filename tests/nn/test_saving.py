@@ -105,7 +105,7 @@ class TestPartitioned:
 
     @pytest.mark.slow
     def test_with_deepspeed(self, tmp_path):
-        why = "needs DeepSpeed (pip install --no-build-isolation deepspeed); above it is partitioned by hand"
+        why = "needs DeepSpeed (pip install deepspeed); above it is partitioned by hand"
         pytest.importorskip("deepspeed", reason=why)
         command = [sys.executable, "-m", "tests.nn.deepspeed_worker", str(tmp_path)]
         result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)

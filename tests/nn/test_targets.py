@@ -135,6 +135,26 @@ def test_what_another_adapter_has_changed_cannot_be_saved_whole(name):
     assert names_of(model) == ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
 
 
+def test_what_another_adapter_saves_whole_cannot_be_adapted():
+    """Its copies would have to be adapted, each for itself."""
+    model = VeraModel(llama(), VeraConfig(r=2, target_modules=["q_proj"], modules_to_save=["mlp", "lm_head"]))
+    for target, where in (("lm_head", "lm_head"), ("up_proj", r"model\.layers\.0\.mlp\.up_proj")):
+        with pytest.raises(UsageError, match=rf"{where}: lies in .* which another adapter saves whole"):
+            model.add_adapter("second", VeraConfig(r=2, target_modules=["q_proj", target]))
+    model.add_adapter("second", VeraConfig(r=2, target_modules="all-linear"))
+    found = [name for name in names_of(model) if "layers.0" in name]
+    assert [name.rpartition(".")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+
+
+@pytest.mark.parametrize("saved", ["attn", "proj"])
+def test_nothing_is_both_adapted_and_saved_whole(saved):
+    """An entry of modules_to_save saves whatever ends so, and keeps only whole parts of a path from being adapted."""
+    base = llama()
+    with pytest.raises(UsageError, match=r"q_proj: is adapted, and lies in a module that is saved whole"):
+        VeraModel(base, VeraConfig(r=2, target_modules=["q_proj"], modules_to_save=[saved]))
+    assert list(base.state_dict()) == list(llama().state_dict())
+
+
 def test_a_container_cannot_be_saved_whole():
     with pytest.raises(UsageError, match=r"model\.layers: modules_to_save cannot be a container"):
         VeraModel(llama(), VeraConfig(r=2, target_modules=["lm_head"], modules_to_save=["layers"]))

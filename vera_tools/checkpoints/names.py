@@ -14,6 +14,9 @@ OUTPUT_LAYERS = ("lm_head", "embed_out", "output_layer")
 #: ... and the embedding of positions, which is a matrix and no linear layer either.
 POSITION_EMBEDDINGS = ("wpe",)
 
+#: The names that PEFT looks for among adapted layers (``EMBEDDING_LAYER_NAMES``): it saves these layers themselves too.
+EMBEDDING_LAYERS = ("embed_tokens", "lm_head")
+
 #: The heads that PEFT trains and saves whole for these tasks, whether or not the config names them. A model has one.
 TASK_HEADS: dict[str, tuple[str, ...]] = {
     "SEQ_CLS": ("classifier", "score"),
@@ -59,14 +62,9 @@ def module_of(parameter: str) -> str:
     return parts[-2] if len(parts) > 1 and parts[-1] == "weight" else ""
 
 
-def is_saved(module: str, saved: str) -> bool:
-    """Whether an entry of modules_to_save means this module.
+def lies_in_saved(parameter: str, saved: str) -> bool:
+    """Whether a parameter lies in a module that an entry of modules_to_save means.
 
     PEFT's ``_set_trainable``: every module whose full name ends so, be it in the middle of a word.
     """
-    return module.endswith(saved)
-
-
-def lies_in_saved(parameter: str, saved: str) -> bool:
-    """Whether a parameter lies in a module that an entry of modules_to_save means (see `is_saved`)."""
     return f"{saved}." in parameter  # a leading part that ends so has a dot behind it

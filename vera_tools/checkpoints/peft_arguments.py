@@ -34,6 +34,7 @@ HUB = {
     "etag_timeout": _Argument(None),
     "user_agent": _Argument(None),
 }
+CREATING = {"mixed": _Argument((False,), "put adapters of other kinds on with PEFT")}
 LOADING = {
     **HUB,
     "ephemeral_gpu_offload": _Argument((False,), "move the model with .to()"),

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import warnings
 from typing import Any
 
 from torch import nn
 
+from vera_tools.checkpoints import peft_arguments
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import UsageError, VeraToolsWarning
+from vera_tools.errors import UsageError, warn
 from vera_tools.nn import io
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.model import VeraModel
@@ -64,16 +64,13 @@ def get_peft_model(
     Raises:
         UsageError: as `VeraModel`, or `mixed`.
     """
-    if mixed:
-        raise UsageError("is not supported", where="mixed", expected="False", found="True")
+    peft_arguments.check({"mixed": mixed}, peft_arguments.CREATING)
     config = VeraConfig.of(peft_config)
     if revision is not None:
         if config.revision not in (None, revision):
-            warnings.warn(
+            warn(
                 f"peft config has already set base model revision to {config.revision}, overwriting with revision "
-                f"{revision}",
-                VeraToolsWarning,
-                stacklevel=2,
+                f"{revision}"
             )
         config = dataclasses.replace(config, revision=revision)
     options = {"autocast_adapter_dtype": autocast_adapter_dtype, "low_cpu_mem_usage": low_cpu_mem_usage}

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import ClassVar
 
+import torch
 from torch import nn
 
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.nn.rows import Rows
 
 
@@ -44,6 +46,10 @@ class AdaptedModule(nn.Module):
         assert isinstance(module, nn.Module)
         return module
 
+    def has(self, adapter_name: str) -> bool:
+        """Whether an adapter is here."""
+        return adapter_name in getattr(self, self.adapter_layer_names[0])
+
     @property
     def available_adapters(self) -> list[str]:
         """The adapters that are here, sorted."""
@@ -54,6 +60,19 @@ class AdaptedModule(nn.Module):
         for held in (getattr(self, which) for which in self.adapter_layer_names):
             if name in held:
                 yield from [held[name]] if isinstance(held, nn.ParameterDict) else held[name].parameters()
+
+    def add_adapter(
+        self, name: str, config: VeraConfig, device: torch.device | None = None, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Make what a new adapter has here.
+
+        Args:
+            name: The adapter.
+            config: Its config.
+            device: Where it is made. Default: where the base's own module is.
+            autocast_adapter_dtype: Hold what is new in float32 in a half-precision module.
+        """
+        raise NotImplementedError
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove what an adapter has here."""
@@ -80,6 +99,29 @@ class AdaptedModule(nn.Module):
     def enable_adapters(self, enabled: bool) -> None:
         """Compute the adapters, or the base's own module alone. What is trainable stays so."""
         self.disable_adapters = not enabled
+
+
+def base_layer(module: nn.Module) -> nn.Module:
+    """The base's own module, under the adapters where some are on it."""
+    return module.base_module if isinstance(module, AdaptedModule) else module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name, without the insides of what an adapter has put there."""
+    inside: str | None = None
+    for name, module in model.named_modules():
+        if inside is None or not name.startswith(inside):
+            yield name, module
+            inside = f"{name}." if isinstance(module, AdaptedModule) else None
+
+
+def base_parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's parameters by the names that they have without adapters, each under all of its names."""
+    module = base_layer(module)
+    yield from ((prefix + key, own) for key, own in module._parameters.items() if own is not None)
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from base_parameters(child, f"{prefix}{key}.")
 
 
 def _listed(names: str | Iterable[str]) -> list[str]:

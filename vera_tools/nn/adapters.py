@@ -6,9 +6,7 @@ Everything is checked before a model is changed, so that a refused adapter leave
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +14,15 @@ from torch import Tensor, nn
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array
-from vera_tools.errors import UsageError, VeraToolsWarning, WrongSizeError, WrongTypeError
+from vera_tools.errors import UsageError, WrongSizeError, WrongTypeError, warn
 from vera_tools.nn import targets, tying
+from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.nn.layer import VeraLinear
-from vera_tools.nn.projection import ProjectionDict, to_array, to_tensor
+from vera_tools.nn.projection import ProjectionDict, digests, recorded, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
 from vera_tools.nn.saved_module import SavedModule
-from vera_tools.projections.identification import identify
+from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.prng import generate
 from vera_tools.projections.recipe import Recipe
@@ -94,28 +93,20 @@ class Adapters(nn.Module):
         """
         config = VeraConfig.of(peft_config)
         self.check_new(adapter_name, config)
-        config = targets.complete(config, self.model)
-        modules = targets.find(config, self.model)
-        if missed := targets.unmatched(config, self.model):
-            warnings.warn(
-                f"{', '.join(map(repr, missed))} matched nothing in the model", VeraToolsWarning, stacklevel=2
-            )
-        recipe, shape = Recipe(prng_key=config.projection_prng_key), targets.pair_shape(config, modules)
+        plan = targets.plan(config, self.model)
+        if missed := targets.unmatched(plan.config, self.model):
+            warn(f"{', '.join(map(repr, missed))} matched nothing in the model")
+        recipe, shape = Recipe(prng_key=config.projection_prng_key), plan.shape
         same = [r for r in self._records.values() if (r.recipe, r.shape, r.dtype) == (recipe, shape, "float32")]
         if same:
             record, pair = dataclasses.replace(same[0], origin="live"), None
         else:
             pair = generate(recipe, shape)
-            record = ProjectionRecord(recipe, "live", shape, "float32", _digests(pair))
-        self.attach(
-            adapter_name,
-            config,
-            modules,
-            record,
-            pair,
-            low_cpu_mem_usage=low_cpu_mem_usage,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+            sha256 = digests((to_tensor(pair[0]), to_tensor(pair[1])))
+            assert sha256 is not None
+            record = ProjectionRecord(recipe, "live", shape, "float32", sha256)
+        options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
+        self.attach(adapter_name, plan, record, pair, **options)
 
     def check_new(self, adapter_name: str, config: VeraConfig) -> None:
         """Refuse an adapter that cannot stand beside those that are there.
@@ -129,11 +120,9 @@ class Adapters(nn.Module):
         if not adapter_name or "." in adapter_name or taken:
             raise UsageError("not a name for an adapter", expected="a name without dots", found=repr(adapter_name))
         if adapter_name in self.prefix:
-            warnings.warn(
+            warn(
                 f"Adapter name '{adapter_name}' should not be contained in the prefix '{self.prefix}'. This may lead "
-                "to reinitialization of the adapter weights during loading, in PEFT.",
-                VeraToolsWarning,
-                stacklevel=4,
+                "to reinitialization of the adapter weights during loading, in PEFT."
             )
         for existing in self.peft_config.values():
             if existing.projection_prng_key != config.projection_prng_key:
@@ -150,8 +139,7 @@ class Adapters(nn.Module):
     def attach(
         self,
         adapter_name: str,
-        config: VeraConfig,
-        modules: dict[str, nn.Module],
+        plan: Plan,
         record: ProjectionRecord,
         pair: tuple[Array, Array] | None,
         *,
@@ -162,44 +150,32 @@ class Adapters(nn.Module):
 
         Args:
             adapter_name: Its name.
-            config: Its completed config.
-            modules: The layers, from `targets.find`.
+            plan: What it has of the model.
             record: Recipe, shapes and digests of its projections.
             pair: vera_A and vera_B in the record's dtype; None where an adapter with this very record is there.
             low_cpu_mem_usage: Make the vectors on the meta device.
             autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer.
         """
-        saved = targets.saved(config, self.model)
-        tying.warn_of_merging(self.model, [n for n, module in modules.items() if not isinstance(module, VeraLinear)])
-        self.hold_pair(adapter_name, config, modules, record, pair)
-        self.peft_config[adapter_name] = config
+        tying.warn_of_merging(self.model, [n for n, layer in plan.layers.items() if not isinstance(layer, VeraLinear)])
+        self.hold_pair(adapter_name, plan, record, pair)
+        self.peft_config[adapter_name] = plan.config
+        device = torch.device("meta") if low_cpu_mem_usage else None
+        for name, module in {**plan.layers, **plan.saved}.items():
+            if not isinstance(module, AdaptedModule):
+                module = SavedModule(module, name=name) if name in plan.saved else self._new_layer(module, name=name)
+                module.disable_adapters = self._disabled
+                self._replace(name, module)
+            module.add_adapter(adapter_name, plan.config, device, autocast_adapter_dtype)
+            module.set_requires_grad(adapter_name, False)
+        self.tie(adapter_name)
+
+    def _new_layer(self, module: nn.Module, *, name: str) -> VeraLinear:
         # Where transformers keeps what it let torchao quantise the model by, which merging needs again.
         quantizer = getattr(self.model, "hf_quantizer", None)
-        torchao_config = getattr(getattr(quantizer, "quantization_config", None), "get_apply_tensor_subclass", None)
-        for name, module in modules.items():
-            if not isinstance(module, VeraLinear):
-                layer = VeraLinear(
-                    module, vera_A=self.vera_A, vera_B=self.vera_B, name=name, torchao_config=torchao_config
-                )
-                layer.active_adapters, layer.disable_adapters = list(self._active), self._disabled
-                self._replace(name, layer)
-                module = layer
-            module.add_adapter(
-                adapter_name,
-                config,
-                device=torch.device("meta") if low_cpu_mem_usage else None,
-                autocast_adapter_dtype=autocast_adapter_dtype,
-            )
-        for name, module in saved.items():
-            if not isinstance(module, SavedModule):
-                wrapper = SavedModule(module, name=name)
-                wrapper.disable_adapters = self._disabled
-                self._replace(name, wrapper)
-                module = wrapper
-            module.add_adapter(adapter_name)
-        self.tie(adapter_name)
-        for module in self.adapted():
-            module.set_requires_grad(adapter_name, False)
+        config = getattr(getattr(quantizer, "quantization_config", None), "get_apply_tensor_subclass", None)
+        layer = VeraLinear(module, vera_A=self.vera_A, vera_B=self.vera_B, name=name, torchao_config=config)
+        layer.active_adapters = list(self._active)
+        return layer
 
     def tie(self, adapter_name: str) -> None:
         """Let an adapter's copies of saved modules share what the base's share, where its config ensures that."""
@@ -207,23 +183,10 @@ class Adapters(nn.Module):
             tying.tie(adapter_name, self.saved_modules().values())
 
     def hold_pair(
-        self,
-        adapter_name: str,
-        config: VeraConfig,
-        modules: dict[str, nn.Module],
-        record: ProjectionRecord,
-        pair: tuple[Array, Array] | None,
+        self, adapter_name: str, plan: Plan, record: ProjectionRecord, pair: tuple[Array, Array] | None
     ) -> None:
-        """Hold an adapter's projections, or share those of an adapter that has the same.
-
-        Args:
-            adapter_name: The adapter.
-            config: Its config.
-            modules: Its layers.
-            record: Recipe, shapes and digests of the projections.
-            pair: As `attach` takes it.
-        """
-        persistent = config.save_projection
+        """Hold an adapter's projections, or share those of an adapter that has the same; as `attach` takes them."""
+        persistent = plan.config.save_projection
         for other, known in self._records.items():
             if (known.sha256, known.dtype) == (record.sha256, record.dtype) and self.record_of(other) is known:
                 self.vera_A.share(adapter_name, other, persistent=persistent)
@@ -233,7 +196,7 @@ class Adapters(nn.Module):
             if pair is None:  # the buffers of the adapter that had this record have been overwritten since
                 assert record.recipe is not None
                 pair = generate(record.recipe, record.shape, stored_dtype=record.dtype)
-            weights = [weight_like(targets.base_layer(module)) for module in modules.values()]
+            weights = [weight_like(layer) for layer in plan.bases.values()]
             first = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
             for held, values in zip((self.vera_A, self.vera_B), pair, strict=True):
                 held.add(adapter_name, to_tensor(values), persistent=persistent, like=first)
@@ -268,13 +231,11 @@ class Adapters(nn.Module):
         `load_state_dict` for instance, are identified.
         """
         known = self._records[adapter_name]
-        if _digests(self.stored_pair(adapter_name, known.dtype)) != known.sha256:
-            pair = tuple(to_array(held[adapter_name]) for held in (self.vera_A, self.vera_B))
-            found = identify(pair[0], pair[1], prng_key=self.peft_config[adapter_name].projection_prng_key)
-            recipe, sha256 = found.recipe if found.exact else None, _digests((pair[0], pair[1]))
+        pair = self.vera_A[adapter_name], self.vera_B[adapter_name]
+        if digests(pair, getattr(torch, known.dtype)) != known.sha256:
             # A pair that was assumed when it was loaded is so too after a cast to another dtype.
             origin: Origin = known.origin if known.assumed else "live"
-            known = ProjectionRecord(recipe, origin, known.shape, pair[0].dtype.name, sha256)
+            known = recorded(pair, origin, prng_key=self.peft_config[adapter_name].projection_prng_key)
             self._records[adapter_name] = known
         return known
 
@@ -298,7 +259,7 @@ class Adapters(nn.Module):
         """
         names = self.check_known([adapter_name] if isinstance(adapter_name, str) else list(adapter_name))
         for where, saved in self.saved_modules().items():
-            if len(own := [name for name in names if name in saved.modules_to_save]) > 1:
+            if len(own := [name for name in names if saved.has(name)]) > 1:
                 raise UsageError(
                     "Only one adapter can be set at a time for ModulesToSaveWrapper, one for each saved module",
                     where=where,
@@ -306,8 +267,7 @@ class Adapters(nn.Module):
                 )
         if any(layer.merged for layer in self.vera_layers().values()):
             # PEFT's words and behaviour: what is merged would otherwise go on being computed.
-            message = "Adapter cannot be set when the model is merged. Unmerging the model first."
-            warnings.warn(message, VeraToolsWarning, stacklevel=2)
+            warn("Adapter cannot be set when the model is merged. Unmerging the model first.")
             self.unmerge_adapter()
         self._choose(names, inference_mode=inference_mode)
 
@@ -322,18 +282,15 @@ class Adapters(nn.Module):
             raise UsageError(
                 f"Cannot delete adapter(s) [{adapter_name!r}] while they are merged. Please unmerge them first."
             )
-        for module in self.adapted():
+        for module in self.adapted().values():
             module.delete_adapter(adapter_name)
         del self.vera_A[adapter_name], self.vera_B[adapter_name]
         del self.peft_config[adapter_name], self._records[adapter_name]
         left = [name for name in self._active if name != adapter_name]
         if not left and self.peft_config:
             left = [next(iter(self.peft_config))]
-            warnings.warn(  # PEFT's words
-                f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                VeraToolsWarning,
-                stacklevel=2,
-            )
+            # PEFT's words
+            warn(f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.")
         self._choose(left, inference_mode=all(self.peft_config[name].inference_mode for name in left))
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -343,9 +300,9 @@ class Adapters(nn.Module):
             UsageError: no such adapter.
         """
         for name in self.check_known([adapter_names] if isinstance(adapter_names, str) else adapter_names):
-            for module in self.adapted():
+            for module in self.adapted().values():
                 module.set_requires_grad(name, requires_grad)
-            for bias in self.trained_biases(self.peft_config[name].bias).values():
+            for bias in self.plan_of(name).biases(self.model).values():
                 bias.requires_grad_(requires_grad)
 
     def disable_adapter_layers(self) -> None:
@@ -354,7 +311,7 @@ class Adapters(nn.Module):
         Biases that an adapter with ``bias="all"`` or ``"vera_only"`` has trained are the base's own, and stay: a
         warning says so. Unlike with PEFT, what is trainable stays so.
         """
-        self._warn_of_biases(stacklevel=3)
+        self._warn_of_biases()
         self._set_disabled(True)
 
     def enable_adapter_layers(self) -> None:
@@ -404,10 +361,15 @@ class Adapters(nn.Module):
         sizes = [(whole_shape(parameter).numel(), parameter.requires_grad) for parameter in self.parameters()]
         return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
 
-    def adapted(self) -> Iterator[VeraLinear | SavedModule]:
-        """The adapted layers, then the modules that are saved whole."""
-        yield from self.vera_layers().values()
-        yield from self.saved_modules().values()
+    def adapted(self) -> dict[str, VeraLinear | SavedModule]:
+        """The adapted layers, then the modules that are saved whole, by their names in the model."""
+        return {**self.vera_layers(), **self.saved_modules()}
+
+    def plan_of(self, adapter_name: str) -> Plan:
+        """What an adapter that is there has of the model."""
+        layers = {name: layer for name, layer in self.vera_layers().items() if layer.has(adapter_name)}
+        saved = {name: module for name, module in self.saved_modules().items() if module.has(adapter_name)}
+        return Plan(self.peft_config[adapter_name], layers, saved)
 
     def _replace(self, name: str, module: nn.Module) -> None:
         parent_name, _, child = name.rpartition(".")
@@ -421,47 +383,31 @@ class Adapters(nn.Module):
 
     def _set_disabled(self, disabled: bool) -> None:
         self._disabled = disabled
-        for module in self.adapted():
+        for module in self.adapted().values():
             module.enable_adapters(not disabled)
 
     def _freeze_base(self) -> None:
-        mine = {
-            id(p) for module in self.adapted() for name in self.peft_config for p in module.adapter_parameters(name)
-        }
+        modules = self.adapted().values()
+        mine = {id(p) for module in modules for name in self.peft_config for p in module.adapter_parameters(name)}
         for parameter in self.model.parameters():
             if id(parameter) not in mine:
                 parameter.requires_grad_(False)
 
     def _choose(self, names: list[str], *, inference_mode: bool) -> None:
         self._active = names
-        for module in self.adapted():
+        for module in self.adapted().values():
             module.set_adapter(names, inference_mode)
         for name, config in self.peft_config.items():
-            for bias in self.trained_biases(config.bias).values():
+            for bias in self.plan_of(name).biases(self.model).values() if config.bias != "none" else ():
                 bias.requires_grad_(name in names and not inference_mode)
 
-    def trained_biases(self, which: str) -> dict[str, Tensor]:
-        """The base's biases that an adapter with this `VeraConfig.bias` trains, by their names in the model."""
-        if which == "none":
-            return {}
-        own = {f"{name}.base_layer.bias" for name in self.vera_layers()}
-        inside = tuple(f"{name}." for name in self.saved_modules())
-        return {
-            name: parameter
-            for name, parameter in self.model.named_parameters()
-            if (name in own if which == "vera_only" else name == "bias" or name.endswith(".bias"))
-            and not name.startswith(inside)
-        }
-
-    def _warn_of_biases(self, *, stacklevel: int) -> None:
+    def _warn_of_biases(self) -> None:
         for name in self._active:
             if (bias := self.peft_config[name].bias) != "none":
-                warnings.warn(
+                warn(
                     f"Careful, disabling adapter layers with bias configured to be '{bias}' does not produce the same "
                     f"output as the base model would without adaption: the biases that adapter {name!r} has trained "
-                    "stay.",
-                    VeraToolsWarning,
-                    stacklevel=stacklevel,
+                    "stay."
                 )
 
 
@@ -479,10 +425,3 @@ def adapters_of(model: nn.Module) -> Adapters:
 
 def _no_op(module: nn.Module, args: tuple[object, ...]) -> None:
     """A hook that does nothing; a function of the module's own, so that models can be pickled."""
-
-
-def _digests(pair: tuple[Array, Array]) -> dict[str, str]:
-    return {
-        name: hashlib.sha256(values.reshape(-1).view("u1").data).hexdigest()
-        for name, values in zip(PROJECTIONS, pair, strict=True)
-    }

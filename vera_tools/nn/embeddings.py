@@ -7,26 +7,30 @@ that were added, nor their values.
 from __future__ import annotations
 
 import os
-import warnings
+from collections.abc import Collection
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import VeraToolsWarning
+from vera_tools.checkpoints.names import EMBEDDING_LAYERS
+from vera_tools.errors import warn
+from vera_tools.nn.adapted import base_layer
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
 
 #: How a model is asked for them, the embedding first.
 GETTERS = ("get_input_embeddings", "get_output_embeddings")
-#: Names that PEFT looks for in target_modules (``peft.utils.constants.EMBEDDING_LAYER_NAMES``).
-_NAMES = ("embed_tokens", "lm_head")
 
 
-def parameters(model: nn.Module) -> dict[str, Tensor]:
+def parameters(model: nn.Module, layers: Collection[str] = ()) -> dict[str, Tensor]:
     """The parameters of the embedding and of the output layer, by their names in the base; empty where it has none.
 
     A tied head stands there under both names. A layer that an adapter saves whole is left out.
+
+    Args:
+        model: The base.
+        layers: Layers on which an adapter will be, beside those that have one: the parameters get the names of then.
     """
     found: dict[str, Tensor] = {}
     for getter in GETTERS:
@@ -34,8 +38,8 @@ def parameters(model: nn.Module) -> dict[str, Tensor]:
         name = next((name for name, module in model.named_modules() if module is layer), None)
         if name is None or layer is None or isinstance(layer, SavedModule):
             continue
-        if isinstance(layer, VeraLinear):
-            name, layer = f"{name}.base_layer", layer.base_layer
+        if isinstance(layer, VeraLinear) or name in layers:
+            name, layer = f"{name}.base_layer", base_layer(layer)
         found |= {f"{name}.{key}": tensor for key, tensor in layer.named_parameters()}
     return found
 
@@ -53,23 +57,19 @@ def saved(model: nn.Module, config: VeraConfig, wanted: bool | Literal["auto"]) 
     found = parameters(model)
     if wanted != "auto":
         if not found:
-            _warn("save_embedding_layers: the model says of no layer that it is an embedding, so none is saved")
+            warn("save_embedding_layers: the model says of no layer that it is an embedding, so none is saved")
         return found
     why = _resized(model, config)
     if why is None:
         layers = [module.name for module in model.modules() if isinstance(module, VeraLinear)]
         adapts = config.targeting().adapts
-        adapted = [name for name in layers if name.rpartition(".")[2] in _NAMES and adapts(name)]
+        adapted = [name for name in layers if name.rpartition(".")[2] in EMBEDDING_LAYERS and adapts(name)]
         found = {name: tensor for name, tensor in found.items() if any(name.startswith(f"{a}.") for a in adapted)}
         why = f"{' and '.join(adapted)} is adapted" if found else None
     if why is None:
         return {}
-    _warn(f"Setting `save_embedding_layers` to `True` as {why}")
+    warn(f"Setting `save_embedding_layers` to `True` as {why}")
     return found
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, VeraToolsWarning, stacklevel=6)
 
 
 def _resized(model: nn.Module, config: VeraConfig) -> str | None:
@@ -90,7 +90,7 @@ def _resized(model: nn.Module, config: VeraConfig) -> str | None:
             f"whether the vocabulary was resized could not be found out, because the config of {base} cannot be read "
             f"({error}); if it was, pass save_embedding_layers=True"
         )
-        _warn(message)
+        warn(message)
         return None
     if before == size:
         return None

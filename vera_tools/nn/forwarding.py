@@ -73,7 +73,7 @@ def by_row(model: Adapters, names: Sequence[str] | None, *, copies: int = 1) -> 
     if any(config.bias != "none" for config in model.peft_config.values()):
         raise UsageError("adapter_names cannot choose biases by row", hint="use adapters with bias='none'")
     rows = Rows(names, copies=copies)
-    modules = list(model.adapted())
+    modules = model.adapted().values()
     handle = model.model.register_forward_pre_hook(rows.see_inputs, with_kwargs=True)
     for module in modules:
         module.rows = rows

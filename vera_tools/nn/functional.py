@@ -58,8 +58,7 @@ class _AddVera(torch.autograd.Function):
                 through = (rows @ (b.unsqueeze(1) * B * d).to(B.dtype)).reshape(u.shape)
                 grad_u = through if grad_u is None else grad_u + through
             if needs_d or needs_b:
-                H = (rows.T @ u.reshape(-1, u.shape[-1])).to(b.dtype) * B
-                grad_d, grad_b = b @ H, H @ d
+                grad_d, grad_b = _of_vectors(rows, u, B, d, b)
         if needs_x and grad_u is not None:
             grad_x = (grad_u @ A).to(ctx.x_dtype)
         return grad_result, grad_x, None, None, grad_d, grad_b
@@ -91,12 +90,17 @@ class _LinearVera(torch.autograd.Function):
             if needs_x:
                 grad_x = (rows @ torch.addmm(W, b.unsqueeze(1) * B * d, A)).reshape(*g.shape[:-1], W.shape[1])
             if needs_d or needs_b:
-                H = (rows.T @ u.reshape(-1, u.shape[-1])) * B
-                grad_d, grad_b = b @ H, H @ d
+                grad_d, grad_b = _of_vectors(rows, u, B, d, b)
         if needs_x and grad_u is not None:
             through = grad_u @ A
             grad_x = through if grad_x is None else grad_x + through
         return grad_x, None, None, None, None, grad_d, grad_b
+
+
+def _of_vectors(rows: Tensor, u: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of d and b, from those of the output, one row per position."""
+    H = (rows.T @ u.reshape(-1, u.shape[-1])).to(b.dtype) * B
+    return b @ H, H @ d
 
 
 class _AddVeraTransformed(torch.autograd.Function):

@@ -5,29 +5,30 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from vera_tools.checkpoints import card
 from vera_tools.checkpoints.base import rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, Checkpoint
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord, TensorRecord
+from vera_tools.checkpoints.keys import VECTORS
+from vera_tools.checkpoints.manifest import BaseRecord, ProjectionRecord
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import FLOATS, HALVES, Array
-from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning, WrongSizeError
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, WrongSizeError, warn
 from vera_tools.files import atomic
 from vera_tools.nn import embeddings, state_dicts, targets, tying
 from vera_tools.nn.adapters import Adapters
-from vera_tools.nn.base_layers import PLAIN, cast_dtype, features, whole_shape
+from vera_tools.nn.base_layers import cast_dtype, features, whole_shape
+from vera_tools.nn.live import base_record
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
-from vera_tools.nn.saved_module import SavedModule
+from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 
@@ -43,29 +44,10 @@ def load(
     autocast_adapter_dtype: bool = True,
     strict: bool = False,
     allow_pickle: bool = False,
-) -> state_dicts.LoadResult:
-    """Put a checkpoint's adapter on the model. Everything is checked before anything is changed.
+) -> None:
+    """Put a checkpoint's adapter on the model, as `VeraModel.load_adapter` says.
 
-    Args:
-        model: The model.
-        reference: A folder, a file, or ``hf://...``.
-        adapter_name: The adapter's name in the model. One that is there gets the checkpoint's values.
-        config: A config to take in the place of the checkpoint's own.
-        key_mapping: Regular expressions for the tensors' names below ``base_model.``, and what to put in their place;
-            the first that is found counts. Default: the model's own for checkpoints of an older layout of its modules.
-        is_trainable: Whether its parameters will be trained.
-        autocast_adapter_dtype: Hold the vectors in float32 on a half-precision layer, not in the layer's dtype.
-        strict: Refuse what is or was only assumed or stated, and stored projections that are not the recorded ones.
-        allow_pickle: Read a legacy adapter_model.bin too.
-
-    Returns:
-        Nothing missing and nothing unexpected: a checkpoint that does not fit is refused.
-
-    Raises:
-        FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: it does not fit the model, or regenerated projections are not the recorded ones.
-        UnprovenError: `strict`, and nothing records which recipe made the projections.
-        UsageError: it cannot stand beside the adapters that are there, or in the place of the one of that name.
+    Everything is checked before anything is changed: a checkpoint that does not fit is refused.
     """
     there = adapter_name in model.peft_config
     with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
@@ -73,37 +55,26 @@ def load(
         given = checkpoint.config if config is None else _given(config, checkpoint)
         if not there:
             model.check_new(adapter_name, given)
-        config = targets.complete(given, model.model)
-        config.inference_mode = not is_trainable
-        modules = targets.find(config, model.model)
-        _check_names(checkpoint, model, config, modules)
-        _check_shapes(checkpoint, config, modules)
-        _check_embeddings(checkpoint, model, modules)
+        plan = targets.plan(given, model.model)
+        plan.config.inference_mode = not is_trainable
+        _check_fits(checkpoint, model, adapter_name, plan)
         if there:
-            _check_same(model, adapter_name, config, modules)
-        resolved, pair = projections(checkpoint, modules, strict=strict)
+            _check_same(model, adapter_name, plan)
+        resolved, pair = projections(checkpoint, list(plan.bases.values()), strict=strict)
         tensors = {
             name: to_tensor(checkpoint.weights.read(name))
             for name in checkpoint.weights.tensors
             if name.startswith(MODULES)
         }
-    if config.ensure_weight_tying:
+    if plan.config.ensure_weight_tying:
         tying.check(model.model, tensors, prefix=MODULES, label=checkpoint.label)
     if there:
-        model.hold_pair(adapter_name, model.peft_config[adapter_name], modules, resolved.record, pair)
+        model.hold_pair(adapter_name, model.plan_of(adapter_name), resolved.record, pair)
     else:
-        model.attach(
-            adapter_name,
-            config,
-            modules,
-            resolved.record,
-            pair,
-            low_cpu_mem_usage=True,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-        )
+        options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": autocast_adapter_dtype}
+        model.attach(adapter_name, plan, resolved.record, pair, **options)
     state_dicts.put(model, state_dicts.places(model, adapter_name), tensors)
     model.tie(adapter_name)
-    return state_dicts.LoadResult([], [])
 
 
 def _map_names(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> None:
@@ -134,14 +105,12 @@ def _given(config: Any, checkpoint: Checkpoint) -> VeraConfig:
     return given
 
 
-def _check_same(model: Adapters, adapter_name: str, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
+def _check_same(model: Adapters, adapter_name: str, plan: Plan) -> None:
     """Refuse a checkpoint that is no other state of the adapter that is there."""
-    there = model.peft_config[adapter_name]
-    own = {name for name, layer in model.vera_layers().items() if adapter_name in layer.r}
-    saved = {name for name, module in model.saved_modules().items() if adapter_name in module.modules_to_save}
-    same = own == modules.keys() and saved == targets.saved(config, model.model).keys()
+    there = model.plan_of(adapter_name)
+    same = there.layers.keys() == plan.layers.keys() and there.saved.keys() == plan.saved.keys()
     keys = ("r", "bias", "projection_prng_key")
-    if not same or any(getattr(there, key) != getattr(config, key) for key in keys):
+    if not same or any(getattr(there.config, key) != getattr(plan.config, key) for key in keys):
         raise UsageError(
             f"the adapter {adapter_name!r} that is there is another one: it differs in rank, key, bias or modules",
             hint="delete_adapter it first, or load under another name",
@@ -151,7 +120,7 @@ def _check_same(model: Adapters, adapter_name: str, config: VeraConfig, modules:
 
 
 def projections(
-    checkpoint: Checkpoint, modules: Mapping[str, nn.Module], *, strict: bool
+    checkpoint: Checkpoint, layers: Sequence[nn.Module], *, strict: bool
 ) -> tuple[Resolved, tuple[Array, Array]]:
     """The projections that a checkpoint was trained with, given the live layers that it adapts, and how they are known.
 
@@ -159,7 +128,6 @@ def projections(
         CheckFailedError: they are too small for the layers, or not the recorded ones.
         UnprovenError: `strict`, and nothing records which recipe made them.
     """
-    layers = [targets.base_layer(module) for module in modules.values()]
     sizes = [features(layer) for layer in layers]
     in_max, out_max = max(size[0] for size in sizes), max(size[1] for size in sizes)
     dtypes = frozenset(dtype_name(cast_dtype(layer)) for layer in layers)
@@ -197,7 +165,7 @@ def projections(
         )
         if strict:
             raise error
-        warnings.warn(str(error), VeraToolsWarning, stacklevel=5)
+        warn(str(error))
     return resolved, arrays(checkpoint, resolved)
 
 
@@ -210,20 +178,9 @@ def save(
     state_dict: Mapping[str, Any] | None = None,
     save_embedding_layers: bool | Literal["auto"] = "auto",
 ) -> None:
-    """Write one adapter into a folder, which may hold other files.
+    """Write one adapter into a folder, which may hold other files, as `VeraModel.save_pretrained` says.
 
-    Args:
-        model: The model. Under FSDP all processes have to call this, because the vectors are gathered.
-        folder: Where to; it is made where there is none.
-        adapter_name: Which adapter.
-        is_main_process: Whether this process writes. Default: the process of rank 0.
-        state_dict: The model's state dict, whose tensors are written in the place of the model's own. The projections
-            are buffers, whole in every process, and the model's.
-        save_embedding_layers: Write the base's embedding and output layer too (see `nn.embeddings`).
-
-    Raises:
-        UsageError: save_projection is off, and no recipe makes these projections; a tensor has no values; or it is not
-            in `state_dict`, or has another shape there, or the projections there are not the model's.
+    Of a state dict all tensors are taken but the projections: these are buffers, whole in every process.
     """
     config = config_to_save(model, adapter_name)
     together = distributed.is_available() and distributed.is_initialized()
@@ -241,7 +198,7 @@ def save(
                 tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
             else:
                 _check_seed_only(model, record, where=folder)
-            base = describe_base(model, config, adapter_name)
+            base = base_record(model.plan_of(adapter_name).bases, config)
             _write(Path(folder), model, config, tensors, record, base)
         elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
             spread = [(name, own) for name, own in sorted(parameters.items()) if hasattr(own.tensor, "full_tensor")]
@@ -265,31 +222,22 @@ def _check_pair(model: Adapters, adapter_name: str, given: Mapping[str, Any]) ->
             )
 
 
-def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
-    expected = {f"{MODULES}{name}.{which}" for name in modules for which in ("vera_lambda_b", "vera_lambda_d")}
-    saved = targets.saved(config, model.model)
-    for name, module in saved.items():
-        original = module.original_module if isinstance(module, SavedModule) else module
-        expected |= {f"{MODULES}{name}.{key}" for key in original.state_dict()}
-    inside = tuple(f"{name}." for name in saved)
-    for name, module in targets.named_modules(model.model):
-        if getattr(targets.base_layer(module), "bias", None) is None or name.startswith(inside) or name in saved:
-            continue
-        if name in modules and config.bias != "none":
-            expected.add(f"{MODULES}{name}.base_layer.bias")
-        elif config.bias == "all":
-            expected.add(f"{MODULES}{name}.bias" if name else f"{MODULES}bias")
+def _check_fits(checkpoint: Checkpoint, model: Adapters, adapter_name: str, plan: Plan) -> None:
+    """Refuse a checkpoint whose tensors are not those of the adapter, by name and by shape."""
+    expected = plan.tensors(model.model, adapter_name)
     # With bias="all" PEFT saves the biases of saved modules a second time, under the names they have in memory.
-    again = tuple(f"{MODULES}{name}.{part}." for name in saved for part in ("modules_to_save", "original_module"))
+    again = tuple(f"{MODULES}{name}.{part}." for name in plan.saved for part in ("modules_to_save", "original_module"))
     pair = tuple(ROOT + name for name in PROJECTIONS)
     found = {name for name in checkpoint.weights.tensors if name not in pair and not name.startswith(again)}
-    found -= _embeddings(checkpoint, model, modules).keys() - expected
+    base = embeddings.parameters(model.model, plan.layers)  # which a checkpoint may bring
+    brought = {MODULES + name: tensor for name, tensor in base.items() if MODULES + name in found}
+    found -= brought.keys() - expected.keys()
     problems = [
         f"{len(names)} tensors {what} ({', '.join(name.removeprefix(MODULES) for name in sorted(names)[:3])}"
         + (", ...)" if len(names) > 3 else ")")
         for what, names in (
-            ("are missing from the checkpoint", expected - found),
-            ("have no place in the model", found - expected),
+            ("are missing from the checkpoint", expected.keys() - found),
+            ("have no place in the model", found - expected.keys()),
         )
         if names
     ]
@@ -299,45 +247,30 @@ def _check_names(checkpoint: Checkpoint, model: Adapters, config: VeraConfig, mo
             where=checkpoint.label,
             hint="it was made for another model class, or its config is not its own",
         )
+    shapes = {name: held.shape for name, held in expected.items()}
+    shapes |= {name: tuple(whole_shape(tensor)) for name, tensor in brought.items()}
+    for name, shape in shapes.items():
+        if (saved := checkpoint.weights.tensors[name].shape) != shape:
+            raise _misfit(name, saved, shape, of_vocabulary=name in brought, label=checkpoint.label)
 
 
-def _embeddings(checkpoint: Checkpoint, model: Adapters, modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The base's embedding layers that the checkpoint brings, by their names on disk; before anything is adapted."""
-    found = {}
-    for name, tensor in embeddings.parameters(model.model).items():
-        layer, _, key = name.rpartition(".")
-        full = f"{MODULES}{layer}.base_layer.{key}" if layer in modules else MODULES + name
-        if full in checkpoint.weights.tensors:
-            found[full] = tensor
-    return found
-
-
-def _check_embeddings(checkpoint: Checkpoint, model: Adapters, modules: Mapping[str, nn.Module]) -> None:
-    for name, tensor in _embeddings(checkpoint, model, modules).items():
-        shape = checkpoint.weights.tensors[name].shape
-        if shape != tuple(whole_shape(tensor)):
-            raise WrongSizeError(
-                "the vocabulary is not as large as the one that the adapter was trained with",
-                where=f"{checkpoint.label}: {name}",
-                expected=str(list(shape)),
-                found=str(list(whole_shape(tensor))),
-                hint=f"call model.resize_token_embeddings({shape[0]}) first",
-            )
-
-
-def _check_shapes(checkpoint: Checkpoint, config: VeraConfig, modules: Mapping[str, nn.Module]) -> None:
-    for name, module in modules.items():
-        layer = checkpoint.layers[name]
-        assert layer.lambda_b is not None
-        assert layer.lambda_d is not None
-        targets.check_fits(name, module, layer.lambda_b.size)
-        if layer.lambda_d.size != config.r:
-            raise CheckFailedError(
-                "vera_lambda_d contradicts the config's r",
-                where=f"{checkpoint.label}: {name}",
-                expected=str(config.r),
-                found=str(layer.lambda_d.size),
-            )
+def _misfit(
+    name: str, saved: tuple[int, ...], shape: tuple[int, ...], *, of_vocabulary: bool, label: str
+) -> CheckFailedError:
+    """What is wrong with a tensor that has the shape `saved` in a checkpoint and `shape` in the model."""
+    module, _, kind = name.removeprefix(MODULES).rpartition(".")
+    sizes = [str(size[0] if len(size) == 1 and kind in VECTORS else list(size)) for size in (saved, shape)]
+    if kind == "vera_lambda_d":
+        what = "vera_lambda_d contradicts the config's r"
+        return CheckFailedError(what, where=f"{label}: {module}", expected=sizes[1], found=sizes[0])
+    where, expected, hint = f"{label}: {name}", sizes[0], "this is another base than the adapter was trained on"
+    what = "the model has another shape"
+    if of_vocabulary:
+        what = "the vocabulary is not as large as the one that the adapter was trained with"
+        hint = f"call model.resize_token_embeddings({saved[0] if saved else 0}) first"
+    elif kind == "vera_lambda_b":
+        what, where, expected = "the layer does not fit vera_lambda_b", module, f"out_features {sizes[0]}"
+    return WrongSizeError(what, where=where, expected=expected, found=sizes[1], hint=hint)
 
 
 def _check_seed_only(model: Adapters, record: ProjectionRecord, *, where: str) -> None:
@@ -351,11 +284,9 @@ def _check_seed_only(model: Adapters, record: ProjectionRecord, *, where: str) -
     through = rounds_through(dtypes) if len(dtypes & set(HALVES)) < 2 else None
     peers = Recipe(prng_key=record.recipe.prng_key, rounded_through=through)
     if record.recipe != peers or not dtypes <= set(FLOATS):
-        warnings.warn(
+        warn(
             f"{where}: vera-tools will regenerate exactly these projections ({record.recipe.name}) from the manifest, "
-            "but PEFT would draw others on this base; set save_projection to True for PEFT",
-            VeraToolsWarning,
-            stacklevel=4,
+            "but PEFT would draw others on this base; set save_projection to True for PEFT"
         )
 
 
@@ -374,16 +305,6 @@ def config_to_save(model: Adapters, adapter_name: str) -> VeraConfig:
 def class_of(base: nn.Module) -> type:
     """The base's class, without the one that fully_shard puts in front of it."""
     return next(cls for cls in type(base).__mro__ if not cls.__module__.startswith("torch.distributed."))
-
-
-def describe_base(model: Adapters, config: VeraConfig, adapter_name: str) -> BaseRecord:
-    """What a manifest says of the base: its name, and the weights under the adapter."""
-    weights = {
-        f"{name}.weight": TensorRecord(tuple(whole_shape(layer.weight)), dtype_name(layer.weight.dtype), None)
-        for name, layer in model.vera_layers().items()
-        if adapter_name in layer.r and layer.kind is PLAIN  # a quantised weight has other shapes and values
-    }
-    return BaseRecord(config.base_model_name_or_path, config.revision, weights)
 
 
 def _write(
@@ -412,7 +333,7 @@ def write_card(folder: Path, model: Adapters, config: VeraConfig) -> None:
         base_name = getattr(getattr(model.model, "config", None), "_name_or_path", None)
         text = card.beside_adapter(existing, config, base_name)
     except (OSError, UnicodeDecodeError, FormatError) as error:
-        warnings.warn(f"{path} is left as it is: {error}", VeraToolsWarning, stacklevel=5)
+        warn(f"{path} is left as it is: {error}")
         return
     if text != existing:
         atomic.write_bytes(path, text.encode())

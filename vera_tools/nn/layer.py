@@ -11,7 +11,6 @@ have the names of PEFT's layer (``peft.tuners.vera.layer.Linear``), so that code
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import BrokenValuesError, UsageError, VeraToolsWarning, WrongTypeError
+from vera_tools.errors import BrokenValuesError, UsageError, WrongTypeError, warn
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import PLAIN, Kind, features, is_conv1d, kind_of, weight_like, whole_shape
 from vera_tools.nn.functional import add_vera, add_vera_rows, delta_weight, linear_vera
@@ -148,12 +147,7 @@ class VeraLinear(AdaptedModule):
         return list(groups.values())
 
     def add_adapter(
-        self,
-        name: str,
-        config: VeraConfig,
-        *,
-        device: torch.device | None = None,
-        autocast_adapter_dtype: bool = True,
+        self, name: str, config: VeraConfig, device: torch.device | None = None, autocast_adapter_dtype: bool = True
     ) -> None:
         """Give the layer the vectors of a new adapter, whose pair the model holds already.
 
@@ -228,17 +222,16 @@ class VeraLinear(AdaptedModule):
                     f"Already following adapters were merged {','.join(self.merged_adapters)}. "
                     f"You are now additionally merging {','.join(new)}."
                 )
-            warnings.warn(message, VeraToolsWarning, stacklevel=3)
+            warn(message)
         if not new:
             return
         self.check_mergeable()
         merged, kind = self.merged_weight(new, safe_merge=safe_merge), self.kind
         if kind.rounds:
-            message = (
+            warn(
                 f"what is merged into {kind.name} weights is rounded to them again: the results are not quite those of "
                 "the adapter"
             )
-            warnings.warn(message, VeraToolsWarning, stacklevel=3)
         if keep_original and self._unmerged is None:
             self._unmerged = kind.keep(self.base_layer)
         kind.write(self.base_layer, merged)
@@ -293,7 +286,7 @@ class VeraLinear(AdaptedModule):
     def unmerge(self) -> None:
         """Put the base weight back, bit by bit as it was before the first `merge`."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", VeraToolsWarning, stacklevel=2)
+            warn("Already unmerged. Nothing to do.")
             return
         if self._unmerged is None:
             raise UsageError("the original weight was not kept", where=self.name)

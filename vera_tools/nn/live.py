@@ -5,28 +5,23 @@ Nothing here imports PEFT: its layers are known by their attributes, its model b
 
 from __future__ import annotations
 
-import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import BaseRecord, TensorRecord
-from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, UsageError
-from vera_tools.nn.base_layers import PLAIN, kind_of
-from vera_tools.nn.projection import dtype_name, same_bits, to_array
-from vera_tools.projections.identification import identify
-from vera_tools.projections.pair import PROJECTIONS, PairShape
-from vera_tools.projections.recipe import Recipe
+from vera_tools.nn.base_layers import PLAIN, kind_of, whole_shape
+from vera_tools.nn.projection import dtype_name, same_bits
+from vera_tools.projections.pair import PROJECTIONS
 
 #: What PEFT calls the module that makes the projections and holds the adapted model.
 _TUNER = "peft.tuners.vera.model"
 #: Modules that libraries put around others without a place in the names of a checkpoint.
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
-
-_identified: dict[tuple[str, str, int], Recipe | None] = {}
 
 
 @dataclass(frozen=True)
@@ -92,20 +87,31 @@ class LiveAdapter:
         return bool(getattr(getattr(self.tuner, "vera_A", None), "persistent", False))
 
     @property
+    def bases(self) -> dict[str, nn.Module]:
+        """The layers under the adapter, by their names in the base model."""
+        return {name: layer.get_base_layer() for name, layer in self.layers.items()}
+
+    @property
     def untouched(self) -> bool:
         """Whether no vector was trained or loaded yet: the adapter does nothing, so any pair is the right one."""
         return not any(has_values(layer.vera_lambda_b[self.name]) for layer in self.layers.values())
 
-    def base_record(self, name: str | None, revision: str | None) -> BaseRecord:
-        """Name and revision, with shapes and dtypes of the adapted weights that are whole and not quantised."""
-        weights = {}
-        for module, layer in self.layers.items():
-            weight = getattr(layer.get_base_layer(), "weight", None)
-            sizes = {layer.in_features, layer.out_features}
-            held_as_it_is = kind_of(layer.get_base_layer()) is PLAIN
-            if held_as_it_is and isinstance(weight, Tensor) and weight.dim() == 2 and {*weight.shape} == sizes:
-                weights[f"{module}.weight"] = TensorRecord(tuple(weight.shape), dtype_name(weight.dtype), None)
-        return BaseRecord(name, revision, weights)
+
+def base_record(layers: Mapping[str, nn.Module], config: VeraConfig) -> BaseRecord:
+    """What a manifest says of a base: name and revision, shapes and dtypes of the adapted weights.
+
+    Left out are weights that are quantised, which have other shapes and values, and those that are not whole here.
+
+    Args:
+        layers: The layers under the adapter, by their names in the base.
+        config: The adapter's, which names the base.
+    """
+    weights = {}
+    for module, layer in layers.items():
+        weight = getattr(layer, "weight", None)
+        if kind_of(layer) is PLAIN and isinstance(weight, Tensor) and len(shape := whole_shape(weight)) == 2:
+            weights[f"{module}.weight"] = TensorRecord(tuple(shape), dtype_name(weight.dtype), None)
+    return BaseRecord(config.base_model_name_or_path, config.revision, weights)
 
 
 def find(model: nn.Module, adapter_name: str) -> LiveAdapter:
@@ -158,41 +164,3 @@ def has_values(vector: Tensor) -> bool:
         return True
     local: Tensor = vector.to_local() if hasattr(vector, "to_local") else vector
     return bool(local.detach().count_nonzero())
-
-
-def digests(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> dict[str, str] | None:
-    """sha256 of both by name, in another dtype if one is given; None where that would change a value."""
-    found = {}
-    for name, tensor in zip(PROJECTIONS, pair, strict=True):
-        cast = tensor if dtype is None else tensor.to(dtype)
-        if not same_bits(cast.to(tensor.dtype), tensor):
-            return None
-        found[name] = hashlib.sha256(to_array(cast).reshape(-1).view("u1").data).hexdigest()
-    return found
-
-
-def shape_of(pair: tuple[Tensor, Tensor]) -> PairShape:
-    """r, in_max and out_max.
-
-    Raises:
-        CheckFailedError: the two do not fit each other.
-    """
-    A, B = pair
-    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.dtype != B.dtype:
-        raise CheckFailedError(
-            "vera_A and vera_B do not fit each other",
-            expected="(r, in_max) and (out_max, r) of one dtype",
-            found=f"{list(A.shape)} {dtype_name(A.dtype)} and {list(B.shape)} {dtype_name(B.dtype)}",
-        )
-    return PairShape(A.shape[0], A.shape[1], B.shape[0])
-
-
-def recipe_of(pair: tuple[Tensor, Tensor], sha256: dict[str, str], *, prng_key: int) -> Recipe | None:
-    """What makes a pair of these digests, or None where no known recipe does."""
-    # Asked at every checkpoint of a run, where the pair stays what it was.
-    asked = (sha256["vera_A"], sha256["vera_B"], prng_key)
-    if asked not in _identified:
-        arrays: list[Array] = [to_array(tensor) for tensor in pair]
-        found = identify(arrays[0], arrays[1], prng_key=prng_key)
-        _identified[asked] = found.recipe if found.exact else None
-    return _identified[asked]

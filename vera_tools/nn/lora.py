@@ -24,6 +24,7 @@ from vera_tools.files import atomic
 from vera_tools.files.safetensors import Deferred
 from vera_tools.nn import io, state_dicts
 from vera_tools.nn.adapters import Adapters
+from vera_tools.nn.live import base_record
 from vera_tools.nn.projection import to_array, to_tensor
 
 
@@ -65,7 +66,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
     if dtype is not None and dtype not in FLOATS:
         raise UsageError("not a dtype for LoRA", expected=" or ".join(FLOATS), found=dtype)
     model.check_known([adapter_name])
-    layers = {name: layer for name, layer in model.vera_layers().items() if adapter_name in layer.r}
+    layers = {name: layer for name, layer in model.vera_layers().items() if layer.has(adapter_name)}
     label = f"the adapter {adapter_name!r}"
     kind, known = _class_of_base(model)
     peft_lora.refuse_unloadable(layers, kind, known, label=label)
@@ -88,7 +89,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
         lora_config(config, layers, r=record.shape.r, kind=kind),
         {name: to_tensor(tensor) for name, tensor in tensors.items()},
         record,
-        io.describe_base(model, config, adapter_name),
+        base_record(model.plan_of(adapter_name).bases, config),
     )
 
 

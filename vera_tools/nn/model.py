@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from torch import nn
 
 from vera_tools.checkpoints import peft_arguments
 from vera_tools.checkpoints.config import PeftType, VeraConfig
-from vera_tools.errors import UsageError, VeraToolsWarning
+from vera_tools.errors import UsageError, warn
 from vera_tools.nn import io
 from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.forwarding import by_row, with_signature_of_base
@@ -182,7 +181,7 @@ class VeraModel(Adapters):
             As `from_pretrained`; and UsageError where the adapter of that name is another one.
         """
         peft_arguments.check({**options, "ephemeral_gpu_offload": ephemeral_gpu_offload}, peft_arguments.LOADING)
-        result = io.load(
+        io.load(
             self,
             peft_arguments.located(model_id, revision=revision, subfolder=subfolder),
             adapter_name,
@@ -197,7 +196,7 @@ class VeraModel(Adapters):
             self.set_requires_grad(adapter_name)
         else:
             self.eval()
-        return result
+        return LoadResult([], [])
 
     def save_pretrained(
         self,
@@ -278,13 +277,12 @@ class VeraModel(Adapters):
         Biases that an adapter with ``bias="all"`` or ``"vera_only"`` has trained are the base's own, and stay: a
         warning says so.
         """
-        self._warn_of_biases(stacklevel=4)
-        if len({module.disable_adapters for module in self.adapted()}) > 1:
-            message = (
+        self._warn_of_biases()
+        if len({module.disable_adapters for module in self.adapted().values()}) > 1:
+            warn(
                 "The model contains some adapter layers that are enabled and others that are disabled; after this "
                 f"`with` all are {'disabled' if self._disabled else 'enabled'}"
             )
-            warnings.warn(message, VeraToolsWarning, stacklevel=3)
         merged = [(layer, list(layer.merged_adapters)) for layer in self.vera_layers().values() if layer.merged]
         before = self._disabled
         self._set_disabled(True)
@@ -346,10 +344,8 @@ class VeraModel(Adapters):
     def unload(self) -> nn.Module:
         """Take the adapters off and return the plain model, with its weights as they were."""
         self.unmerge_adapter()
-        for name, layer in self.vera_layers().items():
-            self._replace(name, layer.base_layer)
-        for name, module in self.saved_modules().items():
-            self._replace(name, module.original_module)
+        for name, module in self.adapted().items():
+            self._replace(name, module.base_module)
         return self.model
 
     def _check_merged(self, names: Sequence[str] | None, *, safe_merge: bool) -> None:

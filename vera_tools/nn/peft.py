@@ -157,9 +157,8 @@ def restore_projections(
             f"the adapter {adapter_name!r} is merged: the base weights hold its projections as they were",
             hint="call unmerge_adapter() first; once the projections are restored it would subtract others",
         )
-    bases = {str(i): layer.base_layer for i, layer in enumerate(layers)}
     with Checkpoint.open(checkpoint) as opened:
-        resolved, pair = projections(opened, bases, strict=strict)
+        resolved, pair = projections(opened, [layer.base_layer for layer in layers], strict=strict)
     vectors: list[Tensor] = [
         getattr(layer, which)[adapter_name] for layer in layers for which in ("vera_lambda_b", "vera_lambda_d")
     ]

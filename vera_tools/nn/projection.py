@@ -8,6 +8,7 @@ values, has its pair on the CPU.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
 from typing import Any
 
@@ -15,8 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
 from vera_tools.dtypes import Array, np_dtype
+from vera_tools.errors import CheckFailedError
+from vera_tools.projections.identification import identify
+from vera_tools.projections.pair import PROJECTIONS, PairShape
+from vera_tools.projections.recipe import Recipe
 
+_identified: dict[tuple[str, str, int], Recipe | None] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -189,3 +196,47 @@ def to_array(tensor: Tensor) -> Array:
 def dtype_name(dtype: torch.dtype) -> str:
     """The dtype's plain name, such as "float32"."""
     return str(dtype).removeprefix("torch.")
+
+
+def shape_of(pair: tuple[Tensor, Tensor]) -> PairShape:
+    """r, in_max and out_max.
+
+    Raises:
+        CheckFailedError: the two do not fit each other.
+    """
+    A, B = pair
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1] or A.dtype != B.dtype:
+        raise CheckFailedError(
+            "vera_A and vera_B do not fit each other",
+            expected="(r, in_max) and (out_max, r) of one dtype",
+            found=f"{list(A.shape)} {dtype_name(A.dtype)} and {list(B.shape)} {dtype_name(B.dtype)}",
+        )
+    return PairShape(A.shape[0], A.shape[1], B.shape[0])
+
+
+def digests(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> dict[str, str] | None:
+    """sha256 of vera_A and vera_B by name, in another dtype if one is given; None where that would change a value."""
+    found = {}
+    for name, tensor in zip(PROJECTIONS, pair, strict=True):
+        cast = tensor if dtype is None else tensor.to(dtype)
+        if not same_bits(cast.to(tensor.dtype), tensor):
+            return None
+        found[name] = hashlib.sha256(to_array(cast).reshape(-1).view("u1").data).hexdigest()
+    return found
+
+
+def recorded(pair: tuple[Tensor, Tensor], origin: Origin, *, prng_key: int) -> ProjectionRecord:
+    """What there is to record of a pair: its digests, shapes and dtype, and the recipe that makes it, if one does.
+
+    Raises:
+        CheckFailedError: the two do not fit each other.
+    """
+    shape = shape_of(pair)
+    sha256 = digests(pair)
+    assert sha256 is not None
+    # Asked at every checkpoint of a run, where the pair stays what it was.
+    asked = (sha256["vera_A"], sha256["vera_B"], prng_key)
+    if asked not in _identified:
+        found = identify(to_array(pair[0]), to_array(pair[1]), prng_key=prng_key)
+        _identified[asked] = found.recipe if found.exact else None
+    return ProjectionRecord(_identified[asked], origin, shape, dtype_name(pair[0].dtype), sha256)

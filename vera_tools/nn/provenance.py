@@ -33,7 +33,7 @@ from vera_tools.errors import CheckFailedError
 from vera_tools.files import opening
 from vera_tools.nn import live
 from vera_tools.nn.live import LiveAdapter
-from vera_tools.nn.projection import dtype_name, same_bits
+from vera_tools.nn.projection import digests, dtype_name, same_bits, shape_of
 from vera_tools.projections.pair import PROJECTIONS
 
 #: Where a tuner keeps its `Source` by adapter; in its __dict__, so that copies of the model take it along.
@@ -100,7 +100,7 @@ def origin_of(adapter: LiveAdapter, pair: tuple[Tensor, Tensor], *, stored: bool
         whole = stored and source is _UNSEEN and adapter.persistent
         return ("stored", "") if whole else ("assumed", f"{source.label}: {source.why}")
     origin = source.record.origin
-    if live.digests(pair, getattr(torch, source.record.dtype)) != source.record.sha256:
+    if digests(pair, getattr(torch, source.record.dtype)) != source.record.sha256:
         if source.record.assumed:
             return "assumed", f"{source.label}: it records another pair, and that one is {origin} itself"
         raise CheckFailedError(
@@ -154,9 +154,9 @@ def _source(tuner: Any, name: str, before: Source | None, pair: list[Any]) -> So
     if before is None and all(same_bits(a.cpu(), b.cpu()) for a, b in zip(pair, now, strict=True)):
         return None  # made here, saved and loaded again with the pair itself
     whole = (pair[0].detach(), pair[1].detach())
-    sha256 = live.digests(whole)
+    sha256 = digests(whole)
     assert sha256 is not None
-    record = ProjectionRecord(None, "stored", live.shape_of(whole), dtype_name(whole[0].dtype), sha256)
+    record = ProjectionRecord(None, "stored", shape_of(whole), dtype_name(whole[0].dtype), sha256)
     return Source("a state dict", record)
 
 

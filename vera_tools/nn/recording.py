@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,9 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.checkpoints.writing import replaced_files, write_checkpoint
 from vera_tools.dtypes import Array
-from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UsageError
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError, FormatError, UsageError, warn
 from vera_tools.nn import live, provenance
-from vera_tools.nn.projection import dtype_name, to_tensor
+from vera_tools.nn.projection import recorded, shape_of, to_tensor
 from vera_tools.projections.pair import PROJECTIONS
 
 
@@ -102,7 +102,7 @@ def record_saved(model: nn.Module, folder: str | os.PathLike[str], adapter_name:
                 {name: checkpoint.weights.deferred(name) for name in checkpoint.weights.tensors},
                 _pair_record(adapter, checkpoint),
                 metadata=checkpoint.weights.metadata,
-                base=adapter.base_record(checkpoint.config.base_model_name_or_path, checkpoint.config.revision),
+                base=live.base_record(adapter.bases, checkpoint.config),
             )
         checkpoint.folder.forget()  # what lies there now is ours
         return manifest
@@ -116,10 +116,10 @@ def check(model: nn.Module, adapter_name: str) -> None:
     """
     adapter = live.find(model, adapter_name)
     pair = adapter.tensors()
-    live.shape_of(pair)
+    shape_of(pair)
     origin, why = provenance.origin_of(adapter, pair, stored=adapter.persistent)
     if why:
-        warnings.warn(_unproven(f"adapter {adapter_name!r}", origin, why), AssumedRecipeWarning, stacklevel=3)
+        warn(_unproven(f"adapter {adapter_name!r}", origin, why), AssumedRecipeWarning)
 
 
 def _unproven(where: str, origin: str, why: str) -> str:
@@ -137,23 +137,20 @@ def _pair_record(adapter: live.LiveAdapter, checkpoint: Checkpoint) -> Projectio
     if not checkpoint.layers:
         raise FormatError("there is no adapted layer", where=where, expected="vera_lambda_b and vera_lambda_d")
     pair = adapter.tensors()
-    shape, sha256 = live.shape_of(pair), live.digests(pair)
-    assert sha256 is not None
-    dtype = dtype_name(pair[0].dtype)
+    record = recorded(pair, "live", prng_key=checkpoint.config.projection_prng_key)
     if checkpoint.projections:
         stored = {name: checkpoint.weights.sha256(ROOT + name) for name in checkpoint.projections}
-        if stored != sha256:
+        if stored != record.sha256:
             raise CheckFailedError("the stored projections are not those of the model", where=where)
-    elif checkpoint.widest > shape.out_max or {n.lambda_d.size for n in checkpoint.layers.values() if n.lambda_d} != {
-        shape.r
-    }:
+    elif checkpoint.widest > record.shape.out_max or {
+        layer.lambda_d.size for layer in checkpoint.layers.values() if layer.lambda_d
+    } != {record.shape.r}:
         raise CheckFailedError(
             "the checkpoint is another adapter's: its vectors do not fit the model's projections",
             where=where,
-            expected=f"r {shape.r} and at most {shape.out_max} outputs",
+            expected=f"r {record.shape.r} and at most {record.shape.out_max} outputs",
         )
-    recipe = live.recipe_of(pair, sha256, prng_key=checkpoint.config.projection_prng_key)
-    if recipe is None and not checkpoint.projections:
+    if record.recipe is None and not checkpoint.projections:
         raise UsageError(
             "no known recipe makes the projections of this model, so they cannot be regenerated and this checkpoint is "
             "not reproducible",
@@ -163,8 +160,8 @@ def _pair_record(adapter: live.LiveAdapter, checkpoint: Checkpoint) -> Projectio
         )
     origin, why = provenance.origin_of(adapter, pair, stored=bool(checkpoint.projections))
     if why:
-        warnings.warn(_unproven(where, origin, why), AssumedRecipeWarning, stacklevel=4)
-    return ProjectionRecord(recipe, origin, shape, dtype, sha256)
+        warn(_unproven(where, origin, why), AssumedRecipeWarning)
+    return replace(record, origin=origin)
 
 
 def _keep_pair(peft_model: nn.Module, adapter_name: str) -> None:

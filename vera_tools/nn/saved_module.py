@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.rows import NO_ADAPTER
 
@@ -31,21 +32,23 @@ class SavedModule(AdaptedModule):
         self.original_module = module
         self.modules_to_save = nn.ModuleDict()
 
-    def add_adapter(self, name: str) -> None:
-        """Make a copy for an adapter."""
+    def add_adapter(
+        self, name: str, config: VeraConfig, device: torch.device | None = None, autocast_adapter_dtype: bool = True
+    ) -> None:
+        """Make a copy for an adapter, where the module is and in its dtype."""
         self.modules_to_save[name] = copy.deepcopy(self.original_module)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make adapters active here, those of them that have a copy."""
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        super().set_adapter([name for name in names if name in self.modules_to_save], inference_mode)
+        super().set_adapter([name for name in names if self.has(name)], inference_mode)
 
     @property
     def active_module(self) -> nn.Module:
         """What is computed with at the moment."""
         if not self.disable_adapters:
             for name in reversed(self.active_adapters):
-                if name in self.modules_to_save:
+                if self.has(name):
                     return self.modules_to_save[name]
         return self.original_module
 
@@ -58,7 +61,7 @@ class SavedModule(AdaptedModule):
     def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         assert self.rows is not None
         names = self.rows.for_input(x, where=self.name)
-        names = tuple(name if name in self.modules_to_save else NO_ADAPTER for name in names)
+        names = tuple(name if self.has(name) else NO_ADAPTER for name in names)
         outputs: Tensor | None = None
         for name in dict.fromkeys(names):
             at = torch.tensor([row for row, own in enumerate(names) if own == name], device=x.device)

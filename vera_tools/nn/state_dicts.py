@@ -5,7 +5,6 @@ The four public functions bear the names of PEFT's, and take and return what PEF
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -13,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT
-from vera_tools.errors import UsageError, VeraToolsWarning, WrongSizeError
+from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.errors import UsageError, WrongSizeError, warn
 from vera_tools.nn import embeddings, tying
 from vera_tools.nn.adapters import Adapters, adapters_of
 from vera_tools.nn.base_layers import weight_like, whole_shape
+from vera_tools.nn.layer import VeraLinear
+from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 
 
@@ -38,12 +40,10 @@ class Named(NamedTuple):
     Attributes:
         key: Its name in the model's state dict.
         tensor: It.
-        like: The weight whose device it goes to, where it has no values yet.
     """
 
     key: str
     tensor: Tensor
-    like: Tensor | None = None
 
 
 def get_peft_model_state_dict(
@@ -107,7 +107,7 @@ def set_peft_model_state_dict(
             text = f"found shape {list(given[name].shape)} in the checkpoint and {list(shape)} in the model"
             if not ignore_mismatched_sizes:
                 raise WrongSizeError(f"size mismatch: {text}", where=name.removeprefix(MODULES))
-            warnings.warn(f"{name}: {text}; it is left as it was", VeraToolsWarning, stacklevel=2)
+            warn(f"{name}: {text}; it is left as it was")
             del given[name]
             expected.pop(name, None)
     if own.peft_config[adapter_name].ensure_weight_tying:
@@ -151,31 +151,23 @@ def named(
     model: Adapters, adapter_name: str, *, save_embedding_layers: bool | Literal["auto"] = False
 ) -> dict[str, Named]:
     """Every tensor of an adapter but the projections, by its name on disk."""
-    config = model.peft_config[adapter_name]
-    tensors: dict[str, Named] = {}
-    for name, layer in model.vera_layers().items():
-        if adapter_name in layer.r:
-            for which in ("vera_lambda_b", "vera_lambda_d"):
-                key = f"model.{name}.{which}.{adapter_name}"
-                vector = getattr(layer, which)[adapter_name]
-                tensors[f"{MODULES}{name}.{which}"] = Named(key, vector, weight_like(layer.base_layer))
-    for name, tensor in model.trained_biases(config.bias).items():
-        tensors[MODULES + name] = Named(f"model.{name}", tensor)
-    for name, module in model.saved_modules().items():
-        if adapter_name in module.modules_to_save:
-            copy = f"model.{name}.modules_to_save.{adapter_name}"
-            for key, tensor in module.modules_to_save[adapter_name].state_dict(keep_vars=True).items():
-                tensors[f"{MODULES}{name}.{key}"] = Named(f"{copy}.{key}", tensor)
-    for name, tensor in embeddings.saved(model.model, config, save_embedding_layers).items():
-        tensors[MODULES + name] = Named(f"model.{name}", tensor)
-    return tensors
+    plan = model.plan_of(adapter_name)
+    found = {name: _at(model, held.key) for name, held in plan.tensors(model.model, adapter_name).items()}
+    saved = embeddings.saved(model.model, plan.config, save_embedding_layers)
+    return found | {MODULES + name: Named(f"model.{name}", tensor) for name, tensor in saved.items()}
 
 
 def places(model: Adapters, adapter_name: str) -> dict[str, Named]:
     """What a checkpoint of the adapter may hold: the base's embedding, output layer and biases too."""
-    base = embeddings.parameters(model.model) | model.trained_biases("all")
+    everything = Plan(VeraConfig(bias="all"), model.vera_layers(), model.saved_modules())
+    base = embeddings.parameters(model.model) | everything.biases(model.model)
     found = {MODULES + name: Named(f"model.{name}", tensor) for name, tensor in base.items()}
     return found | named(model, adapter_name)
+
+
+def _at(model: nn.Module, key: str) -> Named:
+    where, _, last = key.rpartition(".")
+    return Named(key, getattr(model.get_submodule(where), last))
 
 
 def values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
@@ -210,7 +202,7 @@ def put(model: Adapters, targets: Mapping[str, Named], tensors: dict[str, Tensor
     What holds values is written in place, so that an optimizer goes on training it. What is on the meta device is
     replaced: it would take a copy without a word, and hold nothing.
     """
-    for name, (key, tensor, like) in targets.items():
+    for name, (key, tensor) in targets.items():
         given = tensors.pop(name, None)
         if given is None:
             continue
@@ -218,12 +210,12 @@ def put(model: Adapters, targets: Mapping[str, Named], tensors: dict[str, Tensor
             tensor.copy_(given)
             continue
         dtype = given.dtype
-        if like is not None:  # a vector; in half precision it is only where that was asked for
-            half = tensor.dtype in (torch.bfloat16, torch.float16)
+        where, _, last = key.rpartition(".")
+        module, owner = model.get_submodule(where), model.get_submodule(where.rpartition(".")[0])
+        if isinstance(owner, VeraLinear):  # a vector; in half precision it is only where that was asked for
+            half, like = tensor.dtype in (torch.bfloat16, torch.float16), weight_like(owner.base_layer)
             dtype = tensor.dtype if half else torch.promote_types(tensor.dtype, given.dtype)
             given = given.to(given.device if like.device.type == "meta" else like.device)
-        where, _, last = key.rpartition(".")
-        module = model.get_submodule(where)
         if last in module._buffers:
             module._buffers[last] = given.to(dtype)
         else:
@@ -239,7 +231,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _base_keys(model: Adapters) -> dict[str, str]:
     """Where the base's tensors are now, by the names that they have without adapters."""
-    modules = model.vera_layers() | model.saved_modules()
+    modules = model.adapted()
     inside = {f"{name}.{module.base_name}.": f"{name}." for name, module in modules.items()}
     adapted = tuple(f"{name}.{part}." for name, module in modules.items() for part in module.adapter_layer_names)
     found = {}

@@ -92,7 +92,7 @@ def get_layer_status(model: nn.Module) -> list[LayerStatus]:
         UsageError: (a ValueError) there are none.
     """
     own = adapters_of(model)
-    modules = own.vera_layers() | own.saved_modules()
+    modules = own.adapted()
     if not modules:
         raise UsageError("No adapter layers found in the model", hint="unload() took them off")
     return [_status(f"model.{name}", module) for name, module in modules.items()]

@@ -7,35 +7,25 @@ for LoRA. Both are written, so that PEFT, which ties no copies of VeRA's, comput
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
-from vera_tools.errors import CheckFailedError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, warn
 from vera_tools.nn import embeddings
-from vera_tools.nn.adapted import AdaptedModule
+from vera_tools.nn.adapted import base_parameters
 from vera_tools.nn.saved_module import SavedModule
 
 
 def groups(model: nn.Module) -> list[list[str]]:
     """The base's parameters that stand in it under several names, by the names that they have without adapters."""
     names: dict[int, list[str]] = {}
-    for name, parameter in _parameters(model):
+    for name, parameter in base_parameters(model):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _parameters(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Parameter]]:
-    if isinstance(module, AdaptedModule):
-        module = module.base_module
-    yield from ((prefix + key, own) for key, own in module._parameters.items() if own is not None)
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from _parameters(child, f"{prefix}{key}.")
 
 
 def complete(config: VeraConfig, model: nn.Module, saved: Mapping[str, nn.Module]) -> None:
@@ -54,9 +44,9 @@ def complete(config: VeraConfig, model: nn.Module, saved: Mapping[str, nn.Module
     if not config.ensure_weight_tying:
         _warn_of_parting(tied, saved)
     elif not tied:
-        _warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model")
+        warn("You have requested `ensure_weight_tying`, but no tied modules were found in the model")
     elif not touched:
-        _warn("You have requested `ensure_weight_tying`, but no tied modules are added in `modules_to_save`")
+        warn("You have requested `ensure_weight_tying`, but no tied modules are added in `modules_to_save`")
     else:
         missing = {name.rpartition(".")[0]: None for group in touched for name in group if not _lies_in(name, saved)}
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *missing]))
@@ -67,7 +57,7 @@ def complete(config: VeraConfig, model: nn.Module, saved: Mapping[str, nn.Module
 def _warn_of_parting(tied: list[list[str]], saved: Iterable[str]) -> None:
     for group in tied:
         if any(_lies_in(name, saved) for name in group):
-            _warn(
+            warn(
                 "Model has `tie_word_embeddings=True` and a tied layer is part of the adapter, but "
                 f"`ensure_weight_tying` is not set to True: {' and '.join(group)} are one parameter, and will not be "
                 "one any more. This can lead to complications, for example when merging the adapter."
@@ -82,14 +72,14 @@ def warn_of_merging(model: nn.Module, adapted: Iterable[str]) -> None:
         for group in tied:
             if weight in group:
                 others = ", ".join(other for other in group if other != weight)
-                _warn(f"the weight of {name} is tied to {others}: merging an adapter into it will change both")
+                warn(f"the weight of {name} is tied to {others}: merging an adapter into it will change both")
 
 
 def tie(adapter_name: str, saved: Iterable[SavedModule]) -> None:
     """Let an adapter's copies of saved modules share what the modules themselves share."""
     first: dict[int, nn.Parameter] = {}
     for wrapper in saved:
-        if adapter_name not in wrapper.modules_to_save:
+        if not wrapper.has(adapter_name):
             continue
         for key, own in wrapper.original_module.named_parameters(remove_duplicate=False):
             where, _, last = key.rpartition(".")
@@ -132,7 +122,7 @@ def note_untied(model: nn.Module) -> None:
     weights = [getattr(layer, "weight", None) for layer in layers]
     if all(isinstance(weight, Tensor) for weight in weights) and weights[0] is not weights[1]:
         config.tie_word_embeddings = False
-        _warn(
+        warn(
             "Input and output embeddings are no longer tied after merging. "
             "Setting `tie_word_embeddings=False` in the model config."
         )
@@ -140,7 +130,3 @@ def note_untied(model: nn.Module) -> None:
 
 def _lies_in(parameter: str, saved: Iterable[str]) -> bool:
     return any(parameter.startswith(f"{name}.") for name in saved)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, VeraToolsWarning, stacklevel=5)
