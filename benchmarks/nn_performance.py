@@ -56,16 +56,18 @@ def kept_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(kept.values())
 
 
-def in_turn(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of CPU time of every repeat of every variant, the variants taking turns."""
+def in_turn(
+    variants: dict[str, Callable[[], object]], repeats: int, *, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds, of CPU time unless another clock is given, of every repeat of every variant, the variants in turns."""
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            start = time.process_time()
+            start = clock()
             run()
-            seconds[name].append(time.process_time() - start)
+            seconds[name].append(clock() - start)
     return seconds
 
 

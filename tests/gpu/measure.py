@@ -2,9 +2,16 @@
 
     python -m tests.gpu.measure [-o FOLDER] [--device cuda] [--width 4096] [--layers 6] [--rank 256] [--positions 4096]
 
-Needs the packages of ``.[dev,quantised-tests]`` and a CUDA build of torch. The two files bear the card's name; by
-default they go to tests/gpu/results, to be committed. Exit code 1: something is not as it should be; the tables say
-what.
+The two files bear the card's name; by default they go to tests/gpu/results, to be committed. Exit code 1: something is
+not as it should be; the tables say what. Needs a CUDA build of torch and the packages of ``.[dev,quantised-tests]``; a
+section that lacks one says so, and the others go on. On a machine that has no more than such a torch::
+
+    python3 -m venv --system-site-packages venv
+    venv/bin/pip install -e '.[dev,quantised-tests]'
+    venv/bin/python -m tests.gpu.measure -o FOLDER
+
+Without constraints.txt, which names torch for the CPU. A few minutes do for all: installing and what torch.compile
+compiles take nearly all of them, and everything else is small but for the stack of layers (3 GB on the card).
 
 ``--device cpu`` runs the same on the CPU, with small sizes, to try the script itself.
 """
@@ -21,6 +28,7 @@ import re
 import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -243,7 +251,9 @@ def milliseconds(variants: dict[str, Callable[[], object]], device: str, repeats
 
         return call
 
-    seconds = in_turn({name: finished(run) for name, run in variants.items()}, repeats)
+    # A CPU is shared with others, and an accelerator's work is no CPU time.
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    seconds = in_turn({name: finished(run) for name, run in variants.items()}, repeats, clock=clock)
     return {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
 
 
