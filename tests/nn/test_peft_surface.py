@@ -186,6 +186,10 @@ def test_the_bases_own_state_dict_is_found_below_adapters():
     result = set_base_model_state_dict(model, {"inner.0.weight": expected["inner.0.weight"], "x": 0}, strict=False)
     assert result.unexpected_keys == ["x"]
     assert len(result.missing_keys) == len(expected) - 1
+    model.merge_adapter()
+    for call in (lambda: get_base_model_state_dict(model), lambda: set_base_model_state_dict(model, expected)):
+        with pytest.raises(UsageError, match=r"hold an adapter, which is merged; call unmerge_adapter\(\) first"):
+            call()
 
 
 def test_a_saved_module_knows_its_own_adapters_only():

@@ -179,6 +179,24 @@ class TestVocabulary:
         again = VeraModel.from_pretrained(llama(), tmp_path / "peers")
         torch.testing.assert_close(logits(again, some_ids()), logits(peers, some_ids()), rtol=0, atol=1e-5)
 
+    def test_a_merged_head_is_neither_saved_nor_loaded_into(self, tmp_path):
+        """Its weight would come back with the adapter in it, and get it once more; PEFT saves and loads it so."""
+        model = fresh(target_modules=["q_proj", "lm_head"])
+        randomise(model)
+        with pytest.warns(VeraToolsWarning, match="lm_head is adapted"):
+            model.save_pretrained(tmp_path / "a")
+        model.merge_adapter()
+        for save in (lambda: model.save_pretrained(tmp_path / "b"), model.to_lora):
+            with (
+                pytest.warns(VeraToolsWarning, match="lm_head is adapted"),
+                pytest.raises(UsageError, match="lm_head: is saved with the adapter, and an adapter is merged into it"),
+            ):
+                save()
+        with pytest.raises(UsageError, match=r"brings weights of the base, and an adapter is merged into these"):
+            model.load_adapter(tmp_path / "a", "second")
+        assert not (tmp_path / "b").exists()
+        assert list(model.peft_config) == ["default"]
+
     def test_a_base_that_cannot_be_asked_is_said(self, tmp_path):
         base = llama()
         base.name_or_path = str(tmp_path)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.names import EMBEDDING_LAYERS
-from vera_tools.errors import warn
+from vera_tools.errors import UsageError, warn
 from vera_tools.nn.adapted import base_layer
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
@@ -51,9 +51,22 @@ def saved(model: nn.Module, config: VeraConfig, wanted: bool | Literal["auto"]) 
 
     Warns:
         VeraToolsWarning: "auto" saves some; or nothing tells how large the base's vocabulary was; or there are none.
+
+    Raises:
+        UsageError: an adapter is merged into one of them.
     """
-    if not wanted:
-        return {}
+    found = _wanted(model, config, wanted) if wanted else {}
+    for layer in (module for module in model.modules() if isinstance(module, VeraLinear) and module.merged):
+        if f"{layer.name}.base_layer.weight" in found:
+            raise UsageError(
+                "is saved with the adapter, and an adapter is merged into it: it would be added again on loading",
+                where=layer.name,
+                hint="call unmerge_adapter() first",
+            )
+    return found
+
+
+def _wanted(model: nn.Module, config: VeraConfig, wanted: Literal[True, "auto"]) -> dict[str, Tensor]:
     found = parameters(model)
     if wanted != "auto":
         if not found:

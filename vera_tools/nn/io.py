@@ -247,6 +247,12 @@ def _check_fits(checkpoint: Checkpoint, model: Adapters, adapter_name: str, plan
             where=checkpoint.label,
             hint="it was made for another model class, or its config is not its own",
         )
+    if brought and any(layer.merged for layer in model.vera_layers().values()):
+        raise UsageError(
+            "the checkpoint brings weights of the base, and an adapter is merged into these",
+            where=f"{checkpoint.label}: {min(brought)}",
+            hint="call unmerge_adapter() first",
+        )
     shapes = {name: held.shape for name, held in expected.items()}
     shapes |= {name: tuple(whole_shape(tensor)) for name, tensor in brought.items()}
     for name, shape in shapes.items():

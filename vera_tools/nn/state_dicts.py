@@ -121,8 +121,13 @@ def set_peft_model_state_dict(
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict that the base had without adapters, under its own names."""
+    """The state dict that the base had without adapters, under its own names.
+
+    Raises:
+        UsageError: an adapter is merged into it.
+    """
     own = adapters_of(model)
+    _refuse_merged(own)
     state = own.model.state_dict()
     return {original: state[key] for original, key in _base_keys(own).items()}
 
@@ -132,8 +137,10 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
 
     Raises:
         RuntimeError: `strict`, and names are missing or unknown, as torch has it.
+        UsageError: an adapter is merged into it, and unmerging would put back the weights of before.
     """
     own = adapters_of(model)
+    _refuse_merged(own)
     keys = _base_keys(own)
     result = LoadResult([k for k in keys if k not in state_dict], [k for k in state_dict if k not in keys])
     problems = [
@@ -227,6 +234,11 @@ def whole(tensor: Tensor) -> Tensor:
     gather: Any = getattr(tensor, "full_tensor", None)
     gathered: Tensor = gather() if gather is not None else tensor
     return gathered.detach()
+
+
+def _refuse_merged(model: Adapters) -> None:
+    if any(layer.merged for layer in model.vera_layers().values()):
+        raise UsageError("the base's weights hold an adapter, which is merged", hint="call unmerge_adapter() first")
 
 
 def _base_keys(model: Adapters) -> dict[str, str]:
