@@ -28,6 +28,7 @@ from vera_tools.converting.output import (
     corrections,
     foreign_metadata,
     refuse_half_a_pair,
+    refuse_miscopied,
 )
 from vera_tools.dtypes import Array
 from vera_tools.errors import FormatError, NothingToDoError
@@ -105,7 +106,7 @@ def embed_projections(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
-        refuse_changed(opened)
+        checked = refuse_changed(opened)
         vera_A, vera_B = arrays(opened, resolved)
         tensors: Tensors = {
             ROOT + "vera_A": vera_A,
@@ -115,6 +116,7 @@ def embed_projections(
         restoration = _Restoration.of(opened, tensors)
         with target.open(model) as folder:
             manifest = restoration.write(folder, opened, tensors, resolved.record, base_record(opened, model))
+            refuse_miscopied(manifest, checked, where=opened.weights.label)
             size = (folder / WEIGHTS_NAME).stat().st_size
         return EmbedReport(
             **common(opened, target, manifest, size),

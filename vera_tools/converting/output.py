@@ -8,14 +8,14 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vera_tools.checkpoints import destination
 from vera_tools.checkpoints.base import BaseModel
-from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, Checkpoint
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
@@ -233,6 +233,31 @@ def corrections(checkpoint: Checkpoint) -> tuple[str, ...]:
 def foreign_metadata(checkpoint: Checkpoint) -> dict[str, str]:
     """The file's metadata entries that are not ours."""
     return {key: value for key, value in checkpoint.weights.metadata.items() if key != METADATA_KEY}
+
+
+def refuse_miscopied(manifest: Manifest, sha256: Mapping[str, str], *, where: str) -> None:
+    """Refuse an output of other bytes than those that were checked: a disk may give others when it is asked again.
+
+    Args:
+        manifest: The output's, made from what was written, with the record of the pair.
+        sha256: Digests of the tensors as they were checked, by name; one that is in only one of the two is let be.
+        where: The checkpoint that they were read from.
+
+    Raises:
+        FormatError: a tensor is another.
+    """
+    written = {name: record.sha256 for name, record in manifest.tensors.items()}
+    written |= {ROOT + name: digest for name, digest in manifest.projections.sha256.items()}
+    for name, found in written.items():
+        checked = sha256.get(name, found)
+        if found != checked:
+            raise FormatError(
+                f"{name} was read twice, with different bytes",
+                where=where,
+                expected=f"sha256 {checked}",
+                found=found,
+                hint="the disk or the memory fails, or something else writes to the file: look into that first",
+            )
 
 
 def refuse_half_a_pair(checkpoint: Checkpoint) -> None:

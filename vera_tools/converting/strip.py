@@ -20,12 +20,14 @@ from vera_tools.converting.output import (
     corrections,
     foreign_metadata,
     refuse_half_a_pair,
+    refuse_miscopied,
 )
 from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
 from vera_tools.platforms import rows
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.verifying import checks
+from vera_tools.verifying.checks import Scan
 from vera_tools.verifying.findings import DAMAGE, Check
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
 from vera_tools.verifying.recorded import refuse_changed
@@ -115,7 +117,7 @@ def strip_projections(
         if not opened.projections:
             raise NothingToDoError("no projections are stored", where=opened.label, hint="there is nothing to strip")
         resolved = resolve(opened)
-        refuse_changed(opened)
+        checked = refuse_changed(opened)
         found = resolved.identification
         assert found is not None  # because the pair is stored
         if not found.exact and not force:
@@ -125,7 +127,9 @@ def strip_projections(
             for name in opened.weights.tensors
             if name not in (ROOT + "vera_A", ROOT + "vera_B")
         }
-        damage = _damage(opened)  # before the output appears: afterwards nothing is read any more
+        scans = checks.scan(opened)
+        checked = {name: found.sha256 for name, found in scans.items()} | checked
+        damage = _damage(opened, scans)  # before the output appears: afterwards nothing is read any more
         with target.open() as folder:
             manifest = write_checkpoint(
                 folder,
@@ -136,6 +140,7 @@ def strip_projections(
                 base=base_record(opened, None),
                 original=_original(opened),
             )
+            refuse_miscopied(manifest, checked, where=opened.weights.label)
             size = (folder / WEIGHTS_NAME).stat().st_size
         fits = opened.widest == resolved.record.shape.out_max
         loads = _loads(opened, resolved, fits=fits, whole=not damage)
@@ -194,9 +199,9 @@ def _original(checkpoint: Checkpoint) -> Original | None:
     )
 
 
-def _damage(checkpoint: Checkpoint) -> tuple[Check, ...]:
+def _damage(checkpoint: Checkpoint, scans: dict[str, Scan]) -> tuple[Check, ...]:
     """What of the adapter, its projections apart, is damaged or missing: taking them out makes no whole of it."""
-    found = [*checks.structure(checkpoint), *checks.values(checkpoint, checks.scan(checkpoint))]
+    found = [*checks.structure(checkpoint), *checks.values(checkpoint, scans)]
     return tuple(check for check in found if check.status == "fail" and check.id in DAMAGE)
 
 

@@ -54,17 +54,21 @@ def against_manifest(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator
     yield _metadata(manifest, checkpoint)
 
 
-def refuse_changed(checkpoint: Checkpoint) -> None:
+def refuse_changed(checkpoint: Checkpoint) -> dict[str, str]:
     """Refuse to make something of a checkpoint that is not what its manifest records: nothing would say so afterwards.
 
     One that was trained on since is taken, with a warning.
+
+    Returns:
+        The digest of each tensor that was looked at, by name; empty where nothing is recorded.
 
     Raises:
         CheckFailedError: a tensor, the config or the metadata is another, and that does not look like training.
     """
     if checkpoint.manifest is None and checkpoint.embedded is None:
-        return
-    found = against_manifest(checkpoint, scan(checkpoint))
+        return {}
+    scans = scan(checkpoint)
+    found = against_manifest(checkpoint, scans)
     failed = [check for check in found if check.status == "fail"]
     for check in failed:
         if check.id == "manifest.stale":
@@ -76,6 +80,7 @@ def refuse_changed(checkpoint: Checkpoint) -> None:
             where=checkpoint.label,
             hint="take a sound copy, or renew the manifest with `vera-tools record`",
         )
+    return {name: found.sha256 for name, found in scans.items()}
 
 
 def _unusable(checkpoint: Checkpoint) -> Iterator[Check]:
