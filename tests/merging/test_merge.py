@@ -173,6 +173,19 @@ class TestNames:
         found = weights(tmp_path / "half")["score.weight"]
         assert np.array_equal(found, (0.25 * head.astype(np.float64)).astype(np.float16))
 
+    @pytest.mark.parametrize("weight", [1.0, 2.0])
+    def test_a_saved_module_of_another_magnitude_than_the_bases(self, weight, tmp_path):
+        """With weight 1 the saved number itself, though float64 does not hold its difference from the base's."""
+        base = make_base(tmp_path / "base", extra={"score.weight": np.full((2, 32), 1e30, np.float32)})
+        adapter = make_adapter(
+            tmp_path / "adapter",
+            extra={"base_model.model.score.weight": np.full((2, 32), 3.0, np.float32)},
+            config={"modules_to_save": ["score"]},
+        )
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out", weights=[weight])
+        expected = 3 if weight == 1 else np.float32(-float(np.float32(1e30)))
+        assert (weights(tmp_path / "out")["score.weight"] == expected).all()
+
     def test_a_square_weight_of_a_class_that_nobody_knows(self, tmp_path):
         """Its neighbour lies the other way round than fan_in_fan_out says, so that it may lie so too."""
         shapes = {"h.0.c": (48, 32), "h.0.d": (32, 32)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,8 @@ from tests.adapters import edit
 from tests.merging.models import make_adapter, make_base, weights
 from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError
-from vera_tools.merging import arithmetic, exact, rounding
+from vera_tools.merging import arithmetic, exact, rounding, verification
+from vera_tools.merging import values as merging_values
 from vera_tools.merging.workspace import Workspace
 
 BITS = {"bfloat16": (8, -133), "float16": (11, -24)}  # of the significand; the exponent of the smallest number
@@ -68,7 +70,7 @@ def test_numbers_that_float64_cannot_hold():
     assert exact.to_odd(1, 2000) == np.inf
     assert exact.to_odd(-3, 1024) == -np.inf
     assert exact.to_odd(1, -1080) == 2.0**-1074  # odd, and so not zero
-    assert exact.to_odd(0, 5) == 0.0
+    assert str(exact.to_odd(0, 5)) == "0.0"  # and not -0.0, as no sum of numbers is that cancel each other
     assert exact.to_odd(-(2**2000), -2000) == -1.0  # an integer beyond all floats
 
 
@@ -336,6 +338,25 @@ def test_a_tie_among_the_smallest_numbers_goes_to_even(tie):
     assert sum_and_found[0].size or float(result[0, 0]) == nearest(Fraction(tie), "bfloat16")
 
 
+@pytest.mark.parametrize("crowded", [-1.0, 1.0])
+def test_just_above_the_middle_among_the_smallest_numbers(crowded, tmp_path, monkeypatch):
+    """By less than float32 holds at all: taken for the middle, the sum would go to zero, which is even."""
+    monkeypatch.setattr(arithmetic, "CROWDED", crowded)
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
+
+    def above(tensors):
+        tensors[PREFIX + "vera_lambda_b"][...] = 2.0**-67
+        tensors[PREFIX + "vera_lambda_d"][...] = np.arange(16) < 2
+        tensors["base_model.vera_A"][...] = 2.0**-67
+        tensors["base_model.vera_B"][...] = np.where(np.arange(16) == 0, 1, 2.0**-26)
+
+    edit(adapter, above)
+    base = make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., 0), file="model.safetensors")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+    assert (weights(tmp_path / "out")[f"{NAME}.weight"].astype(np.float64) == 2.0**-133).all()
+
+
 def test_more_open_sums_than_can_be_computed_exactly_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(rounding, "MAX_EXACT", 3)
     adapter = make_adapter(tmp_path / "a", SHAPES, r=4)
@@ -347,8 +368,9 @@ def test_more_open_sums_than_can_be_computed_exactly_are_refused(tmp_path, monke
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("wrong", ["one step off", "NaN"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_verify_finds_a_single_element_that_is_one_step_off(dtype, tmp_path, monkeypatch):
+def test_verify_finds_a_single_element_that_is_another(dtype, wrong, tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
     base = make_base(tmp_path / "base", SHAPES, dtype=dtype)
     right = rounding.sum_to_half
@@ -356,13 +378,71 @@ def test_verify_finds_a_single_element_that_is_one_step_off(dtype, tmp_path, mon
     def one_off(*args, out, **options):
         found = right(*args, out=out, **options)
         bits = out.view(np.uint16)
-        bits[2, 7] += 1
+        bits[2, 7] = bits[2, 7] + 1 if wrong == "one step off" else 0x7FFF
         return found
 
     monkeypatch.setattr("vera_tools.merging.values.sum_to_half", one_off)
     vera_tools.merge(adapter, base=base, output=tmp_path / "unverified")
     with pytest.raises(CheckFailedError, match="1 elements are not what they should be"):
         vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+
+
+def test_verify_finds_a_float32_that_is_further_off_than_any_sum(tmp_path, monkeypatch):
+    adapter, base = make_adapter(tmp_path / "a", SHAPES, r=16), make_base(tmp_path / "base", SHAPES, dtype="float32")
+    right = merging_values._finished
+
+    def one_off(values, entry, *, exact):
+        found = right(values, entry, exact=exact)
+        if not exact:
+            found[2, 7] *= 1 + 2.0**-12
+        return found
+
+    monkeypatch.setattr(merging_values, "_finished", one_off)
+    with pytest.raises(CheckFailedError, match="1 elements are not what they should be"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+
+
+def test_verify_gives_up_on_more_open_sums_than_it_can_compute(tmp_path, monkeypatch):
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=4)
+    edit(adapter, ties)
+    base = make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., 1.0), file="model.safetensors")
+    monkeypatch.setattr(verification, "MAX_EXACT", 3)
+    with pytest.raises(CheckFailedError, match="or nearer to the middle between two numbers than float64 can tell"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
+
+
+def test_verify_finds_a_header_that_was_not_planned(tmp_path):
+    base = make_base(tmp_path / "base", SHAPES)
+    with pytest.raises(CheckFailedError, match="the header is not the planned one"):
+        verification._open(base, SimpleNamespace(name="model.safetensors", header=b"{}"))
+
+
+def test_verify_finds_a_number_where_nan_should_be(tmp_path, monkeypatch):
+    adapter, base = make_adapter(tmp_path / "a", SHAPES, r=16), make_base(tmp_path / "base", SHAPES)
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__((2, 7), np.nan), file="model.safetensors")
+    right = merging_values.decide
+
+    def one_off(sums, *args):
+        found = right(sums, *args)
+        found[np.isnan(sums)] = 1
+        return found
+
+    monkeypatch.setattr(merging_values, "decide", one_off)
+    with pytest.raises(CheckFailedError, match="1 elements are not what they should be"):
+        vera_tools.merge(adapter, base=base, output=tmp_path / "out", allow_nonfinite=True, verify=True)
+
+
+def test_strips_of_a_block_are_settled_at_their_own_rows(tmp_path, monkeypatch):
+    """By way of float64, and where that leaves sums open, in integers: each strip begins at another row."""
+    adapter = make_adapter(tmp_path / "a", SHAPES, r=4)
+    edit(adapter, ties)
+    base = make_base(tmp_path / "base", SHAPES)
+    odd = np.arange(24 * 40).reshape(24, 40) % 7 * 2.0**-7 + 1
+    edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(..., odd), file="model.safetensors")
+    monkeypatch.setattr(arithmetic, "CROWDED", -1.0)
+    monkeypatch.setattr(merging_values, "_STRIP", 5 * 40)
+    check(tmp_path, "bfloat16", adapter, base)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
@@ -376,11 +456,14 @@ def test_sums_of_subnormal_numbers_pass_the_verification(dtype, tmp_path):
     assert json.loads((tmp_path / "out/config.json").read_text())
 
 
-def test_zeros_need_no_exact_arithmetic(tmp_path, monkeypatch):
+@pytest.mark.parametrize("idle", ["vera_lambda_b", "vera_lambda_d", "weight"])
+def test_zeros_need_no_exact_arithmetic(idle, tmp_path, monkeypatch):
     """Rows that an adapter leaves alone, and a base that was pruned, are no doubtful sums."""
     adapter = make_adapter(tmp_path / "a", SHAPES, r=16)
-    edit(adapter, lambda tensors: tensors[PREFIX + "vera_lambda_b"].__setitem__(slice(None, None, 2), 0))
+    step = {"vera_lambda_b": 2, "vera_lambda_d": 1}.get(idle)
+    if step:
+        edit(adapter, lambda tensors: tensors[PREFIX + idle].__setitem__(slice(None, None, step), 0))
     base = make_base(tmp_path / "base", SHAPES)
     edit(base, lambda tensors: tensors[f"{NAME}.weight"].__setitem__(slice(0, 12), 0), file="model.safetensors")
     monkeypatch.setattr(arithmetic.Delta, "exactly", lambda *_: pytest.fail("computed exactly"))
-    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out", weights=[0.0 if idle == "weight" else 1.0])

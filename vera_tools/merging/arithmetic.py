@@ -206,12 +206,15 @@ class Delta:
         """W + change at single places, without any rounding but one to odd, in float64.
 
         Args:
-            weights: The weight's element at each place.
+            weights: The weight's element at each place. NaN and infinity stay what they are.
             rows: Row of each place.
             columns: Column of each place.
         """
+        result: Array = weights.astype(np.float64)
+        finite = np.isfinite(result)
+        rows, columns = rows[finite], columns[finite]
         outs, ins = (columns, rows) if self._transposed else (rows, columns)
-        terms = [[term] for term in _scalars(weights)]
+        terms = [[term] for term in _scalars(result[finite])]
         for factor in self._factors:
             lambda_d = exact.Scaled(factor.lambda_d)
             ((weight, shift),) = _scalars(np.array([factor.weight]))
@@ -222,7 +225,8 @@ class Delta:
                 )
                 integer, exponent = exact.product_sum([B, lambda_d, A])
                 terms[place].append((weight * lambda_b[0] * integer, shift + lambda_b[1] + exponent))
-        return np.array([exact.to_odd(*exact.total(parts)) for parts in terms], np.float64)
+        result[finite] = [exact.to_odd(*exact.total(parts)) for parts in terms]
+        return result
 
     def _sums(self, factor: Factor, outs: Array, ins: Array, dtype: np.dtype[np.floating]) -> Array:
         """One adapter's change at places (outs[i], ins[i]) but for lambda_b, in float64; products are of `dtype`."""
