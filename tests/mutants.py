@@ -1,18 +1,21 @@
 """Change the code in one place at a time, and see whether a test fails: the mutation score, of a sample.
 
-    python -m tests.mutants                                  # 25 changes of each subject, drawn with seed 0
-    python -m tests.mutants rounding --sample 60 --seed 5
+    pip install coverage
+    python -m tests.mutants                                  # 60 changes of each subject, drawn with seed 0
+    python -m tests.mutants rounding --sample 25 --seed 5
 
 A change turns one operator, constant, condition or statement into another: ``<`` into ``<=``, ``and`` into ``or``,
-``n`` into ``n + 1``, a ``raise`` or a call into nothing. It is made in a copy of the working tree, and the tests of its
-package run until one fails. A change that none notices is printed as the line before and after. Some of them change
-nothing that can be noticed: those are read, and not counted away.
+``n`` into ``n + 1``, a ``raise`` or a call into nothing. It is made in a copy of the working tree. Of the tests that
+concern it those that ran the changed lines are asked first, then all that start processes, until one fails. A change
+that none notices is printed as the line before and after. Some of them change nothing that can be noticed: those are
+read, and not counted away.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import os
 import random
 import shutil
@@ -20,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,11 +39,13 @@ class Subject(NamedTuple):
 
 SUBJECTS = {
     "projections": Subject(("projections/*.py",), ("tests/projections",)),
-    "files": Subject(("files/*.py",), ("tests/files",)),
-    "verifying": Subject(("verifying/*.py",), ("tests/verifying",)),
+    "files": Subject(
+        ("files/*.py",), ("tests/files", "tests/hub", "tests/converting/test_in_place.py", "tests/test_links.py")
+    ),
+    "verifying": Subject(("verifying/*.py",), ("tests/verifying", "tests/cli/test_verify.py")),
     "rounding": Subject(
         tuple(f"merging/{name}.py" for name in ("arithmetic", "exact", "rounding", "values", "verification")),
-        ("tests/merging/test_rounding.py", "tests/merging/test_values.py"),
+        tuple(f"tests/merging/test_{name}.py" for name in ("rounding", "values", "merge", "interrupted")),
     ),
 }
 #: What the tests need of the working tree beside the code.
@@ -60,9 +66,15 @@ class Change(NamedTuple):
 
     file: Path
     line: int
+    last_line: int
     before: str
     after: str
     source: str
+
+    @property
+    def lines(self) -> range:
+        """Those that what stands there takes."""
+        return range(self.line, self.last_line + 1)
 
 
 class _Changer(ast.NodeTransformer):
@@ -70,13 +82,14 @@ class _Changer(ast.NodeTransformer):
 
     def __init__(self, chosen: int) -> None:
         self.chosen, self.count = chosen, 0
-        self.found: tuple[int, str, str] | None = None
+        self.found: tuple[int, int, str, str] | None = None
 
     def _offer(self, node: ast.AST, new: ast.AST) -> ast.AST:
         self.count += 1
         if self.count - 1 != self.chosen:
             return node
-        self.found = getattr(node, "lineno", 0), ast.unparse(node), ast.unparse(new)
+        first = getattr(node, "lineno", 0)
+        self.found = first, getattr(node, "end_lineno", first), ast.unparse(node), ast.unparse(new)
         return ast.copy_location(new, node)
 
     def visit_Compare(self, node: ast.Compare) -> ast.AST:
@@ -162,89 +175,86 @@ def _change(file: Path, number: int) -> Change:
     return Change(file, *changer.found, source=ast.unparse(tree))
 
 
-def tests_of(subject: Subject, file: Path | None) -> list[str]:
-    """The files of a subject's tests; first those that are named like the file that is changed."""
+def files_of_tests(subject: Subject) -> list[str]:
+    """The files of a subject's tests, by their paths in the tree."""
     found = [
         path
         for name in subject.tests
         for path in (sorted((ROOT / name).glob("test_*.py")) if (ROOT / name).is_dir() else [ROOT / name])
     ]
-    first = sorted(found, key=lambda path: file is None or file.stem.split("_")[0] not in path.stem)
-    return [path.relative_to(ROOT).as_posix() for path in first]
+    return [path.relative_to(ROOT).as_posix() for path in found]
 
 
-class Copy:
-    """A copy of the working tree in which a change is made, tested and taken back."""
+def copy_tree(folder: Path) -> None:
+    """A copy of the working tree in which the code can be changed."""
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "corpus"))
+        else:
+            shutil.copy2(source, folder / name)
+    for name in LINKED:
+        (folder / name).symlink_to(ROOT / name)
+    compiled = ["-m", "compileall", "-q", str(folder / "vera_tools"), str(folder / "tests")]
+    subprocess.run([sys.executable, *compiled], check=True)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in COPIED:
-            source = ROOT / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "corpus"))
-            else:
-                shutil.copy2(source, folder / name)
-        for name in LINKED:
-            (folder / name).symlink_to(ROOT / name)
-        self._environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
-        subprocess.run([sys.executable, "-m", "compileall", "-q", *map(str, (folder / "vera_tools", folder / "tests"))])
 
-    def passes(self, tests: list[str], *, within: float | None = None) -> bool:
-        """Whether all of these tests pass; what takes longer than `within` seconds does not."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
-        try:
-            done = subprocess.run(
-                command, cwd=self.folder, env=self._environment, capture_output=True, check=False, timeout=within
-            )
-        except subprocess.TimeoutExpired:
-            return False
-        if done.returncode not in (0, 1, 2):
-            sys.exit(
-                f"pytest ended with {done.returncode}: {done.stdout.decode()[-2000:]}{done.stderr.decode()[-500:]}"
-            )
-        return done.returncode == 0
+@contextlib.contextmanager
+def made(change: Change) -> Iterator[None]:
+    """Within the block the code is changed."""
+    text = change.file.read_bytes()
+    for cached in (change.file.parent / "__pycache__").glob(f"{change.file.stem}.*"):
+        cached.unlink()  # it is told from the file by its size and its time in seconds
+    change.file.write_text(change.source, "utf-8")
+    try:
+        yield
+    finally:
+        change.file.write_bytes(text)
 
-    def notices(self, change: Change, tests: list[str], *, within: float) -> bool:
-        """Whether a test fails after a change."""
-        file = self.folder / change.file.relative_to(ROOT)
-        text = file.read_bytes()
-        for cached in (file.parent / "__pycache__").glob(f"{file.stem}.*"):
-            cached.unlink()
-        file.write_text(change.source, "utf-8")
-        try:
-            return not self.passes(tests, within=within)
-        finally:
-            file.write_bytes(text)
+
+def score(name: str, sample: int, seed: int) -> str:
+    """Change what belongs to a subject, in this tree, and print what no test notices.
+
+    Returns:
+        A line with the score.
+    """
+    from tests.mutants_asked import Asker  # which needs what only Unix has
+
+    subject, begun = SUBJECTS[name], time.monotonic()
+    tests, asker = files_of_tests(subject), Asker()
+    known = asker.learn(tests)
+    usual, noticed = time.monotonic() - begun, 0
+    print(f"{name}: {len(known.seconds)} tests, {usual:.0f} s", flush=True)
+    changes = drawn(subject, sample, random.Random(f"{name} {seed}"))
+    for change in changes:
+        file = change.file.relative_to(ROOT).as_posix()
+        names = known.concerned(file, change.lines)
+        with made(change):
+            if names and not asker.passes(names, within=10 + 10 * usual):
+                noticed += 1
+                continue
+        print(f"{file}:{change.line}: no test fails where\n    {change.before}\nis\n    {change.after}", flush=True)
+    took = time.monotonic() - begun
+    return f"{name}: {noticed} of {len(changes)} changes are noticed (seed {seed}, {took:.0f} s)"
 
 
 def main() -> int:
     """Draw, change, test, report."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutants", description=(__doc__ or "").split("\n\n", 1)[0])
     parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="what is changed (default: each)")
-    parser.add_argument("--sample", type=int, default=25, help="changes of each (default: %(default)s)")
+    parser.add_argument("--sample", type=int, default=60, help="changes of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--here", action="store_true", help="change the working tree itself, not a copy of it")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="vera-tools-mutants-") as folder:
-        copy = Copy(Path(folder))
+    if options.here:
         for name in options.subjects or SUBJECTS:
-            subject = SUBJECTS[name]
-            begun = time.monotonic()
-            if not copy.passes(tests_of(subject, None)):
-                sys.exit(f"{name}: its tests fail before anything is changed")
-            usual, noticed = time.monotonic() - begun, 0
-            sample = drawn(subject, options.sample, random.Random(f"{name} {options.seed}"))
-            for change in sample:
-                if copy.notices(change, tests_of(subject, change.file), within=10 + 10 * usual):
-                    noticed += 1
-                    continue
-                where = f"{change.file.relative_to(ROOT)}:{change.line}"
-                print(f"{where}: no test fails where\n    {change.before}\nis\n    {change.after}", flush=True)
-            took = time.monotonic() - begun
-            print(
-                f"{name}: {noticed} of {len(sample)} changes are noticed (seed {options.seed}, {took:.0f} s)",
-                flush=True,
-            )
-    return 0
+            print(score(name, options.sample, options.seed), flush=True)
+        return 0
+    with tempfile.TemporaryDirectory(prefix="vera-tools-mutants-") as folder:
+        copy_tree(Path(folder))
+        environment = {**os.environ, "PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        command = [sys.executable, "-m", "tests.mutants", "--here", *sys.argv[1:]]
+        return subprocess.run(command, cwd=folder, env=environment, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -30,12 +30,25 @@ def test_a_sample_comes_again_with_its_seed():
 
 @pytest.mark.parametrize("subject", mutants.SUBJECTS)
 def test_each_subject_has_code_and_tests(subject):
-    found = mutants.tests_of(mutants.SUBJECTS[subject], None)
+    found = mutants.files_of_tests(mutants.SUBJECTS[subject])
     assert found
     assert all((ROOT / test).is_file() for test in found)
     assert all(list((ROOT / "vera_tools").glob(pattern)) for pattern in mutants.SUBJECTS[subject].code)
 
 
-def test_tests_that_are_named_like_the_file_come_first():
-    found = mutants.tests_of(mutants.SUBJECTS["files"], ROOT / "vera_tools/files/safetensors.py")
-    assert [path.split("/")[-1] for path in found[:2]] == ["test_safetensors.py", "test_safetensors_library.py"]
+@pytest.mark.parametrize(
+    ("lines", "asked"),
+    [
+        (range(1, 2), ["b::one", "a::slow", "c::apart"]),  # by what sets up a file too, which stands for all of it
+        (range(2, 4), ["a::slow", "c::apart"]),
+        (range(9, 10), ["a::quick", "b::one", "a::slow", "c::apart"]),  # on import: those that ran anything of the file
+    ],
+)
+def test_those_that_ran_the_lines_are_asked_and_those_that_start_processes(lines, asked):
+    mutants_asked = pytest.importorskip("tests.mutants_asked", exc_type=ImportError)
+    known = mutants_asked.Known(
+        {"a::slow": 3.0, "a::quick": 1.0, "b::one": 2.0, "c::apart": 0.1, "d::other": 0.2},
+        {"c::apart", "a::slow"},
+        {"x.py": {1: ["", "b::", "a::slow"], 3: ["a::slow"], 5: ["a::quick"], 9: [""]}, "y.py": {1: ["d::other"]}},
+    )
+    assert known.concerned("x.py", lines) == asked
