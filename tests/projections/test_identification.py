@@ -22,7 +22,7 @@ from vera_tools.projections.floats import max_ulp
 from vera_tools.projections.identification import identify, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import KEY_MAX, KEY_MIN
 from vera_tools.projections.pair import Pair, PairShape
-from vera_tools.projections.prng import digests, generate
+from vera_tools.projections.prng import bound, digests, generate
 from vera_tools.projections.recipe import Recipe, candidates
 
 pytestmark = pytest.mark.capability
@@ -214,6 +214,13 @@ def test_a_pair_moved_by_one_ulp_everywhere_is_called_so():
     assert [match.differing for match in found.matches.values()] == [1, 1]
 
 
+@pytest.mark.parametrize(("quarters", "kind"), [(2.9, "ulp"), (5.1, "rounded")])
+def test_what_a_rounding_of_float32_may_move_is_a_share_of_the_bound(quarters, kind):
+    """Four times 2**-24 of the bound, give or take once in which the sum itself is rounded."""
+    pair = [array + np.float32(quarters * 2.0**-24 * bound(array.shape[1])) for array in generate(F32, SMALL)]
+    assert kinds(identify(*pair, prng_key=KEY)) == [kind, kind]
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
 @pytest.mark.parametrize("stored", ["float32", "float16"])
 def test_a_pair_that_went_through_float8_is_called_rounded(dtype, stored):
@@ -309,12 +316,13 @@ def test_one_value_that_is_no_number_is_an_edit_without_figures(value):
     json.dumps(match.to_dict(), allow_nan=False)
 
 
-def test_half_of_a_tensor_overwritten_is_still_the_recipe():
+@pytest.mark.parametrize(("rows", "kind"), [(5, "edited"), (8, "edited"), (9, "unrelated")])
+def test_half_of_a_tensor_overwritten_is_still_the_recipe(rows, kind):
     vera_A, vera_B = generate(F32, SMALL)
-    vera_A[:5] = 0
+    vera_A[:rows] = 0
     found = identify(vera_A, vera_B, prng_key=KEY)
-    assert (found.recipe, kinds(found)) == (F32, ["edited", "identical"])
-    assert found.matches["vera_A"].differing == pytest.approx(5 / 16, abs=1e-3)
+    assert (found.recipe, kinds(found)) == (F32, [kind, "identical"])
+    assert found.matches["vera_A"].differing == pytest.approx(rows / 16, abs=1e-3)
 
 
 def test_negative_zero_is_another_bit_but_no_distance():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -62,8 +63,9 @@ def kernel(seed: int, size: int, *, multiprocessors: int, threads: int, offset: 
 
 @pytest.mark.parametrize(("size", "multiprocessors"), [(100, 4), (1300, 1), (2500, 2)])
 def test_which_thread_draws_which_element(size, multiprocessors):
-    values, offset = philox.uniform(7, size, 0.0, 1.0, offset=8, multiprocessors=multiprocessors, threads=256)
-    words = kernel(7, size, multiprocessors=multiprocessors, threads=256, offset=8)
+    seed = 7 + (9 << 32)
+    values, offset = philox.uniform(seed, size, 0.0, 1.0, offset=8, multiprocessors=multiprocessors, threads=256)
+    words = kernel(seed, size, multiprocessors=multiprocessors, threads=256, offset=8)
     expected = [np.float32(np.float32(word) * np.float32(2**-32) + np.float32(2**-33)) for word in words]
     assert values.tolist() == [0.0 if value == 1 else float(value) for value in expected]
     assert offset == 8 + 4 * math.ceil(size / (min(multiprocessors, math.ceil(size / 256)) * 1024))
@@ -95,3 +97,14 @@ def test_the_fused_sum_rounds_once():
     product = np.array([2.0**-24 + 2.0**-60])
     assert np.float32(product + 1.0) == 1.0
     assert philox._odd_sum(product, 1.0).astype(np.float32)[0] == np.float32(1 + 2.0**-23)
+    product = np.array([3 * 2.0**-24 - 2.0**-60])  # and just below another one, whose even neighbour is the upper
+    assert np.float32(product + 1.0) == np.float32(1 + 2.0**-22)
+    assert philox._odd_sum(product, 1.0).astype(np.float32)[0] == np.float32(1 + 2.0**-23)
+
+
+@pytest.mark.parametrize("words", [(0, 0), (1, 0), (0, 1), (2**32 - 1, 2**21 - 1), (0x9ABCDEF0, 0x12345)])
+def test_a_double_is_made_of_53_bits_and_half_a_step(words):
+    first, second = words
+    unit = float(Fraction(2 * (first ^ (second << 21)) + 1, 2**54))
+    expected = float(Fraction(unit) * Fraction(0.75) + Fraction(-0.5))
+    assert philox._double(np.array([words], np.uint64), -0.5, 0.25)[0, 0] == expected

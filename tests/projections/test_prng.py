@@ -282,6 +282,8 @@ def test_memory_stays_near_the_size_of_the_result(recipe):
 @example(a=1 + 2.0**-52, b=1 + 2.0**-52, c=2.0**-53)  # the product's tail decides a tie
 @example(a=1 + 2.0**-27, b=1 + 2.0**-27, c=-(2.0**-54))
 @example(a=3.0, b=2.0**-55, c=1.0)
+@example(a=1 + 511 * 2.0**-52, b=1 + 2.0**-52, c=1024.0)  # above a tie by less than the tail has bits for
+@example(a=1 + 513 * 2.0**-52, b=1 - 2.0**-52, c=1024.0)  # and below
 def test_fma_rounds_once(a, b, c):
     exact = Fraction(a) * Fraction(b) + Fraction(c)
     assert fma(np.array([a]), b, c)[0] == exact.numerator / exact.denominator
