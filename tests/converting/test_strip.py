@@ -150,6 +150,8 @@ def test_force_strips_and_records_the_loss(checkpoint, tmp_path):
     assert manifest.projections.sha256["vera_B"] == digest
     assert report.to_dict()["matches"]["vera_B"]["match"] == "unrelated"
     assert not any(load.exact for load in report.loads)
+    verified = verify(tmp_path / "out")
+    assert (verified.exit_code, verified.checkpoints[0].verdict) == (1, "drift")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,18 @@ def writes(monkeypatch):
     return steps
 
 
+def test_a_store_that_keeps_half_of_what_it_was_given(memory, monkeypatch):
+    def put_half(self, here, there, **options):
+        with open(here, "rb") as stream:
+            content = stream.read()
+        self.pipe_file(there, content[: len(content) // 2])
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put_half)
+    with pytest.raises(StoreError, match="the store does not hold what was written"):
+        vera_tools.strip_projections(HERE, memory / "out")
+    assert memory.files("out") == {}
+
+
 def test_a_reader_never_sees_a_part(memory, writes):
     """Ours is told that it is not whole; one that begins with the config finds none before all else is there."""
     seen = []

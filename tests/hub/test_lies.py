@@ -6,6 +6,7 @@ import functools
 import hashlib
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -243,6 +244,23 @@ def test_a_wait_that_is_no_number(hub, tmp_path, text, monkeypatch):
     with hub.fault(INFO, status=429, headers={"Retry-After": text.encode("utf-8").decode("latin-1")}, times=99):
         error, _ = pull(tmp_path / "out", hub)
     assert isinstance(error, HubError)
+
+
+def test_a_range_that_is_shorter_than_asked_for(hub, monkeypatch):
+    from vera_tools.files.hub import HubFile
+
+    hub.add_repo("ann/x", files_of(CHECKPOINTS / KEPT))
+    get = HubFile._get
+
+    def short(self, headers):
+        answer = get(self, headers)
+        if "Range" not in headers:
+            return answer
+        return SimpleNamespace(content=answer.content[:-1], status_code=answer.status_code)
+
+    monkeypatch.setattr(HubFile, "_get", short)
+    with pytest.raises(HubError, match="sent another range than asked for"):
+        vera_tools.verify("hf://ann/x")
 
 
 def test_the_bytes_are_compared_whatever_the_listings_say(hub, tmp_path, victim):

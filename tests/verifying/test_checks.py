@@ -84,6 +84,15 @@ class TestStructure:
         edit(folder, lambda arrays: arrays.__setitem__("base_model.vera_A", np.ones((16, 64), np.int32)))
         assert "tensors.dtypes" in failed(one(folder))
 
+    def test_projections_of_two_dtypes(self, checkpoint):
+        folder = checkpoint(KEPT)
+        edit(
+            folder, lambda arrays: arrays.update({"base_model.vera_A": arrays["base_model.vera_A"].astype(np.float16)})
+        )
+        report = one(folder)
+        assert "tensors.dtypes" in failed(report)
+        assert vera_tools.verify(folder).exit_code != 0
+
     def test_promised_projections_that_are_missing(self, checkpoint):
         folder = checkpoint(KEPT)
         drop_pair(folder)

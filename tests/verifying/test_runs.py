@@ -231,3 +231,17 @@ def test_a_disk_that_takes_less_than_it_is_given(root, tmp_path, monkeypatch):
     vera_tools.verify(root, recursive=True, log=tmp_path / "log")
     monkeypatch.undo()
     assert len(lines_of(tmp_path / "log")) == 4
+
+
+def test_a_run_that_ended_over_nothing_is_no_pass(tmp_path):
+    (tmp_path / "empty").mkdir()
+    log = tmp_path / "log.jsonl"
+    with pytest.raises(FormatError, match=r"no adapter_config\.json"):
+        vera_tools.verify(tmp_path / "empty", recursive=True, log=log)
+    begun = json.loads(log.read_text())
+    with log.open("a") as stream:
+        stream.write(json.dumps({**begun, "run": {**begun["run"], "total": 0, "ended": True}}) + "\n")
+    with pytest.raises(FormatError, match="no checkpoint was verified"):
+        vera_tools.summarize(log)
+    with pytest.raises(UsageError, match="no log given"):
+        vera_tools.summarize()
