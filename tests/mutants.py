@@ -212,8 +212,14 @@ def made(change: Change) -> Iterator[None]:
         change.file.write_bytes(text)
 
 
-def score(name: str, sample: int, seed: int) -> str:
+def score(name: str, sample: int, seed: int, *, quick: bool) -> str:
     """Change what belongs to a subject, in this tree, and print what no test notices.
+
+    Args:
+        name: Of the subject.
+        sample: How many changes.
+        seed: Of the sample.
+        quick: Ask only the tests that ran the lines themselves.
 
     Returns:
         A line with the score.
@@ -228,7 +234,7 @@ def score(name: str, sample: int, seed: int) -> str:
     changes = drawn(subject, sample, random.Random(f"{name} {seed}"))
     for change in changes:
         file = change.file.relative_to(ROOT).as_posix()
-        names = known.concerned(file, change.lines)
+        names = known.concerned(file, change.lines, here=quick)
         with made(change):
             if names and not asker.passes(names, within=10 + 10 * usual):
                 noticed += 1
@@ -244,11 +250,12 @@ def main() -> int:
     parser.add_argument("subjects", nargs="*", choices=[*SUBJECTS, []], help="what is changed (default: each)")
     parser.add_argument("--sample", type=int, default=60, help="changes of each (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="do not ask the tests that start processes")
     parser.add_argument("--here", action="store_true", help="change the working tree itself, not a copy of it")
     options = parser.parse_args()
     if options.here:
         for name in options.subjects or SUBJECTS:
-            print(score(name, options.sample, options.seed), flush=True)
+            print(score(name, options.sample, options.seed, quick=options.quick), flush=True)
         return 0
     with tempfile.TemporaryDirectory(prefix="vera-tools-mutants-") as folder:
         copy_tree(Path(folder))

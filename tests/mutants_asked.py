@@ -54,15 +54,15 @@ class Known:
     apart: set[str] = field(default_factory=set)
     ran: dict[str, dict[int, list[str]]] = field(default_factory=dict)
 
-    def concerned(self, file: str, lines: range) -> list[str]:
-        """The tests that ran one of these lines, quickest first, and then the other ones that started processes.
+    def concerned(self, file: str, lines: range, *, here: bool = False) -> list[str]:
+        """The tests that ran one of these lines, quickest first; and but for `here`, those that started processes.
 
         Where no test ran the lines, as with what is done on import, those that ran any line of the file.
         """
         of_lines = self.ran.get(file, {})
         names = {name for line in lines for name in of_lines.get(line, ()) if name}
         first = self._quickest(names or {name for found in of_lines.values() for name in found if name})
-        return list(dict.fromkeys([*first, *self._quickest(self.apart)]))
+        return first if here else list(dict.fromkeys([*first, *self._quickest(self.apart)]))
 
     def _quickest(self, names: set[str]) -> list[str]:
         files = tuple(name for name in names if name.endswith("::"))

@@ -52,3 +52,4 @@ def test_those_that_ran_the_lines_are_asked_and_those_that_start_processes(lines
         {"x.py": {1: ["", "b::", "a::slow"], 3: ["a::slow"], 5: ["a::quick"], 9: [""]}, "y.py": {1: ["d::other"]}},
     )
     assert known.concerned("x.py", lines) == asked
+    assert known.concerned("x.py", lines, here=True) == [name for name in asked if name != "c::apart"]
