@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -9,7 +11,15 @@ from click.core import ParameterSource
 
 import vera_tools
 from vera_tools.cli.completion import REFERENCE
-from vera_tools.cli.shared import Output, base_option, examples, human_bytes, labelled, output_options
+from vera_tools.cli.shared import (
+    Output,
+    base_option,
+    examples,
+    human_bytes,
+    labelled,
+    output_options,
+    page_option,
+)
 from vera_tools.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,9 +36,16 @@ if TYPE_CHECKING:
 @click.option("-R", "--recursive", is_flag=True, help="Search the folders, and say what all checkpoints are together.")
 @base_option
 @click.option("--allow-pickle", is_flag=True, help="Read a legacy adapter_model.bin (needs torch; weights_only).")
+@page_option
 @output_options
 def command(
-    output: Output, *, checkpoints: tuple[str, ...], recursive: bool, base: str | None, allow_pickle: bool
+    output: Output,
+    *,
+    checkpoints: tuple[str, ...],
+    recursive: bool,
+    base: str | None,
+    allow_pickle: bool,
+    page: Path | None,
 ) -> int:
     """Show what CHECKPOINT is: config, layers, shapes, dtypes, parameter and byte counts.
 
@@ -36,12 +53,24 @@ def command(
     they have, which are copies, and what stripping would save.
     """
     if not recursive and len(checkpoints) == 1:
+        if page:
+            raise UsageError("--report is a page of many checkpoints", hint="add -R, or name several")
         report = vera_tools.inspect(checkpoints[0], base=base, allow_pickle=allow_pickle)
         return output.emit(report, lambda console: _show(report, console, verbose=output.verbose))
     if click.get_current_context().get_parameter_source("base") is ParameterSource.COMMANDLINE:
         raise UsageError("--base goes with one checkpoint")
+    if page:
+        from vera_tools.files import atomic  # late: help and completion write nothing
+
+        atomic.refuse_unwritable(page, atomic.PAGE)
     with output.progress("looking") as progress:
         many = vera_tools.census(*checkpoints, recursive=recursive, allow_pickle=allow_pickle, progress=progress)
+    if page:
+        from vera_tools.comparing.census_page import render
+        from vera_tools.files import atomic
+        from vera_tools.pages import Made
+
+        atomic.write_bytes(page, render(many, made=Made.now(sys.argv[1:])).encode())
     return output.emit(many, lambda console: _show_many(many, console, verbose=output.verbose))
 
 
