@@ -146,7 +146,7 @@ def _weights(sound: bytes, source: Source) -> bytes:
 def header(source: Source) -> None:
     """The reader of safetensors: what it takes, the library reads the same."""
     with TensorFile(MemoryFile("memory", _weights(adapter()[WEIGHTS], source))) as opened:
-        for _, pieces in opened.walk():
+        for _, pieces in opened.runs():
             for _ in pieces:
                 pass
         opened.objection()

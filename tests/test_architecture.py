@@ -21,9 +21,10 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # The packages, and the modules beside them, from the ground up. Each imports from the levels below its own, and of its
 # own level from itself alone.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "dtypes", "blas", "conformity"),
+    ("errors", "_version", "dtypes", "blas", "conformity", "memo"),
     ("schema", "report", "parts"),
     ("pages",),
+    ("listing",),
     ("projections",),
     ("platforms", "files"),
     ("architectures",),

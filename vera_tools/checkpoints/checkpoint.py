@@ -14,9 +14,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vera_tools.checkpoints import keys, peft_values
+from vera_tools.checkpoints import contents, keys, peft_values
 from vera_tools.checkpoints.base import BaseModel, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, MOST_BYTES, VeraConfig
+from vera_tools.checkpoints.contents import Contents
+from vera_tools.checkpoints.contents import Layer as Layer
 from vera_tools.checkpoints.keys import MODULES as MODULES
 from vera_tools.checkpoints.keys import ROOT as ROOT
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord, most_bytes
@@ -27,32 +29,13 @@ from vera_tools.dtypes import FLOATS, Array
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.files import local, opening
 from vera_tools.files.safetensors import TensorFile, TensorInfo
+from vera_tools.memo import Memo
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
-
-# Tensor name fragments of the adapters that are mistaken for VeRA, and their kinds.
-_FOREIGN = {
-    "pvera_": "PVERA",
-    "randlora_": "RANDLORA",
-    ".lora_A": "LORA",
-    ".lora_B": "LORA",
-    "vblora_": "VBLORA",
-    ".lokr_": "LOKR",
-    ".hada_": "LOHA",
-    ".oft_": "OFT",
-    ".ia3_": "IA3",
-}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One adapted module and its two vectors; None where the file lacks one."""
-
-    module: str
-    lambda_b: TensorInfo | None
-    lambda_d: TensorInfo | None
+#: Characters of the configs whose texts are remembered.
+_SHORT_CONFIG = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -93,8 +76,11 @@ class Place:
         names = local.present(folder, (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME))
         return cls(opening.spelled(reference), folder, file, tuple(names))
 
-    def read_config(self) -> Config | None:
+    def read_config(self, memo: Memo | None = None) -> Config | None:
         """The config, which tells other adapters before anything is said about their weights; None where none is there.
+
+        Args:
+            memo: Remembers what texts say, for callers that change no config.
 
         Raises:
             NotVeraError: an adapter of another kind.
@@ -103,8 +89,14 @@ class Place:
         if CONFIG_NAME not in self.names:
             return None
         text, where = local.read_text(self.folder, CONFIG_NAME, limit=MOST_BYTES), self.folder.path_of(CONFIG_NAME)
-        reading = peft_values.read(text, where=where)
-        return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
+
+        def parse() -> Config:
+            reading = peft_values.read(text, where=where)
+            return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
+
+        if memo is None or len(text) > _SHORT_CONFIG:
+            return parse()
+        return memo(("config", text), parse, weight=1 + len(text) // 1024)
 
 
 class Checkpoint(local.ReadFromFolder):
@@ -128,14 +120,21 @@ class Checkpoint(local.ReadFromFolder):
         self.reading = config.reading if config else peft_values.Reading({})
         self.weights = _open_weights(place, allow_pickle=allow_pickle)
         try:
-            self._refuse_other_kinds()
+            usual = contents.of_usual(self.weights)
+            if usual is None:
+                self._refuse_other_kinds()
             self._embedded_error: FormatError | None = None
             try:
                 self._embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
             except FormatError as error:
                 self._embedded, self._embedded_error = None, error
             self.config = config.parsed if config else self._config_from_metadata()
-            self.keys = keys.put_right(self.weights, auto_mapping=self.config.auto_mapping)
+            self.keys = keys.Keys()
+            if usual is None:
+                self.keys = keys.put_right(self.weights, auto_mapping=self.config.auto_mapping)
+            self._contents = usual or Contents.of(self.weights.tensors)
+            if config is None:
+                self.config.save_projection = bool(self.projections)
         except BaseException:
             self.close()
             raise
@@ -188,27 +187,17 @@ class Checkpoint(local.ReadFromFolder):
     @cached_property
     def projections(self) -> dict[str, TensorInfo]:
         """The stored projections, by their short names "vera_A" and "vera_B"."""
-        return {name: self.weights.tensors[ROOT + name] for name in PROJECTIONS if ROOT + name in self.weights.tensors}
+        return dict(self._contents.projections)
 
     @cached_property
     def layers(self) -> dict[str, Layer]:
         """The adapted modules, by name, in the file's order."""
-        found: dict[str, dict[str, TensorInfo]] = {}
-        for name, info in self.weights.tensors.items():
-            module, _, vector = name.removeprefix(MODULES).rpartition(".")
-            if name.startswith(MODULES) and vector in ("vera_lambda_b", "vera_lambda_d"):
-                found.setdefault(module, {})[vector] = info
-        return {
-            module: Layer(module, vectors.get("vera_lambda_b"), vectors.get("vera_lambda_d"))
-            for module, vectors in found.items()
-        }
+        return dict(self._contents.layers)
 
     @cached_property
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Whatever is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
-        vectors = {info.name for layer in self.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info}
-        known = vectors | {info.name for info in self.projections.values()}
-        return {name: info for name, info in self.weights.tensors.items() if name not in known}
+        return dict(self._contents.others)
 
     @cached_property
     def unadapted(self) -> tuple[str, ...]:
@@ -363,14 +352,10 @@ class Checkpoint(local.ReadFromFolder):
         return None
 
     def _refuse_other_kinds(self) -> None:
-        for name in self.weights.tensors:
-            for fragment, kind in _FOREIGN.items():
-                if fragment in name:
-                    raise NotVeraError(
-                        f"this holds {kind} tensors, not VeRA's",
-                        kind=kind,
-                        where=f"{self.weights.label}: {name}",
-                    )
+        if found := contents.foreign(self.weights.tensors):
+            name, kind = found
+            where = f"{self.weights.label}: {name}"
+            raise NotVeraError(f"this holds {kind} tensors, not VeRA's", kind=kind, where=where)
 
     def _config_from_metadata(self) -> VeraConfig:
         if self._embedded is None or self._embedded.recipe is None:
@@ -379,11 +364,7 @@ class Checkpoint(local.ReadFromFolder):
                 where=self.folder.label,
                 hint="only files written by vera-tools say in their metadata what they are",
             )
-        return VeraConfig(
-            r=self._embedded.shape.r,
-            projection_prng_key=self._embedded.recipe.prng_key,
-            save_projection=bool(self.projections),
-        )
+        return VeraConfig(r=self._embedded.shape.r, projection_prng_key=self._embedded.recipe.prng_key)
 
 
 def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:

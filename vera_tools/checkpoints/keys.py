@@ -102,6 +102,11 @@ def put_right(weights: TensorFile, *, auto_mapping: Mapping[str, object] | None)
     return Keys(odd, tuple(repeated), of_a_layer)
 
 
+def are_usual(names: Iterable[str]) -> bool:
+    """Whether none of the names is odd, whatever the config says: it can only keep a name from being so."""
+    return not _odd(names, None)
+
+
 def _odd(names: Iterable[str], auto_mapping: Mapping[str, object] | None) -> list[Odd]:
     """The names that are not PEFT's own, with what they mean."""
     names = list(names)

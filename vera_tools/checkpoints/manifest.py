@@ -25,6 +25,7 @@ from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files import canonical_json
 from vera_tools.files.canonical_json import Plain
 from vera_tools.files.strict_json import parse_json
+from vera_tools.memo import Memo
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document
@@ -55,7 +56,7 @@ def most_bytes(header: int) -> int:
     return MOST_BYTES + 12 * header
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorRecord(Document):
     """Shape, dtype and sha256 (little-endian, row-major bytes) of one tensor; no sha256 where it was not at hand."""
 
@@ -78,10 +79,10 @@ class TensorRecord(Document):
         # doubt, the schema says what is wrong.
         try:
             shape, dtype, sha256 = data["shape"], data["dtype"], data["sha256"]
-            good = (
-                len(data) == 3 and isinstance(dtype, str) and (sha256 is None or _SHA256.fullmatch(sha256) is not None)
-            )
-            good = good and isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
+            good = len(data) == 3 and type(dtype) is str and (sha256 is None or _SHA256.fullmatch(sha256) is not None)
+            good = good and type(shape) is list
+            for size in shape:
+                good = good and type(size) is int and size >= 0
         except (KeyError, TypeError):
             good = False
         if not good:
@@ -179,10 +180,19 @@ class ProjectionRecord:
         """
         if METADATA_KEY not in metadata:
             return None
-        where = f"{where}: metadata {METADATA_KEY}"
-        data = parse_json(metadata[METADATA_KEY], where=where)
-        schema.validate(data, "projections.v1", where=where)
-        return cls.from_dict(data, where=where)
+        text, where = metadata[METADATA_KEY], f"{where}: metadata {METADATA_KEY}"
+
+        def parse() -> ProjectionRecord:
+            data = parse_json(text, where=where)
+            schema.validate(data, "projections.v1", where=where)
+            return cls.from_dict(data, where=where)
+
+        return _in_metadata(text, parse, weight=len(text)) if len(text) <= _SHORT else parse()
+
+
+#: Characters of the records in metadata that are remembered, each and all together: in a registry most are the same.
+_SHORT, _REMEMBERED = 1 << 12, 1 << 19
+_in_metadata = Memo(_REMEMBERED)
 
 
 @dataclass(frozen=True)
@@ -295,8 +305,8 @@ class Manifest:
 
 
 def _check_digest(document: dict[str, Any], *, where: str) -> None:
-    covered = {name: value for name, value in document.items() if name != DIGEST}
-    covered["tensors"] = Plain(covered["tensors"])  # of `TensorRecord`s, which hold no float
+    # By the schema, nothing else than the config can hold a float.
+    covered = {n: value if n == "config" else Plain(value) for n, value in document.items() if n != DIGEST}
     try:
         found = canonical_json.sha256(covered)
     except RecursionError as error:

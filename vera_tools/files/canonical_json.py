@@ -15,6 +15,7 @@ number, and 1 and 1.0 are too, which PEFT tells apart. The rules:
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import struct
 from json.encoder import encode_basestring
@@ -28,6 +29,9 @@ class Plain(NamedTuple):
     """
 
     part: Any
+
+
+_encode = json.JSONEncoder(ensure_ascii=False, check_circular=False, sort_keys=True, separators=(",", ":")).encode
 
 
 def canonical(document: Any) -> str:
@@ -49,10 +53,15 @@ def canonical(document: Any) -> str:
     if isinstance(document, float):
         return f"0x{struct.pack('>d', document).hex()}"
     if isinstance(document, dict):
-        members = (f"{encode_basestring(name)}:{canonical(value)}" for name, value in sorted(document.items()))
-        return "{" + ",".join(members) + "}"
+        texts = []
+        for is_plain, members in itertools.groupby(sorted(document.items()), lambda member: type(member[1]) is Plain):
+            if is_plain:
+                texts.append(_encode({name: value.part for name, value in members})[1:-1])
+            else:
+                texts += [f"{encode_basestring(name)}:{canonical(value)}" for name, value in members]
+        return "{" + ",".join(texts) + "}"
     if isinstance(document, Plain):
-        return json.dumps(document.part, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        return _encode(document.part)
     if isinstance(document, list | tuple):
         return "[" + ",".join(map(canonical, document)) + "]"
     raise TypeError(f"JSON has no {type(document).__name__}")

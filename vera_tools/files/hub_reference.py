@@ -93,7 +93,7 @@ def from_page(text: str) -> str | None:
     What follows "?" or "#" is left out. The address may lack its scheme, as some browsers copy it.
     """
     scheme, found, rest = text.partition("://")
-    if found and scheme.lower() not in ("http", "https"):
+    if text.startswith("/") or (found and scheme.lower() not in ("http", "https")):
         return None
     try:
         page = urlsplit(f"//{rest}" if found else f"//{text}")

@@ -270,7 +270,7 @@ class LocalFolder:
         self.label = str(path)
         self.path = path
         #: The folder that was opened first, and what was read below it, by the path from there.
-        self._root, self._read = path, dict[str, Stamp]()
+        self._root, self._within, self._read = path, "", dict[str, Stamp]()
 
     def names(self) -> list[str]:
         """Sorted names of the files directly in the folder.
@@ -296,7 +296,7 @@ class LocalFolder:
         """
         path = self.path / name
         file = LocalFile(path)
-        before = self._read.setdefault(os.path.relpath(path, self._root), file.stamp)
+        before = self._read.setdefault(os.path.join(self._within, name), file.stamp)
         if before != file.stamp:
             file.close()
             raise changed(self.path_of(name), before, file.stamp)
@@ -307,7 +307,7 @@ class LocalFolder:
         if not is_folder(self.path / name):
             return None
         inside = LocalFolder(self.path / name)
-        inside._root, inside._read = self._root, self._read
+        inside._root, inside._within, inside._read = self._root, os.path.join(self._within, name), self._read
         return inside
 
     def refuse_leaving(self, name: str) -> None:
@@ -354,7 +354,7 @@ class LocalFolder:
         if name is None:
             self._read.clear()
         else:
-            self._read.pop(os.path.relpath(self.path / name, self._root), None)
+            self._read.pop(os.path.join(self._within, name), None)
 
 
 def _blobs(folder: Path) -> Path | None:

@@ -17,8 +17,6 @@ is written the same. Tensors are laid out as the library does it: widest element
 from __future__ import annotations
 
 import hashlib
-import json
-import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,46 +26,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vera_tools.dtypes import BITS, CODES, NAMES, np_dtype
-from vera_tools.errors import CheckFailedError, FormatError, cut
+from vera_tools.dtypes import np_dtype
+from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files import safetensors_library
 from vera_tools.files.local import ByteSource, Closing, LocalFile
-from vera_tools.files.strict_json import parse_json
+from vera_tools.files.safetensors_header import HEADER_ROOM as HEADER_ROOM
+from vera_tools.files.safetensors_header import MAX_DIMENSIONS as MAX_DIMENSIONS
+from vera_tools.files.safetensors_header import MAX_HEADER as MAX_HEADER
+from vera_tools.files.safetensors_header import MAX_NAME as MAX_NAME
+from vera_tools.files.safetensors_header import MAX_TENSORS as MAX_TENSORS
+from vera_tools.files.safetensors_header import MAX_VALUES as MAX_VALUES
+from vera_tools.files.safetensors_header import TENSOR_ROOM as TENSOR_ROOM
+from vera_tools.files.safetensors_header import TensorInfo as TensorInfo
+from vera_tools.files.safetensors_header import check_extent, read_header
+from vera_tools.files.safetensors_header import encode_header as encode_header
+from vera_tools.files.safetensors_header import layout as layout
+from vera_tools.files.safetensors_header import parse_header as parse_header
 
 Array = npt.NDArray[Any]
 
-MAX_HEADER = 100_000_000  # the limit of the safetensors library
-#: Tensors in one file. The largest mixtures of experts have some 150,000, in all of their files together.
-MAX_TENSORS = 500_000
-#: What a header may hold beside its tensors, which is metadata, and for each of them. Two hundred bytes are usual.
-HEADER_ROOM, TENSOR_ROOM = 16 << 20, 1024
-#: Values in a header beside those of its tensors.
-MAX_VALUES = 1_000_000
-#: Characters of a tensor's name. A tenth of this would be long.
-MAX_NAME = 4096
-MAX_DIMENSIONS = 64  # of torch and of NumPy 2
 CHUNK = 1 << 20
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as the header describes it. `start` and `stop` count bytes from the end of the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes the tensor takes in the file."""
-        return self.stop - self.start
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -93,6 +71,7 @@ class TensorFile(Closing):
         header: The header's bytes as they stand in the file, padding included, the 8 length bytes not.
         metadata: The ``__metadata__`` entries.
         tensors: Name to `TensorInfo`, in the order of the bytes in the file.
+        parsed: What the header says, the tensors under the names that they have in the file.
     """
 
     def __init__(self, source: ByteSource) -> None:
@@ -101,8 +80,8 @@ class TensorFile(Closing):
         try:
             self.header = self._read_header()
             try:
-                self.metadata, self.tensors = parse_header(self.header, where=source.label)
-                _check_extent(self.tensors, source.size - 8 - len(self.header), where=source.label)
+                self.parsed = read_header(self.header, where=source.label)
+                check_extent(self.parsed, source.size - 8 - len(self.header), where=source.label)
             except FormatError as error:
                 if error.hint is None and _library_reads(self.header, source.size):
                     error.hint = f"{safetensors_library.LIBRARY} does read it: load and save it with that library"
@@ -111,7 +90,7 @@ class TensorFile(Closing):
             source.close()
             raise
         self.data_start = 8 + len(self.header)
-        self._entries = dict(self.tensors)  # under the names that they have in the file
+        self.metadata, self.tensors = dict(self.parsed.metadata), dict(self.parsed.tensors)
 
     @classmethod
     def open(cls, path: str | Path) -> TensorFile:
@@ -169,26 +148,29 @@ class TensorFile(Closing):
             self._source.read_into(view, self.data_start + start)
             yield view
 
-    def walk(self) -> Iterator[tuple[TensorInfo, Iterator[memoryview]]]:
-        """Every tensor with its bytes, at most `CHUNK` at a time, in the order of the file.
+    def runs(self) -> Iterator[tuple[list[TensorInfo], Iterator[memoryview]]]:
+        """Every tensor with its bytes, in the order of the file, at most `CHUNK` at a time.
 
-        Small tensors share a read. What was handed out is overwritten when the next one is asked for.
+        Small neighbours come together and in one piece, a large tensor comes alone and in several. What was handed out
+        is overwritten when the next one is asked for.
         """
-        infos = list(self.tensors.values())
-        end = max((info.stop for info in infos), default=0)
-        buffer, first, last = memoryview(bytearray(min(CHUNK, end))), 0, 0  # it holds the bytes from first to last
+        end = max((info.stop for info in self.tensors.values()), default=0)
+        buffer = memoryview(bytearray(min(CHUNK, end)))
 
-        def pieces(info: TensorInfo) -> Iterator[memoryview]:
-            nonlocal first, last
-            for start in range(info.start, info.stop, CHUNK):
-                stop = min(start + CHUNK, info.stop)
-                if not first <= start <= stop <= last:
-                    first, last = start, min(start + CHUNK, end)
-                    self._source.read_into(buffer[: last - first], self.data_start + first)
-                yield buffer[start - first : stop - first]
+        def pieces(first: int, last: int) -> Iterator[memoryview]:
+            for start in range(first, last, CHUNK):
+                view = buffer[: min(CHUNK, last - start)]
+                self._source.read_into(view, self.data_start + start)
+                yield view
 
-        for info in infos:
-            yield info, pieces(info)
+        run: list[TensorInfo] = []
+        for info in self.tensors.values():
+            if run and (info.start != run[-1].stop or info.stop - run[0].start > CHUNK):
+                yield run, pieces(run[0].start, run[-1].stop)
+                run = []
+            run.append(info)
+        if run:
+            yield run, pieces(run[0].start, run[-1].stop)
 
     def deferred(self, name: str) -> Deferred:
         """One tensor as it stands, to be copied into another file."""
@@ -214,11 +196,11 @@ class TensorFile(Closing):
     def digests(self) -> dict[str, str]:
         """sha256 over each tensor's bytes, by name."""
         found = {}
-        for info, pieces in self.walk():
-            digest = hashlib.sha256()
-            for piece in pieces:
-                digest.update(piece)
-            found[info.name] = digest.hexdigest()
+        for infos, pieces in self.runs():
+            if len(infos) == 1:
+                found[infos[0].name] = sha256_of(pieces)
+            else:
+                found |= digests_in(infos, next(pieces, memoryview(b"")))
         return found
 
     def objection(self) -> str | None:
@@ -231,15 +213,16 @@ class TensorFile(Closing):
             theirs = safetensors_library.read(self.header, self.size)
         except FormatError as error:
             return error.what
-        ours = {name: (info.dtype, info.shape) for name, info in self._entries.items()}
+        entries, metadata = self.parsed.tensors, self.parsed.metadata
+        ours = {name: (info.dtype, info.shape) for name, info in entries.items()}
         for name in [*ours, *theirs.tensors]:
             if ours.get(name) != theirs.tensors.get(name):
                 found, read = (_in_words(tensors.get(name)) for tensors in (theirs.tensors, ours))
                 return f"{safetensors_library.LIBRARY} finds {found} under {name}, where {read} was read"
-        filled = [name for name, info in self._entries.items() if info.nbytes]
-        if [name for name in theirs.tensors if self._entries[name].nbytes] != filled:
+        filled = [name for name, info in entries.items() if info.nbytes]
+        if [name for name in theirs.tensors if entries[name].nbytes] != filled:
             return f"{safetensors_library.LIBRARY} finds the tensors in another order"
-        return None if theirs.metadata == self.metadata else f"{safetensors_library.LIBRARY} finds other metadata"
+        return None if theirs.metadata == metadata else f"{safetensors_library.LIBRARY} finds other metadata"
 
     def _read_header(self) -> bytes:
         if self._source.size < 8:
@@ -271,6 +254,20 @@ class TensorFile(Closing):
         return bytes(header)
 
 
+def sha256_of(pieces: Iterable[memoryview]) -> str:
+    """sha256 over a tensor's bytes."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def digests_in(infos: Sequence[TensorInfo], data: memoryview) -> dict[str, str]:
+    """sha256 over the bytes of each of a run of tensors, all of which are `data`."""
+    first, sha256 = infos[0].start, hashlib.sha256
+    return {info.name: sha256(data[info.start - first : info.stop - first]).hexdigest() for info in infos}
+
+
 def _library_reads(header: bytes, size: int) -> bool:
     try:
         safetensors_library.read(header, size)
@@ -281,161 +278,6 @@ def _library_reads(header: bytes, size: int) -> bool:
 
 def _in_words(tensor: tuple[str, tuple[int, ...]] | None) -> str:
     return "nothing" if tensor is None else f"{tensor[0]} {list(tensor[1])}"
-
-
-def parse_header(header: bytes, *, where: str) -> tuple[dict[str, str], dict[str, TensorInfo]]:
-    """A header's metadata, and its tensors in the order of their bytes.
-
-    Raises:
-        FormatError: not a header, or its tensors leave holes or overlap.
-    """
-    _refuse_excess(header, where=where)
-    try:
-        text = header.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise FormatError(f"the header is not UTF-8 at byte {error.start}", where=where) from error
-    if not text.startswith("{"):
-        raise FormatError("the header does not start with '{'", where=where)
-    document = parse_json(text, where=f"{where}: header")
-    metadata = document.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FormatError("wrong metadata", where=f"{where}: __metadata__", expected="an object of strings")
-    infos = sorted(
-        (_parse_entry(name, entry, where=where) for name, entry in document.items()),
-        key=lambda info: (info.start, info.stop),
-    )
-    position = 0
-    for info in infos:
-        if info.start != position:
-            raise FormatError(
-                "the tensors overlap" if info.start < position else "there is a hole between the tensors",
-                where=f"{where}: {info.name}",
-                expected=f"a start at byte {position}",
-                found=str(info.start),
-            )
-        position = info.stop
-    return metadata, {info.name: info for info in infos}
-
-
-def _refuse_excess(header: bytes, *, where: str) -> None:
-    """Refuse a header that would take more time and memory to parse than its tensors explain, before it is parsed."""
-    tensors = header.count(b'"data_offsets"')  # nobody writes these with escapes, and who does gets less room
-    for what, most, found in (
-        ("tensors", MAX_TENSORS, tensors),
-        ("bytes", HEADER_ROOM + TENSOR_ROOM * tensors, len(header)),
-        ("values", MAX_VALUES + (MAX_DIMENSIONS + 8) * tensors, header.count(b",")),
-    ):
-        if found > most:
-            many = f" for {tensors} tensors" if what != "tensors" else ""
-            raise FormatError(
-                f"the header has too many {what}",
-                where=where,
-                expected=f"at most {most:,}{many}",
-                found=f"{found:,}",
-                hint="no model is known that has so many: if yours is one, please report it",
-            )
-
-
-def _check_extent(tensors: Mapping[str, TensorInfo], room: int, *, where: str) -> None:
-    position = max((info.stop for info in tensors.values()), default=0)
-    if position != room:
-        raise FormatError(
-            "the tensors do not fill the file",
-            where=where,
-            expected=f"{position} bytes of tensors, as the header says",
-            found=f"{room}",
-            hint="the file was cut off" if position > room else "something was appended to it",
-        )
-
-
-def _parse_entry(name: str, entry: Any, *, where: str) -> TensorInfo:
-    if len(name) > MAX_NAME:
-        raise FormatError(
-            "the name of a tensor is too long",
-            where=f"{where}: {cut(name)}",
-            expected=f"at most {MAX_NAME:,} characters",
-            found=f"{len(name):,}",
-        )
-    try:
-        code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        start, stop = offsets
-        good = len(entry) == 3 and code in NAMES and _are_counts(shape) and _are_counts(offsets) and start <= stop
-    except (KeyError, TypeError, ValueError):
-        good = False
-    if not good or len(shape) > MAX_DIMENSIONS:
-        raise _wrong_entry(entry, where=f"{where}: {name}")
-    bits = math.prod(shape) * BITS[code]
-    if bits != 8 * (stop - start):
-        raise FormatError(
-            f"shape and extent contradict each other for {code} {shape}",
-            where=f"{where}: {name}",
-            expected=f"{_in_bytes(bits)} bytes",
-            found=str(stop - start),
-        )
-    return TensorInfo(name, NAMES[code], tuple(shape), start, stop)
-
-
-def _wrong_entry(entry: Any, *, where: str) -> FormatError:
-    """What is wrong with an entry that is none."""
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        return FormatError("wrong header entry", where=where, expected="dtype, shape and data_offsets")
-    code, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(code, str) or code not in NAMES:
-        return FormatError("unknown dtype", where=where, expected=" ".join(NAMES), found=cut(repr(code)))
-    if not _are_counts(shape):
-        found = cut(repr(shape))
-        return FormatError("wrong shape", where=where, expected="a list of non-negative integers", found=found)
-    if len(shape) > MAX_DIMENSIONS:
-        found = f"{len(shape):,}"
-        return FormatError("too many dimensions", where=where, expected=f"at most {MAX_DIMENSIONS}", found=found)
-    return FormatError("wrong data_offsets", where=where, expected="[start, stop]", found=cut(repr(offsets)))
-
-
-def _in_bytes(bits: int) -> str:
-    whole, rest = divmod(bits, 8)
-    if whole >= 2**64:
-        return "2**64 or more"
-    return f"{whole}{f'{rest / 8:g}'[1:] if rest else ''}"
-
-
-_TOO_LARGE = 2**63
-
-
-def _are_counts(value: Any) -> bool:
-    if type(value) is not list:
-        return False
-    # A header has two of these for each tensor, and a generator takes three times as long.
-    for item in value:  # noqa: SIM110
-        if type(item) is not int or not 0 <= item < _TOO_LARGE:
-            return False
-    return True
-
-
-def layout(
-    tensors: Mapping[str, tuple[str, tuple[int, ...]]], *, order: Sequence[str] | None = None
-) -> dict[str, TensorInfo]:
-    """Where each tensor goes in a new file: name to (dtype, shape), in `order`, or else in the library's own order."""
-    names = order or sorted(tensors, key=lambda name: (-BITS[CODES[tensors[name][0]]], name))
-    infos, position = {}, 0
-    for name in names:
-        dtype, shape = tensors[name]
-        stop = position + math.prod(shape) * BITS[CODES[dtype]] // 8
-        infos[name] = TensorInfo(name, dtype, shape, position, stop)
-        position = stop
-    return infos
-
-
-def encode_header(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str]) -> bytes:
-    """The header's bytes, padded with spaces to a multiple of 8, without the 8 length bytes."""
-    document: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
-    for name, info in tensors.items():
-        document[name] = {
-            "dtype": CODES[info.dtype],
-            "shape": list(info.shape),
-            "data_offsets": [info.start, info.stop],
-        }
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
-    return text + b" " * (-len(text) % 8)
 
 
 def write(path: Path, header: bytes, data: Iterable[memoryview | Array]) -> None:

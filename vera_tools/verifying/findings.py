@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from vera_tools.report import Document
 
@@ -38,3 +38,7 @@ class Check(Document):
     id: str
     status: Status
     message: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in reports."""
+        return {"id": self.id, "status": self.status, "message": self.message}  # twenty for each checkpoint

@@ -1,17 +1,12 @@
-"""The outcomes of many checkpoints, kept small: in a registry most checks, recipes and digests are the same."""
+"""The outcomes of many checkpoints, kept small."""
 
 from __future__ import annotations
-
-from collections.abc import Hashable
-from dataclasses import replace
-from typing import TypeVar
 
 from vera_tools.errors import UsageError
 from vera_tools.verifying.findings import VERDICTS, Verdict
 from vera_tools.verifying.gates import LoadSpec
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped, VerifyReport
-
-Value = TypeVar("Value")
+from vera_tools.verifying.sharing import Shared
 
 
 class Gathered:
@@ -31,13 +26,13 @@ class Gathered:
             what = "`against_loads` goes with one `require_loads`, to move from"
             raise UsageError(what, found=f"{len(self._specs)}")
         self._outcomes: dict[int, list[Outcome]] = {}
-        self._shared: dict[Hashable, object] = {}
+        #: What its outcomes share; whoever else holds some of them may share it too.
+        self.shared = Shared()
 
     def add(self, place: int, outcome: Outcome) -> int:
         """Keep an outcome, and say of how many places there is one."""
-        self._outcomes.setdefault(place, []).append(
-            self._small(outcome) if isinstance(outcome, CheckpointReport) else outcome
-        )
+        small = self.shared.small(outcome) if isinstance(outcome, CheckpointReport) else outcome
+        self._outcomes.setdefault(place, []).append(small)
         return len(self._outcomes)
 
     def report(self, *, partial: bool = False, from_log: int = 0) -> VerifyReport:
@@ -53,21 +48,3 @@ class Gathered:
             partial,
             from_log,
         )
-
-    def _small(self, report: CheckpointReport) -> CheckpointReport:
-        one, two = report.projections
-        trained = report.trained
-        return replace(
-            report,
-            checks=tuple(self._one(check, check) for check in report.checks),
-            recipe=self._one(report.recipe, report.recipe),
-            also_matches=self._one(report.also_matches, report.also_matches),
-            projections=self._one((one, two), (one, two)),
-            trained=self._one(trained, trained),
-            scope=self._one(report.scope, report.scope),
-            base=self._one(report.base, report.base),
-        )
-
-    def _one(self, key: Hashable, value: Value) -> Value:
-        """The first of all that are equal to this."""
-        return self._shared.setdefault((type(value), key), value)  # type: ignore[return-value]

@@ -12,11 +12,12 @@ import hashlib
 import io
 import itertools
 import json
+import marshal
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from vera_tools import schema
 from vera_tools._version import TOOL
@@ -30,6 +31,7 @@ from vera_tools.files.store import StoreFolder
 from vera_tools.files.strict_json import parse_json
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 from vera_tools.verifying.runs import Run, Runs
+from vera_tools.verifying.sharing import Shared
 
 #: The member of a line that says more of each status.
 _MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
@@ -37,6 +39,8 @@ _MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
 _LONGEST_LINE = 16 << 20
 #: Of each line, in every version; what has another is not mended.
 _BEGINNING = b'{"schema": "vera-tools/verify-'
+#: So many different reports are known again; in a log of more, hardly any is like another.
+_MOST_REPORTS = 4096
 #: What `verify` reads of a checkpoint.
 _READ = (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME, MANIFEST_NAME)
 
@@ -76,7 +80,7 @@ class Conditions:
         return cls(model.label, commit, base_digests, allow_pickle)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Result:
     """What became of one checkpoint.
 
@@ -115,21 +119,24 @@ class Result:
         }
 
 
+#: This program, as a line names it.
+_THIS = (TOOL["name"], TOOL["version"])
 _FILE = ("name", "size", "modified_ns", "changed_ns")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     """A line that was read: a result, and under what it was found.
 
     Attributes:
+        tool: Name and version of the program that wrote it.
         old: Why nothing may rest on it; None where something may.
         run: The run that wrote it; None where an older version did.
     """
 
     result: Result
     conditions: Conditions
-    tool: dict[str, str]
+    tool: tuple[str, str]
     old: str | None
     run: Run | None
 
@@ -139,46 +146,98 @@ class Line:
         return self.result.path, self.result.commit
 
 
-def read(line: bytes, *, where: str) -> Line | Run:
-    """Parse a line: one on a checkpoint, or on a run alone.
+class Reader:
+    """Parses lines. In a registry most tell the same of their checkpoints, which is looked at once."""
 
-    Raises:
-        FormatError: it is none.
-    """
-    data = parse_json(line.decode("utf-8", "replace"), where=where)
-    if isinstance(data, dict) and data.get("schema") == "vera-tools/verify-run/v1":
-        schema.validate(data, "verify-run.v1", where=where)
-        return Run.from_dict(data["run"])
-    schema.validate(data, "verify-line.v1", where=where)
-    member = _MEMBERS[data["status"]]
-    if data[member] is None:
-        raise FormatError(f"{data['status']}, and {member} is null", where=where)
+    def __init__(self, shared: Shared) -> None:
+        self._shared = shared
+        #: The reports that good lines held, by all that they said but the path.
+        self._reports: dict[bytes, CheckpointReport] = {}
+
+    def read(self, line: bytes, *, where: str) -> Line | Run:
+        """Parse a line: one on a checkpoint, or on a run alone.
+
+        Raises:
+            FormatError: it is none.
+        """
+        data = parse_json(line.decode("utf-8", "replace"), where=where)
+        if isinstance(data, dict) and data.get("schema") == "vera-tools/verify-run/v1":
+            schema.validate(data, "verify-run.v1", where=where)
+            return Run.from_dict(data["run"])
+        entry = data.get("checkpoint") if isinstance(data, dict) else None
+        content = _content(entry) if isinstance(entry, dict) else None
+        known = self._reports.get(content) if content else None
+        if known is None or schema.problems({**data, "checkpoint": None}, "verify-line.v1"):
+            schema.validate(data, "verify-line.v1", where=where)
+        member = _MEMBERS[data["status"]]
+        if data[member] is None:
+            raise FormatError(f"{data['status']}, and {member} is null", where=where)
+        try:
+            found = self._line(data, known, where=where)
+        except VeraToolsError:
+            raise
+        except Exception as error:  # members that contradict each other in a way that no schema tells
+            raise escaped(error, where=where) from error
+        outcome = found.result.outcome
+        if content and isinstance(outcome, CheckpointReport) and len(self._reports) < _MOST_REPORTS:
+            self._reports[content] = outcome
+        return found
+
+    def read_all(self, stream: io.RawIOBase, *, where: str | os.PathLike[str]) -> Iterator[Line | Run]:
+        """Parse the lines of a log, one after the other.
+
+        Raises:
+            FormatError: one of them is none, or longer than any.
+        """
+        lines = io.BufferedReader(stream)
+        try:
+            for number in itertools.count(1):
+                line, place = lines.readline(_LONGEST_LINE + 1), f"{os.fspath(where)}: line {number}"
+                if not line:
+                    return
+                if len(line) > _LONGEST_LINE:
+                    most = f"at most {_LONGEST_LINE} bytes"
+                    raise FormatError("too long for a line of a log", where=place, expected=most)
+                yield self.read(line.rstrip(b"\r\n"), where=place)
+        finally:
+            lines.detach()
+
+    def _line(self, data: dict[str, Any], known: CheckpointReport | None, *, where: str) -> Line:
+        one, path, files = self._shared.one, data["path"], data.get("files")
+        conditions = Conditions(
+            data["base"], data.get("base_state"), data.get("base_digests", False), data.get("allow_pickle", False)
+        )
+        state = None
+        if files is not None:
+            state = tuple((one(f["name"]), f["size"], f["modified_ns"], f["changed_ns"]) for f in files)
+        outcome: Outcome
+        old = None
+        if data["status"] == "skipped":
+            outcome = Skipped(path, data["kind"] or "")
+        elif data["status"] == "failed":
+            outcome = Failed(path, VeraToolsError.from_dict(data["error"]))
+        elif "trained" not in data["checkpoint"]:
+            old = "it does not say what the table of loaders follows from"
+            outcome = Failed(path, FormatError(old, where=where))
+        else:
+            its_path = data["checkpoint"]["path"]
+            report = known or self._shared.small(CheckpointReport.from_dict(data["checkpoint"]))
+            outcome = replace(report, path=path if path == its_path else its_path)  # one text for both
+            old = "it may call reproducible what is only assumed" if _may_be_assumed(outcome) else None
+        run = Run.from_dict(data["run"]) if "run" in data else None
+        tool = (data["tool"]["name"], data["tool"]["version"])
+        return Line(Result(path, data["commit"], outcome, state), one(conditions), one(tool), old, run)
+
+
+def _content(entry: dict[str, Any]) -> bytes | None:
+    """What tells this from every other report but that of another path; None where nothing does."""
+    if not isinstance(entry.get("path"), str):
+        return None
     try:
-        return _line(data, where=where)
-    except VeraToolsError:
-        raise
-    except Exception as error:  # members that contradict each other in a way that no schema tells
-        raise escaped(error, where=where) from error
-
-
-def read_lines(stream: io.RawIOBase, *, where: str | os.PathLike[str]) -> Iterator[Line | Run]:
-    """Parse the lines of a log, one after the other.
-
-    Raises:
-        FormatError: one of them is none, or longer than any.
-    """
-    lines = io.BufferedReader(stream)
-    try:
-        for number in itertools.count(1):
-            line, place = lines.readline(_LONGEST_LINE + 1), f"{os.fspath(where)}: line {number}"
-            if not line:
-                return
-            if len(line) > _LONGEST_LINE:
-                most = f"at most {_LONGEST_LINE} bytes"
-                raise FormatError("too long for a line of a log", where=place, expected=most)
-            yield read(line.rstrip(b"\r\n"), where=place)
-    finally:
-        lines.detach()
+        text = marshal.dumps({name: value for name, value in entry.items() if name != "path"}, 2)
+    except ValueError:  # nested too deeply
+        return None
+    return hashlib.sha256(text).digest()
 
 
 def refuse_no_file(path: Path) -> None:
@@ -189,28 +248,6 @@ def refuse_no_file(path: Path) -> None:
     """
     if kind := local.not_a_file(path):
         raise UsageError(f"this is {kind}, not a file", where=path, hint="`--log -` writes to stdout")
-
-
-def _line(data: dict[str, Any], *, where: str) -> Line:
-    conditions = Conditions(
-        data["base"], data.get("base_state"), data.get("base_digests", False), data.get("allow_pickle", False)
-    )
-    files = data.get("files")
-    state = None if files is None else tuple(tuple(file[key] for key in _FILE) for file in files)
-    outcome: Outcome
-    old = None
-    if data["status"] == "skipped":
-        outcome = Skipped(data["path"], data["kind"] or "")
-    elif data["status"] == "failed":
-        outcome = Failed(data["path"], VeraToolsError.from_dict(data["error"]))
-    elif "trained" not in data["checkpoint"]:
-        old = "it does not say what the table of loaders follows from"
-        outcome = Failed(data["path"], FormatError(old, where=where))
-    else:
-        outcome = CheckpointReport.from_dict(data["checkpoint"])
-        old = "it may call reproducible what is only assumed" if _may_be_assumed(outcome) else None
-    run = Run.from_dict(data["run"]) if "run" in data else None
-    return Line(Result(data["path"], data["commit"], outcome, state), conditions, data["tool"], old, run)
 
 
 def state_of(path: str) -> State | None:
@@ -242,23 +279,37 @@ def _may_be_assumed(report: CheckpointReport) -> bool:
     return report.verdict == "reproducible" and ("manifest.assumed" in found or alone)
 
 
+class _Known(NamedTuple):
+    """What is kept of a line from which a later run may take: `has_run` is whether a run answers for it."""
+
+    result: Result
+    conditions: Conditions
+    tool: tuple[str, str]
+    has_run: bool
+
+
 class Log:
     """The log file or stream of a run. A line that was cut off by a crash is dropped.
 
     Several runs may share a file: it is opened, locked and closed again whenever lines are written, which is at once.
     """
 
-    def __init__(self, target: str | os.PathLike[str] | TextIO | None, run: Run) -> None:
+    def __init__(self, target: str | os.PathLike[str] | TextIO | None, run: Run, shared: Shared | None = None) -> None:
         """Read what is there, and note that the run began.
+
+        Args:
+            target: A file, which may be there; a stream to write to; or None for no log.
+            run: The run.
+            shared: What results share with others that are held.
 
         Raises:
             FormatError: it holds something else.
             UsageError: it cannot be written.
         """
         self._run, self._conditions = run, Conditions()
-        self._lines: list[Line] = []
+        self._lines: list[_Known] = []
         self._runs = Runs()
-        self._known: dict[tuple[str, str | None], Line] = {}
+        self._known: dict[tuple[str, str | None], _Known] = {}
         self._taken: set[tuple[str, str | None]] = set()
         self._done = self._written = 0
         self._held: list[Result] = []
@@ -276,13 +327,14 @@ class Log:
         try:
             refuse_no_file(path)
             with self._alone(path) as stream:
-                for line in read_lines(stream, where=path):
-                    if isinstance(line, Line):
-                        self._lines.append(line)
-                        if line.run:
-                            self._runs.add(line.run, where=str(path), key=line.key)
-                    else:
+                for line in Reader(shared or Shared()).read_all(stream, where=path):
+                    if isinstance(line, Run):
                         self._runs.add(line, where=str(path))
+                        continue
+                    if line.run:
+                        self._runs.add(line.run, where=str(path), key=line.key)
+                    if not (isinstance(line.result.outcome, Failed) or line.old):
+                        self._lines.append(_Known(line.result, line.conditions, line.tool, line.run is not None))
             self._path = path
             self._append([], run.to_line())
         except OSError as error:
@@ -350,9 +402,9 @@ class Log:
         if line is None or line.result is not result:
             return False
         self.taken += 1
-        if line.run is None:
+        if not line.has_run:
             return False
-        self._taken.add(line.key)
+        self._taken.add((result.path, result.commit))
         return True
 
     def _now(self, *, ended: bool = False) -> Run:
@@ -361,6 +413,8 @@ class Log:
 
     def _append(self, results: list[Result], note: bytes | None = None, *, ended: bool = False) -> None:
         """Append lines, the last of which may say that the run ended; or a note on the run, until the next line."""
+        if self._path is None and self._stream is None:
+            return
         lines = []
         for number, result in enumerate(results, start=1):
             self._written += 1
@@ -410,14 +464,15 @@ class Log:
             stream.seek(0)
             yield stream
 
-    def _remember(self, line: Line) -> None:
+    def _remember(self, line: _Known) -> None:
         result, mine = line.result, self._conditions
-        if isinstance(result.outcome, Failed) or line.old or line.conditions.base != mine.base:
+        if line.conditions.base != mine.base:
             return
         if result.commit is not None and line.conditions != mine:  # of the base, say, which may be in another state
             return
+        key = result.path, result.commit
         if result.commit is None:  # the newest line of a path holds, so that an older state that comes back is unknown
-            self._known.pop(line.key, None)
-            if result.state is None or line.tool != dict(TOOL) or line.conditions != mine:
+            self._known.pop(key, None)
+            if result.state is None or line.tool != _THIS or line.conditions != mine:
                 return
-        self._known[line.key] = line
+        self._known[key] = line

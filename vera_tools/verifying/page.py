@@ -10,19 +10,19 @@ from vera_tools.dtypes import BITS, CODES
 from vera_tools.listing import Filter, Row, State
 from vera_tools.pages import Made
 from vera_tools.report import worst
-from vera_tools.verifying.findings import MATCH, VERDICTS
+from vera_tools.verifying.findings import MATCH
 from vera_tools.verifying.loads import OLD_PEFT, PEFT
 from vera_tools.verifying.report import CheckpointReport, VerifyReport
 
 #: What a row may be, from the best to the worst.
-_STATES = tuple(
-    State(name, mark, tone)
-    for name, mark, tone in zip(
-        (*VERDICTS, "failed", "skipped"),
-        "✓≈?≠✗!–",
-        ("good", "unsure", "unsure", "bad", "bad", "bad", "plain"),
-        strict=True,
-    )
+_STATES = (
+    State("reproducible", "✓", "good"),
+    State("assumed", "≈", "unsure"),
+    State("unproven", "?", "unsure"),
+    State("drift", "≠", "bad"),
+    State("invalid", "✗", "bad"),
+    State("failed", "!", "bad"),
+    State("skipped", "–", "plain"),
 )
 _BY_NAME = {state.name: state for state in _STATES}
 _PEFT = {

@@ -130,14 +130,16 @@ def _projection_digests(check: str, record: ProjectionRecord, checkpoint: Checkp
 
 
 def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
-    infos = checkpoint.weights.tensors
-    gone, new = sorted(manifest.tensors.keys() - infos.keys()), sorted(infos.keys() - manifest.tensors.keys())
-    changed = sorted(
-        name
-        for name in manifest.tensors.keys() & infos.keys()
-        if (scans[name].sha256, infos[name].shape, infos[name].dtype)
-        != (manifest.tensors[name].sha256, manifest.tensors[name].shape, manifest.tensors[name].dtype)
-    )
+    infos, records = checkpoint.weights.tensors, manifest.tensors
+    gone, new = sorted(records.keys() - infos.keys()), sorted(infos.keys() - records.keys())
+    changed = []
+    for name, record in records.items():
+        info = infos.get(name)
+        if info is not None and (
+            record.sha256 != scans[name].sha256 or record.shape != info.shape or record.dtype != info.dtype
+        ):
+            changed.append(name)
+    changed.sort()
     if not (gone or new or changed):
         return Check(
             "manifest.tensors", "pass", f"all {len(infos)} tensors have the recorded shapes, dtypes and digests"

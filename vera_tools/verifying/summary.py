@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from vera_tools.checkpoints.checkpoint import in_order
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import local, opening
 from vera_tools.verifying.findings import Verdict
 from vera_tools.verifying.gathering import Gathered
-from vera_tools.verifying.log import Line, read
+from vera_tools.verifying.log import Line, Reader
 from vera_tools.verifying.report import VerifyReport
 from vera_tools.verifying.runs import Run, Runs
 
@@ -52,9 +53,10 @@ def summarize(
         opening.require(log)
     found: dict[str, Line] = {}
     ran = Runs()
+    reader = Reader(gathered.shared)
     for log in logs:
         empty = True
-        for line in _lines(Path(log)):
+        for line in _lines(Path(log), reader):
             empty = False
             if isinstance(line, Run):
                 ran.add(line, where=os.fspath(log))
@@ -70,17 +72,22 @@ def summarize(
         raise FormatError(f"incomplete: {'; '.join(missing)}", where=where, hint=_AGAIN)
     if not found:
         raise FormatError("no checkpoint was verified", where=where, expected="a line or more")
-    for place, path in enumerate(sorted(found, key=lambda path: (re.split(r"[/\\]", path), path))):
+    for place, path in enumerate(sorted(found, key=_as_found)):
         line = found[path]
         if line.old or not line.run:
             why = line.old or "it does not say whether the run that wrote it ended, so there may be more"
-            hint = f"vera-tools {line.tool['version']} wrote it: verify it again, with --log"
+            hint = f"vera-tools {line.tool[1]} wrote it: verify it again, with --log"
             raise FormatError(f"its line in the log cannot be relied on: {why}", where=path, hint=hint)
         gathered.add(place, line.result.outcome)
     return gathered.report()
 
 
-def _lines(log: Path) -> Iterator[Line | Run]:
+def _as_found(path: str) -> tuple[object, ...]:
+    """What to sort paths by, such that they come as a search finds them: numbers in names count as numbers."""
+    return [in_order(part) for part in re.split(r"[/\\]", path)], path
+
+
+def _lines(log: Path, reader: Reader) -> Iterator[Line | Run]:
     if kind := local.not_a_file(log):  # a pipe or a device has no end
         raise FormatError(f"this is {kind}, not a file", where=log)
     try:
@@ -91,6 +98,6 @@ def _lines(log: Path) -> Iterator[Line | Run]:
                     raise FormatError(
                         "the line is cut off: the run that wrote it did not end", where=where, hint=_AGAIN
                     )
-                yield read(line, where=where)
+                yield reader.read(line, where=where)
     except OSError as error:
         raise FormatError(f"cannot be read: {error.strerror}", where=log) from error

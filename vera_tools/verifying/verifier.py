@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import threading
-from collections.abc import Callable, Collection, Hashable, Iterable
-from concurrent.futures import Future
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -26,6 +24,7 @@ from vera_tools.checkpoints.resolution import most_claimed, refuse_size, stored_
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.files import local
+from vera_tools.memo import Memo
 from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
@@ -40,7 +39,32 @@ from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, FileDi
 #: The checks that fail where the pair has another size than PEFT makes room for.
 _SIZES = frozenset({"tensors.out_max", "base.pair"})
 
+#: So many results are remembered: of a registry in which every adapter has a key of its own, none is of use again.
+_MOST_REMEMBERED = 512
+
 Result = TypeVar("Result")
+
+
+class Structure(NamedTuple):
+    """What config and header say, before any tensor is read: the checks, and the obstacles to loaders."""
+
+    checks: tuple[Check, ...]
+    obstacles: Mapping[str, str]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Structure:
+        """Look at a checkpoint.
+
+        Raises:
+            FormatError: a regular expression takes too long.
+        """
+        found = (*acceptance.accepted(checkpoint), *checks.structure(checkpoint))
+        return cls(found, acceptance.obstacles(checkpoint))
+
+    @property
+    def is_certain(self) -> bool:
+        """Whether another look would find the same; the library may refuse a file for want of memory."""
+        return not _failed(self.checks, {"tensors.official"})
 
 
 class Verifier:
@@ -60,7 +84,7 @@ class Verifier:
         self.base_digests = on_disk if base_digests is None else base_digests
         self._base = base
         self._allow_pickle, self._skip_others, self._file_digests = allow_pickle, skip_others, file_digests
-        self._memory = _Once()
+        self._memory, self._looks = Memo(_MOST_REMEMBERED), Memo(_MOST_REMEMBERED)
 
     def verify(self, path: str, *, skip_others: bool = False) -> CheckpointReport | Skipped | Failed:
         """One checkpoint's report; that it is another kind of adapter, where those are skipped; or that it is gone.
@@ -80,7 +104,7 @@ class Verifier:
         try:
             place = Place.of(path)
             try:
-                config = place.read_config()
+                config = place.read_config(self._looks)
             except NotVeraError:
                 raise
             except FormatError as error:
@@ -101,7 +125,8 @@ class Verifier:
             return _invalid(path, "tensors.file", error)
 
     def _verify(self, path: str, checkpoint: Checkpoint) -> CheckpointReport:
-        found = [*acceptance.accepted(checkpoint), *checks.structure(checkpoint)]
+        structure = self._structure(checkpoint)
+        found = list(structure.checks)
         broken = {"tensors.shapes", "tensors.dtypes"}
         if len(checkpoint.projections) == 1 or not checkpoint.layers or _failed(found, broken):
             return CheckpointReport(
@@ -118,11 +143,31 @@ class Verifier:
             found += fit.against_base(checkpoint, self._base, digests=self.base_digests)
         pair = stored_pair(checkpoint)
         if pair:
-            return self._stored(path, checkpoint, pair, scans, found)
-        return self._seed_only(path, checkpoint, found)
+            return self._stored(path, checkpoint, pair, scans, found, structure.obstacles)
+        return self._seed_only(path, checkpoint, found, structure.obstacles)
+
+    def _structure(self, checkpoint: Checkpoint) -> Structure:
+        """It follows from the config, the header, the file's size and the recorded shape alone."""
+        if checkpoint.keys.odd:  # which of them are equal decides, too
+            return Structure.of(checkpoint)
+        text, record = checkpoint.config_text, checkpoint.recorded
+        key = (
+            "structure",
+            checkpoint.weights.parsed.sha256,
+            checkpoint.weights.size,
+            None if text is None else hashlib.sha256(text.encode()).digest(),
+            record and record.shape,
+        )
+        return self._looks(key, lambda: Structure.of(checkpoint), keep=lambda found: found.is_certain)
 
     def _stored(
-        self, path: str, checkpoint: Checkpoint, pair: Pair, scans: dict[str, Scan], found: list[Check]
+        self,
+        path: str,
+        checkpoint: Checkpoint,
+        pair: Pair,
+        scans: dict[str, Scan],
+        found: list[Check],
+        obstacles: Mapping[str, str],
     ) -> CheckpointReport:
         key = checkpoint.config.projection_prng_key
         sha256 = {name: scans[ROOT + name].sha256 for name in PROJECTIONS}
@@ -150,7 +195,7 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
-            obstacles=acceptance.obstacles(checkpoint),
+            obstacles=obstacles,
             unknown_before_14=checkpoint.reading.unknown_before_14,
             held_by=self._memory(("held", *identity), lambda: unchanged(_held_by(pair))),
         )
@@ -168,7 +213,9 @@ class Verifier:
             base=self._base_of(checkpoint),
         )
 
-    def _seed_only(self, path: str, checkpoint: Checkpoint, found: list[Check]) -> CheckpointReport:
+    def _seed_only(
+        self, path: str, checkpoint: Checkpoint, found: list[Check], obstacles: Mapping[str, str]
+    ) -> CheckpointReport:
         config, record = checkpoint.config, checkpoint.recorded
         key = config.projection_prng_key
         verdict: Verdict = "unproven"
@@ -201,7 +248,7 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
-            obstacles=acceptance.obstacles(checkpoint),
+            obstacles=obstacles,
             unknown_before_14=checkpoint.reading.unknown_before_14,
         )
         return CheckpointReport(
@@ -252,39 +299,6 @@ class Verifier:
             return (recipe, *sorted(same_bits(recipe, others, shape, dtype), key=lambda r: r.name))
 
         return self._memory(("same", recipe, shape, dtype), compute)
-
-
-#: So many results are remembered: of a registry in which every adapter has a key of its own, none is of use again.
-_MOST_REMEMBERED = 512
-
-
-class _Once:
-    """Remembers results by key; a second thread that asks for one under way waits for it. The oldest are forgotten."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._results: dict[Hashable, Future[Any]] = {}
-
-    def __call__(self, key: Hashable, compute: Callable[[], Result]) -> Result:
-        with self._lock:
-            future = self._results.get(key)
-            mine = future is None
-            if future is None:
-                future = Future()
-            else:
-                del self._results[key]
-            self._results[key] = future  # the last one asked for is the last one forgotten
-            while len(self._results) > _MOST_REMEMBERED:
-                del self._results[next(iter(self._results))]
-        if mine:
-            try:
-                future.set_result(compute())
-            except BaseException as error:
-                future.set_exception(error)
-                with self._lock:
-                    self._results.pop(key, None)
-        result: Result = future.result()
-        return result
 
 
 def _digests_of_files(checkpoint: Checkpoint) -> tuple[FileDigest, ...]:

@@ -100,7 +100,7 @@ def verify(
         raise UsageError("no checkpoint given")
     paths = [os.fspath(path) for path in checkpoints]
     asked = runs.digest([*paths, recursive, None if base is None else os.fspath(base)])
-    lines = Log(log, Run(asked, part))
+    lines = Log(log, Run(asked, part), gathered.shared)
     named = list(_search(checkpoints) if recursive else _listed(checkpoints))
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(
