@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+import shutil
 from html.parser import HTMLParser
 
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+#: A name that would run, if a page let it.
+HOSTILE = "<script>alert(1)</script>\"' onmouseover=x \u202e"
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 

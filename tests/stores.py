@@ -46,6 +46,27 @@ class Bucket:
 
 
 @contextlib.contextmanager
+def s3() -> Iterator[str]:
+    """moto's S3 server on loopback, while the block runs; its address. Skips where moto or s3fs is not installed."""
+    pytest.importorskip("s3fs")
+    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        yield "http://{}:{}".format(*server.get_host_and_port())
+    finally:
+        server.stop()
+
+
+def ask_s3(address: str, patch: pytest.MonkeyPatch, *, key: str, secret: str) -> None:
+    """Have s3:// mean this server."""
+    patch.setenv("AWS_ENDPOINT_URL", address)
+    patch.setenv("AWS_ACCESS_KEY_ID", key)
+    patch.setenv("AWS_SECRET_ACCESS_KEY", secret)
+    patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # whatever the environment was then
+
+
+@contextlib.contextmanager
 def at_moments(act: Callable[[int], object]) -> Iterator[None]:
     """Within the block, `act` is called with a number before each listing and each range that a store is asked for."""
     count = iter(range(10**6))

@@ -113,3 +113,12 @@ def test_dask(root, run, tmp_path):
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
         done = run(sys.executable, SCRIPTS / "verify_dask.py", cluster.scheduler_address, str(root))
     assert (done.returncode, "exit code 4" in done.stdout) == (4, True), done.stderr
+
+
+@pytest.mark.slow
+def test_ray(root, run, tmp_path):
+    pytest.importorskip("ray")
+    done = run(sys.executable, SCRIPTS / "verify_ray.py", str(root), RAY_USAGE_STATS_ENABLED="0", RAY_ADDRESS="local")
+    assert (done.returncode, "exit code 4" in done.stdout) == (4, True), done.stderr
+    shutil.copy(tmp_path / "registry.jsonl", tmp_path / "log")
+    assert run_json("summarize", tmp_path / "log") == run_json("verify", "-R", root, "--jobs", "1")

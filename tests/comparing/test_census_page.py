@@ -14,8 +14,7 @@ import pytest
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY
 from tests.command import run_cli
-from tests.markup import Page
-from tests.verifying.test_page import BROWSER, HOSTILE
+from tests.markup import BROWSER, HOSTILE, Page
 from vera_tools.comparing import census_page
 from vera_tools.errors import FormatError
 from vera_tools.pages import Made

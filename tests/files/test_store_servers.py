@@ -17,7 +17,7 @@ import pytest
 import vera_tools
 from tests.adapters import CHECKPOINTS, CONFIG, KEPT, MANIFEST, SEED_ONLY, WEIGHTS, base_of, files_of
 from tests.command import run_cli, run_json
-from tests.stores import Bucket, at_moments
+from tests.stores import Bucket, ask_s3, at_moments, s3
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.errors import FormatError, StoreError, UsageError
 from vera_tools.files import local, opening, ranges
@@ -36,11 +36,8 @@ SECRET = "wJalrXUtnFEMIbPxRfiCY"
 
 @pytest.fixture(scope="module")
 def s3_server():
-    pytest.importorskip("s3fs")
-    server = pytest.importorskip("moto.server").ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
+    with s3() as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -60,10 +57,7 @@ def bucket(request, monkeypatch):
     """A bucket of this test's own."""
     name = f"vera-{abs(hash(request.node.name)) % 10**9}"
     if request.param == "s3":
-        monkeypatch.setenv("AWS_ENDPOINT_URL", request.getfixturevalue("s3_server"))
-        monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
-        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        ask_s3(request.getfixturevalue("s3_server"), monkeypatch, key=KEY, secret=SECRET)
     else:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("gcs_server"))
         monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 import re
-import shutil
 import subprocess
 from dataclasses import replace
 
@@ -15,15 +14,12 @@ import pytest
 import vera_tools
 from tests.adapters import KEPT, SEED_ONLY
 from tests.command import run_cli
-from tests.markup import Page
+from tests.markup import BROWSER, HOSTILE, Page
 from tests.verifying.registries import mixed
 from vera_tools.errors import FormatError
 from vera_tools.pages import Made
 from vera_tools.verifying import page as pages
 from vera_tools.verifying.report import Failed
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-HOSTILE = "<script>alert(1)</script>\"' onmouseover=x \u202e"
 
 
 @pytest.fixture(scope="module")
