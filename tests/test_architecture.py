@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("checkpoints",),
     ("verifying",),
     ("comparing", "converting"),
-    ("merging", "drifting", "hub", "nn"),
+    ("merging", "drifting", "hub", "nn", "serving"),
     ("cli", "testing"),
     ("__main__", ""),
 )
@@ -134,14 +134,14 @@ def test_a_private_name_stays_in_its_package(name):
 @pytest.mark.parametrize("name", sorted(MODULES))
 def test_only_nn_imports_torch_and_only_the_witness_safetensors(name):
     roots = {imported.split(".")[0] for imported in imports(MODULES[name])}
-    forbidden = {"peft", "transformers", "safetensors", "accelerate", "torch"}
+    forbidden = {"peft", "transformers", "safetensors", "accelerate", "torch", "vllm"}
     allowed = {"torch"} if name.startswith("nn") else {"safetensors"} if name == "files.safetensors_library" else set()
     if name == "nn.trainer":  # its callback is one of transformers'
         allowed.add("transformers")
     assert roots & forbidden <= allowed
 
 
-CAPABILITIES = ("verifying", "converting", "comparing", "merging", "drifting", "hub")
+CAPABILITIES = ("verifying", "converting", "comparing", "merging", "drifting", "hub", "serving")
 SCRIPTS = ("drifting.probe", "drifting.logits")  # run by path in a process of their own, and print what they found
 
 

@@ -108,21 +108,29 @@ def test_broken_pipe_is_silent():
 
 
 def test_start_is_light():
-    """Version, the help of all commands, errors and completion need none of the heavy libraries."""
+    """Version, the help of all commands, errors and completion need none of the heavy libraries.
+
+    Completed are the commands, and of each its options, and a path where it takes one.
+    """
     script = """
 import contextlib, os, sys
 from vera_tools.cli import COMMANDS, main
-for arguments in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["verify", "--no-such"], None]:
-    if arguments is None:
-        os.environ |= {"_VERA_TOOLS_COMPLETE": "bash_complete", "COMP_WORDS": "vera-tools drift --d", "COMP_CWORD": "2"}
+for arguments in [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS), ["verify", "--no-such"]]:
     with contextlib.suppress(SystemExit):
-        main(arguments or [])
+        main(arguments)
+for words in ["", *(f"{name} {typed}" for name in COMMANDS for typed in ("--d", "--base my-", "my-"))]:
+    count = str(max(1, len(words.split())))
+    os.environ |= {"_VERA_TOOLS_COMPLETE": "bash_complete", "COMP_WORDS": f"vera-tools {words}", "COMP_CWORD": count}
+    with contextlib.suppress(SystemExit):
+        main([])
 heavy = {"torch", "numpy", "rich", "jsonschema", "huggingface_hub", "safetensors", "importlib.metadata"}
 print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert "Usage: vera-tools push" in result.stdout
     assert "plain,--device" in result.stdout
+    assert "plain,summarize" in result.stdout
+    assert result.stdout.count("file,my-") > len(COMMANDS)
     assert result.stderr.splitlines()[-1] == "[]"
 
 

@@ -179,6 +179,15 @@ def test_flags_can_be_set_and_unset(project):
     assert "using no --strict (from VERA_TOOLS_RECORD_STRICT)" in result.stderr
 
 
+def test_what_a_call_has_no_use_for_is_not_said_to_be_used(project):
+    """inspect looks at a base for one checkpoint alone."""
+    env = {"VERA_TOOLS_INSPECT_BASE": str(project / "base")}
+    assert "using --base" in run_cli("inspect", project / "kept", env=env).stderr
+    for arguments in (["-R", project / "kept"], [project / "kept", project / "seeds"]):
+        assert "using" not in run_cli("inspect", *arguments, env=env).stderr
+        assert run_json("inspect", *arguments, env=env)[1].get("defaults", []) == []
+
+
 def test_a_file_that_cannot_be_read_is_refused(project):
     (project / "pyproject.toml").mkdir()
     assert run_cli("verify", project / "kept").returncode == 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from click.core import ParameterSource
 
 from vera_tools.errors import UsageError, VeraToolsError, cut
 from vera_tools.report import Document
+from vera_tools.serving import VARIABLES
 
 FILE_NAME = "pyproject.toml"
 PREFIX = "VERA_TOOLS_"
 #: Variables of that prefix that are no option's.
-_OTHERS = {"VERA_TOOLS_DEBUG"}
+_OTHERS = {"VERA_TOOLS_DEBUG", *VARIABLES}
 
 #: What can be set: a command's options by their long names, and the TOML type of each.
 KINDS = {
@@ -54,6 +55,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 #: What can make a gate looser. The environment is the user's own; a file may be a stranger's.
 NOT_IN_A_FILE = {"require"}
+
+#: Of which calls a setting is no part, by what was given: `inspect` looks at a base for one checkpoint alone.
+_UNUSED: dict[tuple[str, str], Callable[[Mapping[str, Any]], bool]] = {
+    ("inspect", "base"): lambda given: given["recursive"] or len(given["checkpoints"]) > 1,
+}
 
 #: A project's file is no larger.
 _MOST = 1 << 20
@@ -168,7 +174,8 @@ def used(context: click.Context) -> tuple[Setting, ...]:
     for option in OPTIONS.get(context.info_name or "", ()):
         parameter = parameter_of(context.command, option)
         origin = _origin(context, parameter, path)
-        if origin is not None and parameter.name is not None:
+        unused = _UNUSED.get((context.info_name or "", option))
+        if origin is not None and parameter.name is not None and not (unused and unused(context.params)):
             value = context.params[parameter.name]
             found.append(Setting(f"--{option}", list(value) if isinstance(value, tuple) else value, origin))
     return tuple(found)
