@@ -21,6 +21,7 @@ from vera_tools.dtypes import np_dtype
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError, UsageError, VeraToolsError
 from vera_tools.files import atomic, canonical_json, local
 from vera_tools.files.relative import fault_of
+from vera_tools.serving import REQUIRE
 from vera_tools.serving.cache import Cache
 from vera_tools.serving.settings import Settings
 from vera_tools.verifying.report import CheckpointReport
@@ -116,7 +117,8 @@ class Adapters:
         if any(check.id == "config.kind" for check in report.failed):
             raise NotVeraError("not VeRA", kind="another")
         reasons: Iterable[str] = [f"{check.id}: {check.message}" for check in report.failed] or [report.cause]
-        raise CheckFailedError(f"{report.verdict}, so it is not served: {'; '.join(reasons)}")
+        hint = f"{REQUIRE}=assumed serves what was stated too" if report.verdict == "assumed" and report.ok else None
+        raise CheckFailedError(f"{report.verdict}, so it is not served: {'; '.join(reasons)}", hint=hint)
 
 
 def _bytes(checkpoint: Checkpoint, base: BaseModel) -> int:
