@@ -51,6 +51,18 @@ def test_the_tests_that_a_page_names_are_there(page):
         assert not name or f"def {name}(" in (ROOT / path).read_text("utf-8"), f"{path}::{name}"
 
 
+def test_each_row_of_the_comparison_is_backed():
+    """By a test or a command in the list below its table, unless all that is said of vera-tools is that it does not."""
+    text = (DOCS / "comparison.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+?) \| (?!vera-tools|---)([^|]+?) \|", text, re.MULTILINE)
+    assert len(rows) > 20
+    claimed = [name for name, said in rows if not re.match("no\\b", said)]
+    shown = re.findall(r"^- (.+?): `(?:tests/\w|python benchmarks/)", text, re.MULTILINE)
+    assert shown == claimed
+    for script in re.findall(r"`python (benchmarks/\w+\.py)`", text):
+        assert (ROOT / script).is_file()
+
+
 def test_whatever_a_page_has_made_is_made():
     wanted = {
         name

@@ -33,12 +33,12 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 
-    LoRAResolver.register(Resolver)
+    LoRAResolver.register(VeraResolver)
     if NAME not in LoRAResolverRegistry.get_supported_resolvers():
-        LoRAResolverRegistry.register_resolver(NAME, Resolver(settings))
+        LoRAResolverRegistry.register_resolver(NAME, VeraResolver(settings))
 
 
-class Resolver:
+class VeraResolver:
     """What vLLM asks for adapters that it does not know.
 
     Args:
