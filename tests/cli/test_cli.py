@@ -124,6 +124,7 @@ for words in ["", *(f"{name} {typed}" for name in COMMANDS for typed in ("--d", 
     with contextlib.suppress(SystemExit):
         main([])
 heavy = {"torch", "numpy", "rich", "jsonschema", "huggingface_hub", "safetensors", "importlib.metadata"}
+heavy |= {"concurrent.futures", "ctypes", "logging", "subprocess", "tempfile"}  # some milliseconds each
 print(sorted(heavy & set(sys.modules)), file=sys.stderr)
 """
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

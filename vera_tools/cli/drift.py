@@ -20,9 +20,8 @@ from vera_tools.cli.shared import (
     overwrite_option,
     strict_option,
 )
-from vera_tools.drifting.environments import DEVICES, TIMEOUT
+from vera_tools.drifting.choices import DEVICES, TIMEOUT
 from vera_tools.dtypes import FLOATS
-from vera_tools.files import atomic
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,6 +114,8 @@ def command(
     Exits 1 where a row that runs by itself is not exact for the checkpoint's recipe (without a checkpoint: PEFT's usual
     one), or where two reports disagree or share nothing to compare. Forced capabilities inform.
     """
+    from vera_tools.files import atomic
+
     for written in (save, page):
         if written is not None:
             atomic.refuse_existing(written, overwrite=overwrite)

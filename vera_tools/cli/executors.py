@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import Executor
+from typing import TYPE_CHECKING
 
 import click
 
 from vera_tools.cli.shared import Function
 from vera_tools.errors import RemoteError, UsageError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
 
 #: Seconds that the scheduler has to answer in.
 PATIENCE = 30

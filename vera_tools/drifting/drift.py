@@ -23,11 +23,10 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, arrays, resolve
 from vera_tools.drifting import environments
+from vera_tools.drifting.choices import DEVICES, TIMEOUT
 from vera_tools.drifting.comparison import Comparison, compare_reports, load
 from vera_tools.drifting.effect import Effect, logits_change, measure
 from vera_tools.drifting.environments import (
-    DEVICES,
-    TIMEOUT,
     Answer,
     Interpreter,
     ask,

@@ -30,10 +30,6 @@ CAPABILITIES = {
     "ppc64le": ("default", "vsx"),
     "s390x": ("default", "zvector"),
 }
-#: The kinds of devices that torch names.
-DEVICES = ("cpu", "cuda", "mps", "xpu")
-#: Seconds that a probe may take.
-TIMEOUT = 300.0
 
 
 @dataclass(frozen=True)
