@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.adapters import CHECKPOINTS, KEPT
 from tests.command import run_cli
 from vera_tools.errors import UsageError
 from vera_tools.serving import VARIABLES
@@ -50,4 +51,4 @@ def test_the_command_line_knows_them(monkeypatch):
     """They may be set where somebody runs a command."""
     for name in VARIABLES:
         monkeypatch.setenv(name, "anything")
-    assert run_cli("env", "-q").returncode == 0
+    assert run_cli("inspect", "-q", CHECKPOINTS / KEPT).returncode == 0
