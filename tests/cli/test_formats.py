@@ -140,3 +140,19 @@ def test_what_an_earlier_run_wrote_is_replaced(registry):
         for adapter in ("r/drift", "r/good"):
             assert run_cli("verify", adapter, option, name).returncode in (0, 1)
             assert adapter in Path(name).read_text("utf-8")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
+@pytest.mark.parametrize("option", ["--junit", "--report", "--attest", "--log"])
+def test_no_file_takes_the_place_of_a_pipe_or_a_device(registry, option):
+    """Who may write to /dev would replace /dev/null for every program."""
+    os.mkfifo("pipe")
+    for path in ("pipe", "/dev/vera-tools-report")[: 1 if option == "--log" else 2]:  # a log replaces nothing
+        result = run_cli("verify", "r/good", option, path)
+        assert result.returncode == 2, result.stderr
+    assert Path("pipe").is_fifo()
+    assert not Path("/dev/vera-tools-report").exists()
+    result = run_cli("regenerate", "--checkpoint", "r/good", "-o", "pipe", "--overwrite")
+    assert result.returncode == 2
+    assert "this is a named pipe, and no place for a file" in result.stderr
+    assert Path("pipe").is_fifo()

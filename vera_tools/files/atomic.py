@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vera_tools.errors import UsageError, VeraToolsError
-from vera_tools.files import attributes, locking, renaming, workplace
+from vera_tools.files import attributes, local, locking, renaming, workplace
 
 #: (device, inode, bytes, nanoseconds of the last writing) of a file.
 _Known = dict[str, tuple[int, int, int, int]]
@@ -48,9 +48,10 @@ def file(path: Path, *, overwrite: bool = True, sync: bool = True) -> Iterator[P
         sync: As for `write_bytes`.
 
     Raises:
-        UsageError: `path` has appeared meanwhile, and `overwrite` is false.
+        UsageError: `path` has appeared meanwhile, and `overwrite` is false; or it is a device, a pipe or a socket.
         VeraToolsError: the file system refused.
     """
+    refuse_special(path)
     with errors(path.parent, "could not be made"):
         path.parent.mkdir(parents=True, exist_ok=True)
     with errors(path), workplace.beside(path) as place:
@@ -215,6 +216,7 @@ def refuse_unwritable(path: Path, sort: Sort | None = None) -> None:
     Raises:
         UsageError: there is no folder for it, nothing can be written there, or what is there is something else.
     """
+    refuse_special(path)
     parent = path.parent
     if not parent.is_dir():
         raise UsageError("there is no folder to write it to", where=path, hint=f"make {parent} first")
@@ -226,6 +228,18 @@ def refuse_unwritable(path: Path, sort: Sort | None = None) -> None:
         raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
     if sort is not None and path.is_file():
         refuse_other(path, sort)
+
+
+def refuse_special(path: Path) -> None:
+    """Refuse to put a file in the place of what is none, such as /dev/null: it would be so for every other program.
+
+    Raises:
+        UsageError: it is a device, a pipe or a socket, or lies where the system keeps such.
+    """
+    kind = local.not_a_file(path)
+    if kind in ("a device", "a named pipe", "a socket") or os.path.realpath(path.parent) == "/dev":
+        what = f"this is {kind}" if kind else "this folder is the system's"
+        raise UsageError(f"{what}, and no place for a file", where=path, expected="a file, or nothing")
 
 
 def refuse_other(path: Path, sort: Sort) -> None:
