@@ -326,3 +326,14 @@ def test_an_empty_output_is_named_by_every_command(command):
     result = run_cli(*(kept if word == "x" else word for word in command), "-o", "")
     assert result.returncode == 2
     assert "the output is empty" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="exchanging folders in one step is Linux's")
+def test_what_lies_in_subfolders_is_there_from_the_moment_of_the_exchange(tmp_path):
+    folder = tmp_path / "c"
+    (folder / "a" / "b").mkdir(parents=True)
+    (folder / "a" / "b" / "kept").write_text("x")
+    seen = []
+    with atomic.replacement(folder, check=lambda _: seen.append((folder / "a" / "b" / "kept").read_text())) as new:
+        (new / "new").write_text("y")
+    assert seen == ["x", "x"]  # before it, and after it

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import vera_tools
-from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, base_of, drop_pair, edit, set_config
+from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, base_of, drop_pair, edit, set_config, tensors_of
 from tests.verifying.reports import failed, message_of, one, statuses
 
 pytestmark = pytest.mark.capability
@@ -92,6 +92,15 @@ class TestStructure:
         report = one(folder)
         assert "tensors.dtypes" in failed(report)
         assert vera_tools.verify(folder).exit_code != 0
+
+    @pytest.mark.parametrize("vector", ["lambda_b", "lambda_d"])
+    def test_vectors_that_are_all_zero_are_told(self, checkpoint, vector):
+        folder = checkpoint(KEPT)
+        edit(folder, lambda arrays: [array.fill(0) for name, array in arrays.items() if name.endswith(vector)])
+        assert statuses(one(folder))[f"tensors.{vector}"] == "warn"
+        last = max(name for name in tensors_of(folder) if name.endswith(vector))
+        edit(folder, lambda arrays: arrays[last].__setitem__(-1, 1))
+        assert statuses(one(folder))[f"tensors.{vector}"] == "pass"
 
     def test_promised_projections_that_are_missing(self, checkpoint):
         folder = checkpoint(KEPT)

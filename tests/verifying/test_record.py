@@ -178,3 +178,14 @@ def test_saved_again_after_training_on_it_is_renewed(checkpoint):
     assert vera_tools.record(folder).changed
     assert not failed(one(folder))
     assert vera_tools.verify(folder).exit_code == 0
+
+
+@pytest.mark.parametrize(("fewer", "stale"), [(0, True), (1, False)])
+def test_training_moves_half_of_the_vectors_or_more(checkpoint, fewer, stale):
+    folder = checkpoint(KEPT)
+    vera_tools.record(folder)
+    names = [name for name in tensors_of(folder) if "lambda" in name]
+    moved = names[: -(-len(names) // 2) - fewer]
+    edit(folder, lambda tensors: [tensors[name].__iadd__(1) for name in moved])
+    assert ("manifest.stale" in failed(one(folder))) is stale
+    assert vera_tools.verify(folder).exit_code == 1
