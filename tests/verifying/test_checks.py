@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -101,6 +102,16 @@ class TestStructure:
         last = max(name for name in tensors_of(folder) if name.endswith(vector))
         edit(folder, lambda arrays: arrays[last].__setitem__(-1, 1))
         assert statuses(one(folder))[f"tensors.{vector}"] == "pass"
+
+    def test_a_check_that_failed_is_a_failure_in_junit_and_one_that_was_skipped_is_not(self, checkpoint):
+        folder = checkpoint(KEPT)
+        drop_pair(folder)
+        report = vera_tools.verify(folder)
+        cases = {case.get("name"): [part.tag for part in case] for case in ElementTree.fromstring(report.to_junit())[0]}
+        for check in report.checkpoints[0].checks:
+            if check.id in cases and check.status in ("fail", "skip"):
+                assert cases[check.id] == ["failure" if check.status == "fail" else "skipped"]
+        assert {"failure", "skipped"} <= {tag for tags in cases.values() for tag in tags}
 
     def test_promised_projections_that_are_missing(self, checkpoint):
         folder = checkpoint(KEPT)

@@ -145,3 +145,22 @@ class TestManifest:
         report = one(folder)
         assert report.verdict == "assumed"
         assert statuses(report)["manifest.assumed"] == "warn"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "status"),
+    [
+        ({"format": "pt", "more": "1"}, "warn"),
+        ({}, "warn"),
+        ({"format": "np"}, "fail"),
+        ({"other": "pt"}, "fail"),
+        ({"format": "pt"}, "pass"),
+    ],
+)
+def test_metadata_that_another_program_saved_otherwise(checkpoint, metadata, status):
+    folder = checkpoint(KEPT)
+    edit(folder, lambda tensors: None, metadata={"format": "pt"})
+    vera_tools.record(folder)
+    edit(folder, lambda tensors: None, metadata=metadata)
+    assert statuses(one(folder))["manifest.metadata"] == status
+    assert vera_tools.verify(folder).exit_code == (1 if status == "fail" else 0)
