@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vera_tools.nn
 from tests.adapters import (
     CHECKPOINTS,
     GPT2,
@@ -234,6 +235,23 @@ def test_the_head_of_a_task_is_trained_and_saved_as_peft_does(task, head, tmp_pa
     assert first.keys() == second.keys()
     assert f"base_model.model.{head}.weight" in first
     VeraModel.from_pretrained(bert(task), tmp_path / "peers")
+
+
+def test_the_head_of_the_first_adapters_task_is_every_adapters_as_with_peft(tmp_path):
+    options = {"target_modules": ["query"], "modules_to_save": ["pooler"]}
+    made_by = {"ours": vera_tools.nn, "peers": peft}
+    for folder, library in made_by.items():
+        first = library.VeraConfig(**{**OPTIONS, "target_modules": ["query"], "task_type": "SEQ_CLS"})
+        model = library.get_peft_model(bert(), first)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", VeraToolsWarning)
+            model.add_adapter("second", library.VeraConfig(**{**OPTIONS, **options}))
+        model.save_pretrained(tmp_path / folder)
+    written = [load_file(tmp_path / folder / "second" / "adapter_model.safetensors") for folder in made_by]
+    assert written[0].keys() == written[1].keys()
+    assert "base_model.model.classifier.weight" in written[0]
+    config = [json.loads((tmp_path / f / "second" / "adapter_config.json").read_text()) for f in made_by]
+    assert set(config[0]["modules_to_save"]) == set(config[1]["modules_to_save"]) == {"pooler", "classifier", "score"}
 
 
 def test_several_adapters_are_saved_as_peft_lays_them_out(tmp_path):

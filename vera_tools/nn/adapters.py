@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.checkpoints.manifest import Origin, ProjectionRecord
+from vera_tools.checkpoints.names import TASK_HEADS
 from vera_tools.dtypes import Array
 from vera_tools.errors import UsageError, WrongSizeError, WrongTypeError, warn
 from vera_tools.nn import targets, tying
@@ -65,6 +66,7 @@ class Adapters(nn.Module):
         self._records: dict[str, ProjectionRecord] = {}
         self._active: list[str] = []
         self._disabled = False
+        self._task: str | None = None
 
     def add_adapter(
         self,
@@ -93,8 +95,13 @@ class Adapters(nn.Module):
         """
         config = VeraConfig.of(peft_config)
         self.check_new(adapter_name, config)
+        # The first adapter's task is the model's, whose head PEFT trains with every other adapter too.
+        heads = TASK_HEADS.get(self._task or "", ())
+        if heads:
+            saved = dict.fromkeys([*(config.modules_to_save or ()), *heads])
+            config = dataclasses.replace(config, modules_to_save=list(saved))
         plan = targets.plan(config, self.model)
-        if missed := targets.unmatched(plan.config, self.model):
+        if missed := [entry for entry in targets.unmatched(plan.config, self.model) if entry not in heads]:
             warn(f"{', '.join(map(repr, missed))} matched nothing in the model")
         recipe, shape = Recipe(prng_key=config.projection_prng_key), plan.shape
         same = [r for r in self._records.values() if (r.recipe, r.shape, r.dtype) == (recipe, shape, "float32")]
@@ -158,6 +165,7 @@ class Adapters(nn.Module):
         """
         tying.warn_of_merging(self.model, [n for n, layer in plan.layers.items() if not isinstance(layer, VeraLinear)])
         self.hold_pair(adapter_name, plan, record, pair)
+        self._task = self._task if self.peft_config else plan.config.task_type
         self.peft_config[adapter_name] = plan.config
         device = torch.device("meta") if low_cpu_mem_usage else None
         for name, module in {**plan.layers, **plan.saved}.items():
