@@ -12,6 +12,7 @@ import pstats
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import pytest
 from fuzz import oracle, targets
 from tests import ROOT
 from tests.adapters import CONFIG, MANIFEST, PAIR, WEIGHTS
-from tests.command import VERA_TOOLS
+from tests.command import VERA_TOOLS, run_cli
 from vera_tools import record, strip_projections
 from vera_tools.checkpoints import config, expressions, manifest, resolution
 from vera_tools.drifting import comparison
@@ -243,23 +244,106 @@ def test_the_page_tells_of_the_limits_of_the_code():
         assert row in page, row
 
 
-def calls(files: dict[str, bytes], folder: Path) -> int:
-    """How many functions are called to verify a checkpoint: work that no other process can make seem more."""
-    put(folder, files)
+def calls(work: Callable[[], object]) -> int:
+    """How many functions are called: work that no other process can make seem more."""
     profile = cProfile.Profile()
     profile.enable()
-    report = Verifier().verify(str(folder))
+    work()
     profile.disable()
-    assert report.verdict == "reproducible"
     return pstats.Stats(profile).total_calls
 
 
 def test_work_grows_with_the_tensors_and_no_faster(tmp_path):
     names = [f"head{n}" for n in range(300)]
-    _, some, more = (
-        calls(many(tensors, bias="all", modules_to_save=names), tmp_path / str(tensors)) for tensors in (10, 1000, 3000)
-    )  # what is done once is done with the first
+
+    def work(tensors):
+        folder = put(tmp_path / str(tensors), many(tensors, bias="all", modules_to_save=names))
+        return calls(lambda: Verifier().verify(str(folder)))
+
+    _, some, more = map(work, (10, 1000, 3000))  # what is done once is done with the first
     assert more < 3.3 * some
+    assert Verifier().verify(str(tmp_path / "3000")).verdict == "reproducible"
+
+
+#: What reads or writes a checkpoint, given a stored one with its manifest, a seed-only one, a base and an output.
+COMMANDS = {
+    "verify": ["verify", "{stored}"],
+    "verify with a base": ["verify", "{stored}", "--base", "{base}"],
+    "inspect": ["inspect", "{stored}"],
+    "record": ["record", "{stored}"],
+    "record with a base": ["record", "{stored}", "--base", "{base}"],
+    "strip": ["strip-projections", "{stored}", "-o", "{out}"],
+    "embed": ["embed-projections", "{seed_only}", "-o", "{out}"],
+    "convert": ["convert", "{stored}", "--to", "lora", "--base", "{base}", "-o", "{out}"],
+    "diff": ["diff", "{stored}", "{seed_only}"],
+    "merge": ["merge", "{stored}", "--base", "{base}", "-o", "{out}"],
+}
+
+
+class Places(NamedTuple):
+    stored: Path
+    seed_only: Path
+    base: Path
+    out: Path
+
+
+def places(folder: Path, tensors: int) -> Places:
+    """An adapter of so many tensors, with its pair and without, and its base, of no known class."""
+    folder.mkdir()
+    stored = put(folder / "stored", many(tensors))
+    record(stored)
+    strip_projections(stored, folder / "seed-only")
+    weights = {
+        f"model.layers.{n // 7}.self_attn.q{n % 7}_proj.weight": np.ones((8, 6), np.float32)
+        for n in range((tensors - 2) // 2)
+    }
+    base = put(folder / "base", {"config.json": b"{}", "model.safetensors": targets.file(weights, {"format": "pt"})})
+    return Places(stored, folder / "seed-only", base, folder / "out")
+
+
+@pytest.fixture(scope="module")
+def few_some_and_more(tmp_path_factory):
+    root = tmp_path_factory.mktemp("growth")
+    return [places(root / str(tensors), tensors) for tensors in (10, 300, 900)]
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS.keys() - {"merge"}))  # which asks transformers about the base
+def test_the_work_of_each_command_grows_with_the_tensors_and_no_faster(command, few_some_and_more, tmp_path):
+    def work(number):
+        at = few_some_and_more[number]._replace(out=tmp_path / str(number))
+        return calls(lambda: run_cli(*(part.format(**at._asdict()) for part in COMMANDS[command])))
+
+    _, some, more = map(work, range(3))
+    assert more < 3.3 * some
+
+
+#: What each tensor may take, of the adapter and of the base together, where something is written: seconds and bytes.
+EACH_WRITTEN_SECONDS, EACH_WRITTEN_BYTES = 200e-6, 8000
+
+
+@pytest.fixture(scope="module")
+def many_and_more(tmp_path_factory):
+    root = tmp_path_factory.mktemp("many")
+    return {tensors: places(root / str(tensors), tensors) for tensors in (10, 10_000, 100_000)}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="says what a process took")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_hundred_thousand_tensors_take_ten_times_as_long_as_ten_thousand(command, many_and_more, tmp_path):
+    """Also where the work is done within one call, which no count of calls shows."""
+
+    def work(tensors):
+        at = many_and_more[tensors]._replace(out=tmp_path / str(tensors))
+        found = cost(*(part.format(**at._asdict()) for part in COMMANDS[command]))
+        assert found.code == (1 if command == "diff" else 0), found.said
+        return found
+
+    few, some, more = map(work, many_and_more)
+    print(f"{more.seconds - few.seconds:.1f} s, {more.megabytes - few.megabytes:.0f} MB beyond few tensors")
+    assert more.seconds - few.seconds < 2 * 10 * (some.seconds - few.seconds)
+    assert more.seconds - few.seconds < MARGIN * (SECONDS + 100_000 * EACH_WRITTEN_SECONDS)
+    assert more.megabytes - few.megabytes < MEGABYTES + 100_000 * EACH_WRITTEN_BYTES / 1e6
 
 
 def test_a_card_that_is_too_large_is_not_copied(tmp_path):

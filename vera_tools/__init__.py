@@ -7,11 +7,13 @@ and `save_adapter` alone.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
 
 from vera_tools._version import __version__
 
+TYPE_CHECKING = False  # the name is enough for type checkers; an interrupt while typing is imported is a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from vera_tools.checkpoints.config import VeraConfig as VeraConfig
     from vera_tools.comparing.diff import diff as diff
     from vera_tools.comparing.inspect import inspect as inspect

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 
 import vera_tools
-from tests.adapters import config_of, edit, set_config
+from tests.adapters import CHECKPOINTS, KEPT, base_of, config_of, edit, set_config, tensors_of
 from tests.merging.models import make_adapter, make_base
 from vera_tools.errors import CheckFailedError, VeraToolsWarning
 
@@ -73,6 +75,17 @@ def test_what_was_changed_is_refused_until_it_is_recorded_again(command, change,
     vera_tools.record(path)
     run(path, tmp_path / "out", base)
     assert (tmp_path / "out").is_dir()
+
+
+def test_of_what_was_changed_no_lora_for_llama_cpp_is_made(tmp_path):
+    pytest.importorskip("gguf")
+    path = shutil.copytree(CHECKPOINTS / KEPT, tmp_path / "a")
+    vera_tools.record(path)
+    vector = next(name for name in tensors_of(path) if name.endswith("vera_lambda_b"))
+    edit(path, lambda tensors: tensors[vector].view(np.uint32).__setitem__(3, 1))
+    with pytest.raises(CheckFailedError, match="not what is recorded of it"):
+        vera_tools.to_gguf(path, tmp_path / "a.gguf", base=base_of(KEPT))
+    assert not (tmp_path / "a.gguf").exists()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

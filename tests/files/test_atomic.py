@@ -65,6 +65,23 @@ def test_what_the_file_system_refuses_is_one_clear_error(tmp_path):
         atomic.write_bytes(tmp_path / ("a" * 250), b"")
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="has no such files")
+@pytest.mark.parametrize("name", ["pipe", "stdout"])
+def test_what_is_no_file_is_not_replaced_by_one(tmp_path, name):
+    """Root's ``--junit /dev/null`` made /dev/null an ordinary file for the whole machine."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "stdout").symlink_to("/proc/self/fd/1" if sys.platform == "linux" else tmp_path / "pipe")
+    before = os.lstat(tmp_path / name)
+    for write in (
+        lambda: atomic.write_bytes(tmp_path / name, b"x"),
+        lambda: atomic.refuse_unwritable(tmp_path / name, atomic.JUNIT),
+    ):
+        with pytest.raises(UsageError, match="and a file is to be written"):
+            write()
+    assert os.lstat(tmp_path / name).st_ino == before.st_ino
+    assert listing(tmp_path) == ["pipe", "stdout"]
+
+
 def test_the_folder_of_a_file_is_made_as_that_of_a_folder_is(tmp_path):
     atomic.write_bytes(tmp_path / "reports" / "today" / "a", b"new")
     assert (tmp_path / "reports" / "today" / "a").read_bytes() == b"new"

@@ -152,7 +152,7 @@ def test_a_regenerated_pair_that_is_not_the_recorded_one_is_refused(tmp_path, wh
     model = fresh(save_projection=False)
     save_adapter(model, tmp_path / "a")
     edit_manifest(tmp_path / "a", WRONG_RECORDS[what])
-    with pytest.raises(CheckFailedError, match="not the recorded one"):
+    with pytest.raises(CheckFailedError, match="not what is recorded of it"):
         VeraModel.from_pretrained(llama(), tmp_path / "a")
 
 
@@ -162,15 +162,6 @@ def test_the_record_in_the_weights_file_is_enough(tmp_path):
     (tmp_path / "a" / "vera_manifest.json").unlink()
     again = VeraModel.from_pretrained(llama(), tmp_path / "a", strict=True)
     assert torch.equal(logits(again, some_ids()), logits(model, some_ids()))
-
-
-def test_stored_projections_that_are_not_the_recorded_ones_are_told(tmp_path):
-    save_adapter(fresh(), tmp_path / "a")
-    edit_manifest(tmp_path / "a", lambda manifest: manifest["projections"]["vera_A"].update(sha256="0" * 64))
-    with pytest.warns(VeraToolsWarning, match="not the recorded ones"):
-        VeraModel.from_pretrained(llama(), tmp_path / "a")
-    with pytest.raises(CheckFailedError, match="not the recorded ones"):
-        VeraModel.from_pretrained(llama(), tmp_path / "a", strict=True)
 
 
 def test_twelve_steps_of_training_give_pefts_losses_and_checkpoint(tmp_path):

@@ -184,6 +184,11 @@ class Layout:
                 self._replay.gathered[entry],
                 self.shapes,
                 heads=self.architecture.heads,
-                parameters={**(self.architecture.parameters or {}), **self.parameters},
+                parameters=self._known_shapes,
             )
         return self._made[entry]
+
+    @functools.cached_property
+    def _known_shapes(self) -> Mapping[str, Shape]:
+        """Shapes of the model's parameters; made once, because there is an entry for each of them."""
+        return {**(self.architecture.parameters or {}), **self.parameters}

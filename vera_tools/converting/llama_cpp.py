@@ -31,6 +31,7 @@ from vera_tools.dtypes import Array
 from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.files import atomic, local
 from vera_tools.files.safetensors import Deferred
+from vera_tools.verifying.recorded import refuse_changed
 
 DTYPES = ("float32", "float16", "bfloat16")
 #: A layer of a block, in the classes below.
@@ -126,8 +127,8 @@ def to_gguf(
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: the regenerated pair is not the recorded one; the base does not fit, or is of a class that was
-            not tried; there is more than llama.cpp's LoRA holds; a value would not be finite.
+        CheckFailedError: it is not what its manifest records; the base does not fit, or is of a class that was not
+            tried; there is more than llama.cpp's LoRA holds; a value would not be finite.
         UnprovenError: something would have to be assumed, and `strict`.
         UsageError: the output cannot be where it was asked for, or the extra is not installed.
     """
@@ -148,6 +149,7 @@ def to_gguf(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
+        refuse_changed(opened)
         tensors = Tensors(opened, resolved, opened.in_features(model), dtype)
         matrices: dict[str, tuple[Deferred, Array | None]] = {}
         for layer in opened.layers.values():

@@ -231,15 +231,19 @@ def refuse_unwritable(path: Path, sort: Sort | None = None) -> None:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse to put a file in the place of what is none, such as /dev/null: it would be so for every other program.
+    """Refuse to put a file in the place of what is none: root's /dev/null would be an ordinary file from then on.
 
     Raises:
-        UsageError: it is a device, a pipe or a socket, or lies where the system keeps such.
+        UsageError: a device, a pipe, a socket, a link to one of this process's streams, as /dev/stdout is, or any
+            name among the system's devices.
     """
-    kind = local.not_a_file(path)
-    if kind in ("a device", "a named pipe", "a socket") or os.path.realpath(path.parent) == "/dev":
-        what = f"this is {kind}" if kind else "this folder is the system's"
-        raise UsageError(f"{what}, and no place for a file", where=path, expected="a file, or nothing")
+    kind = None if path.is_dir() or not path.exists() else local.not_a_file(path)
+    if kind is None and path.is_symlink() and str(path.parent / os.readlink(path)).startswith("/proc/"):
+        kind = "a stream of this process"
+    if kind is None and os.path.realpath(path.parent) == "/dev":
+        kind = "among the system's devices"
+    if kind is not None:
+        raise UsageError(f"is {kind}, and a file is to be written", where=path, hint="name a file")
 
 
 def refuse_other(path: Path, sort: Sort) -> None:

@@ -31,6 +31,7 @@ from vera_tools.nn.projection import dtype_name, to_array, to_tensor
 from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
+from vera_tools.verifying.recorded import refuse_changed
 
 
 def load(
@@ -51,6 +52,7 @@ def load(
     """
     there = adapter_name in model.peft_config
     with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
+        refuse_changed(checkpoint)  # by the names that it was recorded with
         _map_names(checkpoint, key_mapping or getattr(model.model, "_checkpoint_conversion_mapping", None) or {})
         given = checkpoint.config if config is None else _given(config, checkpoint)
         if not there:
@@ -144,7 +146,7 @@ def projections(
             found=", ".join(narrow),
             hint="save the adapter with its projections: save_projection=True",
         )
-    record, known = resolved.record, checkpoint.recorded
+    record = resolved.record
     if record.shape.in_max < in_max or record.shape.out_max < out_max:
         raise CheckFailedError(
             "the projections are too small for the layers of this model",
@@ -152,20 +154,6 @@ def projections(
             expected=f"in_max {in_max} and out_max {out_max} at least",
             found=f"{record.shape.in_max} and {record.shape.out_max}",
         )
-    if (
-        resolved.origin == "stored"
-        and known is not None
-        and known.dtype == record.dtype
-        and known.sha256 != record.sha256
-    ):
-        error = CheckFailedError(
-            "the stored projections are not the recorded ones",
-            where=checkpoint.label,
-            hint="another adapter was saved over it, or it is damaged: see `vera-tools verify`",
-        )
-        if strict:
-            raise error
-        warn(str(error))
     return resolved, arrays(checkpoint, resolved)
 
 

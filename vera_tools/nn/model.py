@@ -109,7 +109,8 @@ class VeraModel(Adapters):
 
         Raises:
             FormatError: unreadable, malformed, or not VeRA.
-            CheckFailedError: it does not fit the model, or regenerated projections are not the recorded ones.
+            CheckFailedError: it does not fit the model, or is not what its manifest records. One that was trained on
+                since is loaded, with a warning.
             UnprovenError: `strict`, and nothing records which recipe made the projections.
             UsageError: an option that is not supported, or the model carries adapters already.
         """

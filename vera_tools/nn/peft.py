@@ -46,6 +46,7 @@ from vera_tools.platforms.machine import this_platform
 from vera_tools.platforms.names import PLATFORMS
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
+from vera_tools.verifying.recorded import refuse_changed
 
 __all__ = ["Change", "PeftClass", "RestoreReport", "load", "record", "restore_projections", "save"]
 
@@ -146,7 +147,7 @@ def restore_projections(
 
     Raises:
         UsageError: the model has no VeRA adapter of that name, or it is merged.
-        CheckFailedError: the checkpoint's projections do not fit the model, or are not the recorded ones.
+        CheckFailedError: the checkpoint's projections do not fit the model, or it is not what its manifest records.
         UnprovenError: `strict`, and nothing records which recipe made the projections.
         FormatError: the checkpoint is unreadable, malformed, or not VeRA.
     """
@@ -158,6 +159,7 @@ def restore_projections(
             hint="call unmerge_adapter() first; once the projections are restored it would subtract others",
         )
     with Checkpoint.open(checkpoint) as opened:
+        refuse_changed(opened)
         resolved, pair = projections(opened, [layer.base_layer for layer in layers], strict=strict)
     vectors: list[Tensor] = [
         getattr(layer, which)[adapter_name] for layer in layers for which in ("vera_lambda_b", "vera_lambda_d")

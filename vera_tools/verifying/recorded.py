@@ -63,8 +63,11 @@ def refuse_changed(checkpoint: Checkpoint) -> dict[str, str]:
         The digest of each tensor that was looked at, by name; empty where nothing is recorded.
 
     Raises:
-        CheckFailedError: a tensor, the config or the metadata is another, and that does not look like training.
+        FormatError: the manifest cannot be read.
+        CheckFailedError: it was changed itself; or a tensor, the config or the metadata is another, and that does not
+            look like training.
     """
+    checkpoint.refuse_unusable_manifest()
     if checkpoint.manifest is None and checkpoint.embedded is None:
         return {}
     scans = scan(checkpoint)
