@@ -154,5 +154,5 @@ def test_no_file_takes_the_place_of_a_pipe_or_a_device(registry, option):
     assert not Path("/dev/vera-tools-report").exists()
     result = run_cli("regenerate", "--checkpoint", "r/good", "-o", "pipe", "--overwrite")
     assert result.returncode == 2
-    assert "this is a named pipe, and no place for a file" in result.stderr
+    assert "is a named pipe, and a file is to be written" in result.stderr
     assert Path("pipe").is_fifo()
