@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools import blas
 from vera_tools.cli.completion import FOLDER, REFERENCE
 from vera_tools.cli.executors import dask_option, executor_of
 from vera_tools.cli.shared import (
@@ -110,6 +111,7 @@ def command(
     Products are summed in float32 and rounded once. Tensors that no adapter touches are copied byte for byte, and so
     are config, tokenizer and code files. OUT appears whole or not at all; BASE is never written to.
     """
+    blas.start_alone()
     with executor_of(dask) as executor, output.progress("merging", unit="bytes") as progress:
         report = vera_tools.merge(
             checkpoints,

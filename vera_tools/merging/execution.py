@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import os
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import xxhash
 
+from vera_tools import blas
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.files.local import LocalFile
 from vera_tools.files.safetensors import as_bytes, confirm
@@ -27,7 +27,7 @@ from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
 from vera_tools.report import Progress
 
-#: Each worker holds some 15 MB; more of them than this would only wait for the disk.
+#: Each worker holds some 20 MB; more of them than this would only wait for the disk.
 MOST_WORKERS = 8
 
 
@@ -41,9 +41,8 @@ def workers(jobs: int | None) -> Iterator[int]:
     """
     import threadpoolctl
 
-    blas = threadpoolctl.ThreadpoolController().select(user_api="blas")
-    threads = max((library["num_threads"] for library in blas.info()), default=os.cpu_count() or 1)
-    with blas.limit(limits=1):
+    threads = blas.threads()
+    with threadpoolctl.threadpool_limits(limits=1, user_api="blas"):
         yield jobs or min(threads, MOST_WORKERS)
 
 
