@@ -264,28 +264,71 @@ def test_nasty_adapters_are_correctly_rounded(seed, crowded, tmp_path, monkeypat
 def test_no_float32_sum_errs_by_more_than_its_bound(rank):
     """The same product in several orders, for sums that are rounded the same way again and again."""
     rng = np.random.default_rng(rank)
-    A = np.full((rank, 6), np.float32(0.1))
+    A = np.full((rank, 8), np.float32(0.1))
     A[:, 1] = rng.uniform(0, 1, rank)
     A[:, 2] = rng.standard_normal(rank)
     A[:, 3] = np.float32(1) + np.float32(2.0**-23)
+    A[rank // 2 :, 6:] *= -1  # partial sums grow, and the sum is small
+    A[:, 7] *= 3
     B = np.full((5, rank), np.float32(0.3))
     B[1:] = rng.uniform(0.5, 1, (4, rank))
     d, b = rng.uniform(0.5, 1, rank).astype(np.float32), rng.uniform(0.5, 1, 5).astype(np.float32)
     factor = arithmetic.Factor(b.astype(np.float64), B, d.astype(np.float64), A, np.ascontiguousarray(A.T))
     delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
     left = delta.left(0, 5)
-    bound = delta.spread(left, 0).astype(np.float64) * delta.error_share(np.dtype(np.float32))
-    places = np.indices((5, 6)).reshape(2, -1)
-    true = delta.exactly(np.zeros(30), *places).reshape(5, 6)
+    spread = delta.spread(left, 0).astype(np.float64)[:, None]
+    bound = spread * delta.error_share(np.dtype(np.float32))
+    places = np.indices((5, 8)).reshape(2, -1)
+    true = delta.exactly(np.zeros(40), *places).reshape(5, 8)
     products = left[:, :, None] * delta.right[None]
-    one_after_the_other = np.zeros((5, 6), np.float32)
+    one_after_the_other = np.zeros((5, 8), np.float32)
     for k in range(rank):
         one_after_the_other += products[:, k]
-    sums = [delta.product(left, out=np.empty((5, 6), np.float32)), one_after_the_other, products.sum(axis=1)]
+    sums = [delta.product(left, out=np.empty((5, 8), np.float32)), one_after_the_other, products.sum(axis=1)]
     errors = [np.abs(total - true) for total in sums]
-    assert all((error <= bound[:, None]).all() for error in errors)
+    assert all((error <= bound).all() for error in errors)
     if rank == 4096:  # and a bound that did not grow with the rank would be too small
-        assert max((error / bound[:, None]).max() for error in errors) * (rank + 9) > 16
+        assert max((error / bound).max() for error in errors) * (rank + 9) > 16
+    delta.widen()
+    share, own = delta.error_shares()
+    if rank == 4096:
+        assert (share, own) == (delta.error_share(np.dtype(np.float32)), 0)
+        return
+    sums[0] = delta.product(left, out=np.empty((5, 8), np.float32))
+    for total in sums:
+        assert (np.abs(total - true) <= spread * share + own * np.abs(total)).all()
+    # Of a sum that is small itself, that is little more than half.
+    assert share < (0.6 if rank == 256 else 0.8) * delta.error_share(np.dtype(np.float32))
+
+
+@pytest.mark.parametrize("last", [0.0, -1.0])
+def test_a_float32_sum_can_err_by_nearly_as_much_as_its_bound_says(last):
+    """One large product, and many that are a little more than half of its last bit: each is rounded up."""
+    rank = 256
+    A, B = np.full((rank, 1), 2.0**-12 * (1 + 2.0**-10), np.float32), np.full((1, rank), 2.0**-12, np.float32)
+    A[[0, -1], 0], B[0, [0, -1]] = (1, last / 4), (1, 4)
+    one = np.ones(rank, np.float32)
+    factor = arithmetic.Factor(np.ones(1), B, one, A, np.ascontiguousarray(A.T))
+    delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
+    delta.widen()
+    share, own = delta.error_shares()
+    total = np.float32(0)
+    for term in B[0] * A[:, 0]:
+        total += term
+    error = abs(float(total) - float(delta.exactly(np.zeros(1), np.zeros(1, int), np.zeros(1, int))[0]))
+    magnitudes = float(np.abs(B[0] * A[:, 0]).sum(dtype=np.float64))
+    assert 0.9 < error / (share * magnitudes + own * abs(total)) <= 1
+
+
+@pytest.mark.parametrize("rank", [2, 5, 8])
+def test_partial_sums_are_no_larger_than_half_of_all_magnitudes_and_the_sum(rank):
+    """What `Delta.error_shares` rests on: a sum errs by a rounding of each partial sum, in any order."""
+    rng = np.random.default_rng(rank)
+    for _ in range(10):
+        terms = [Fraction(float(x)) for x in rng.standard_normal(rank)]
+        largest = (sum(map(abs, terms)) + abs(sum(terms))) / 2
+        for chosen in range(2**rank):
+            assert abs(sum(term for place, term in enumerate(terms) if chosen >> place & 1)) <= largest
 
 
 # What vera_A, lambda_d, vera_B and lambda_b are multiplied by, as powers of two. Their product stays what it is.

@@ -94,43 +94,55 @@ def test_float32_alone_would_round_some_elements_wrongly():
         arithmetic.Delta([factor], transposed=False, dtype=np.dtype(dtype), workspace=Workspace())
         for dtype in (np.float32, np.float64)
     )
+    single.widen()
     product = single.rows(0, size, out=np.empty((size, size), np.float32))
     exact = double.rows(0, size, out=np.empty((size, size))) + weight.astype(np.float64)
     wrong = rounding.rounded(product + weight.astype(np.float32), "bfloat16") != rounded_once(exact, "bfloat16")
     result = np.empty_like(weight)
     spread = single.spread(single.left(0, size), 0)
-    rows, columns = rounding.sum_to_half(
-        product,
-        weight,
-        error=spread * np.float32(single.error_share(np.dtype(np.float32))),
-        bound=spread.max() + np.abs(weight.astype(np.float32)).max(),
-        out=result,
-        workspace=Workspace(),
-    )
-    assert not ((result != rounded_once(exact, "bfloat16")) & ~_mask(wrong.shape, rows, columns)).any()
-    found = _mask(wrong.shape, rows, columns)
-    assert wrong.any()
-    assert not (wrong & ~found).any()
-    assert found.mean() < 0.02
+    usual, (share, own) = single.error_share(np.dtype(np.float32)), single.error_shares()
+    shares = []
+    for error, besides in [(usual, 0), (share, own)]:
+        rows, columns = rounding.sum_to_half(
+            product.copy(),
+            weight,
+            error=spread * np.float32(error),
+            bound=spread.max() + np.abs(weight.astype(np.float32)).max(),
+            out=result,
+            workspace=Workspace(),
+            own=np.float32(besides),
+        )
+        found = _mask(wrong.shape, rows, columns)
+        assert not ((result != rounded_once(exact, "bfloat16")) & ~found).any()
+        assert wrong.any()
+        assert not (wrong & ~found).any()
+        shares.append(found.mean())
+    assert shares[1] < 0.65 * shares[0] < 0.65 * 0.04
     sums, _ = single.closely(weight, rows, columns, start=0, spread=spread, products=np.dtype(np.float64))
     assert np.allclose(sums, exact[rows, columns], rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("own", [0, 2.0**-16])
 @pytest.mark.parametrize("scale", [0, 2.0**-149, 2.0**-130, 2.0**-24, 2.0**-14, 1, 60_000, 2.0**100, 3e38])
-def test_what_is_not_doubtful_is_right_however_the_error_falls(dtype, scale):
+def test_what_is_not_doubtful_is_right_however_the_error_falls(dtype, scale, own):
     rng = np.random.default_rng(4)
     with np.errstate(over="ignore", under="ignore"):
         total = (rng.standard_normal((64, 300)) * scale).astype(np.float32)
         total[::2] = rng.integers(0, 2**32, (32, 300), dtype=np.uint32).view(np.float32)  # any number there is
         total[~np.isfinite(total)] = 1
+        total[1::4] *= -np.sign(total[1::4])  # rows without a positive number
         error = (np.abs(total).max(axis=1) * 2.0 ** -rng.integers(8, 30, 64)).astype(np.float32)
     result = np.empty(total.shape, np_dtype(dtype))
     bound = np.abs(total).max()
     nothing = np.full(total.shape, -0.0, np.float32)
-    found = rounding.sum_to_half(total, nothing, error=error, bound=bound, out=result, workspace=Workspace())
+    before = total.astype(np.float64)
+    found = rounding.sum_to_half(
+        total, nothing, error=error, bound=bound, out=result, workspace=Workspace(), own=np.float32(own)
+    )
     doubtful = _mask(total.shape, *found)
-    low, high = (rounding.rounded(total + sign * error[:, None].astype(np.float64), dtype) for sign in (-0.999, 0.999))
+    possible = error[:, None].astype(np.float64) + own * np.abs(before)
+    low, high = (rounding.rounded(before + sign * possible, dtype) for sign in (-0.999, 0.999))
     assert np.array_equal(bits(low[~doubtful]), bits(result[~doubtful]))
     assert np.array_equal(bits(high[~doubtful]), bits(result[~doubtful]))
     assert not doubtful.all() or scale == 0

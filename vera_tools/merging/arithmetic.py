@@ -21,14 +21,17 @@ import numpy as np
 
 from vera_tools.dtypes import Array
 from vera_tools.merging import exact
-from vera_tools.merging.rounding import taken
+from vera_tools.merging.rounding import at, wide
 from vera_tools.merging.workspace import Workspace, row_by_row
 
-#: Elements of a weight that are merged at a time: 4 MB of float32, which stays in a CPU's outer cache.
-BLOCK = 1 << 20
+#: Elements of a weight that are merged at a time: 8 MB of float32. A BLAS brings the right matrix into its own order at
+#: every block.
+BLOCK = 1 << 21
 #: Ranks that are multiplied together. A sum's error grows with their number, and so does the number of doubtful
 #: elements; more panels are more additions of whole blocks.
 PANEL = 128
+#: For a half type, whose error is then known more closely (`Delta.error_shares`): as many as this, if those are all.
+WHOLE = 256
 #: The same, where more than this share of a block is doubtful.
 NARROW_PANEL, MANY = 32, 1 / 100
 #: Places that are computed one by one together.
@@ -156,6 +159,22 @@ class Delta:
         longest = min(self._rank, self._panel) + self._rank // self._panel if dtype == np.float32 else self._rank
         return self._share(longest + len(self._factors) + 8, dtype)
 
+    def error_shares(self) -> tuple[float, float]:
+        """The same in float32 as two shares, one of `spread` and one of the element's own magnitude, to be added.
+
+        Chapter 4 of the same book: a sum errs by a rounding of each of its partial sums, whatever its order. No partial
+        sum is larger than the sum of all positive products, or of all negative ones. The larger of the two is half of
+        what both magnitudes and the sum's own make together, so that a sum which is small itself errs by half of what
+        `error_share` says. Terms of second order are a share of 4 n u, less than what `_share` adds for them.
+
+        That needs the sum itself. It is known where the whole rank is one product; elsewhere the second share is zero.
+        """
+        dtype = np.dtype(np.float32)
+        if self._panel < self._rank:
+            return self.error_share(dtype), 0.0
+        half = self._rank // 2 + 1
+        return self._share(half + len(self._factors) + 8, dtype), self._share(half, dtype)
+
     def _share(self, roundings: int, dtype: np.dtype[np.floating]) -> float:
         n, norms = roundings * UNITS[dtype], (2 * self._rank + 8) * UNITS[self.dtype]
         return n / (1 - n) * (1 + norms) * 1.001 if norms < 0.01 else np.inf
@@ -186,7 +205,7 @@ class Delta:
         Returns:
             The sums, and how far each may be off, both in float64.
         """
-        total = taken(weight, rows, columns)
+        total = wide(at(weight, rows, columns)).astype(np.float64)
         outs, ins = (columns, rows + start) if self._transposed else (rows + start, columns)
         # float64's own roundings are less than one of float32.
         share = self._share(2, products) if products == np.float32 else self.error_share(products)
@@ -232,19 +251,26 @@ class Delta:
         """One adapter's change at places (outs[i], ins[i]) but for lambda_b, in float64; products are of `dtype`."""
         rank, array = factor.lambda_d.size, self._workspace.array
         lambda_d, sums = factor.lambda_d.astype(np.float64), np.empty(outs.size)
+        shape = (min(PLACES, outs.size), rank)
+        B, A = array("B", shape, factor.vera_B.dtype), array("A", shape, factor.columns.dtype)
+        BA = array("BA", shape, np.float64)
         for start in range(0, outs.size, PLACES):
             part = slice(start, start + PLACES)
-            shape = (outs[part].size, rank)
-            left, right = array("B", shape, factor.vera_B.dtype), array("A", shape, factor.columns.dtype)
+            count = outs[part].size
+            left, right, products = B[:count], A[:count], BA[:count]
             factor.vera_B_at(outs[part], out=left)
             np.take(factor.columns, ins[part], axis=0, out=right, mode="clip")
-            products = array("BA", shape, np.float64)
             if dtype == left.dtype == right.dtype:
                 np.copyto(products, np.multiply(left, right, out=left))
             else:
                 np.multiply(left, right, dtype=np.float64, out=products)
             np.matmul(products, lambda_d, out=sums[part])
         return sums
+
+    def widen(self) -> None:
+        """Take the whole rank at once in float32, where it is short enough."""
+        if self._rank <= WHOLE:
+            self._panel = self._rank
 
     def narrow(self) -> None:
         """Take fewer ranks at a time in float32 from here on: that costs time, and leaves fewer elements open."""
@@ -256,28 +282,14 @@ class Delta:
 
     def product(self, left: Array, *, out: Array) -> Array:
         """Rows of the change whose rows of the left matrix are `left`, written into `out`."""
-        last = self.all_but_last(left, out=out)
-        if last is not None:
-            with row_by_row():
-                np.add(out, last, out=out)
-        return out
-
-    def all_but_last(self, left: Array, *, out: Array) -> Array | None:
-        """The same but for the last panel, which is returned; None where there is one only.
-
-        Who adds a weight anyway adds the panel in the same go, while both are in a CPU's cache.
-        """
         panel = self._panel if self.dtype == np.float32 else self._rank
         np.matmul(left[:, :panel], self._right[:panel], out=out)
-        last = None
         with row_by_row():
             for start in range(panel, self._rank, panel):
-                if last is not None:
-                    np.add(out, last, out=out)
                 ranks = slice(start, start + panel)
                 part = self._workspace.matrix("panel", out.shape, self.dtype)
-                last = np.matmul(left[:, ranks], self._right[ranks], out=part)
-        return last
+                np.add(out, np.matmul(left[:, ranks], self._right[ranks], out=part), out=out)
+        return out
 
     def _out_side(self, start: int, stop: int, use: str) -> Array:
         matrix, done = self._workspace.array(use, (stop - start, self._rank), self.dtype), 0
@@ -285,7 +297,8 @@ class Delta:
             part = matrix[:, done : done + factor.lambda_d.size]
             rows = factor.vera_B_at(slice(start, stop))
             with np.errstate(over="ignore", invalid="ignore"):  # then the norms are not finite, and are looked at
-                np.multiply(rows, factor.weighted[start:stop, None], out=part, dtype=self.dtype)
+                lambda_b = factor.weighted[start:stop, None].astype(self.dtype)
+                np.multiply(rows, lambda_b, out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 

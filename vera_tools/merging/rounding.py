@@ -13,7 +13,7 @@ from vera_tools.merging.workspace import Workspace, row_by_row
 from vera_tools.projections.floats import to_odd
 
 #: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
-STRIP = 1 << 16
+STRIP = 1 << 17
 
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
 _LAST_BITS = np.float32(2.0**-23 * 1.02)
@@ -21,10 +21,10 @@ _LAST_BITS = np.float32(2.0**-23 * 1.02)
 # The same for float64, where the margin itself is added with one more rounding.
 _LAST_BITS_OF_DOUBLE = 2.0**-51
 
-_SMALLEST = np.float32(2.0**-149)  # of all that float32 holds
+_NOTHING, _SMALLEST = np.float32(0), np.float32(2.0**-149)  # of all that float32 holds
 
-#: Elements of one block, or of one tensor that is verified, that are computed in integers at most: a minute or so.
-MAX_EXACT = 1 << 16
+#: Elements of one block, or of one tensor that is verified, that are computed in integers at most: two minutes or so.
+MAX_EXACT = 1 << 17
 
 # What bfloat16 cuts off a float32: so many bits, and half and one of its last place in them.
 _BITS, _HALF, _ONE = np.uint32(16), np.uint32(1 << 15), np.uint32(1 << 16)
@@ -47,7 +47,7 @@ def sum_to_half(
     bound: Array | np.float32,
     out: Array,
     workspace: Workspace,
-    more: Array | None = None,
+    own: np.float32 = _NOTHING,
     shares: Array | None = None,
 ) -> tuple[Array, Array]:
     """Add a weight to a product, round to a half type, and find what its own error may have rounded the wrong way.
@@ -56,31 +56,31 @@ def sum_to_half(
     are doubtful, and what `out` holds there is one of the two.
 
     Args:
-        total: (rows, columns) float32, the product; holds the sum afterwards.
+        total: (rows, columns or more) float32, the product; holds the sum afterwards.
         weight: (rows, columns), of any dtype that float32 holds; None where `total` is the sum already, rounded once.
         error: (rows,) float32: how far the products of a row may be off.
         bound: No sum is larger, of all or of each row. Finite.
         out: (rows, columns), bfloat16 or float16: the result.
         workspace: Scratch memory.
-        more: (rows, columns) float32, a part of the product that is to be added before the weight. Default: none.
+        own: By what share of itself each product may be off besides.
         shares: (columns,) float32: how much of a row's error is possible in each column. Default: all.
 
     Returns:
         Rows and columns of the doubtful elements.
     """
-    columns = total.shape[1]
+    columns = out.shape[1]
     step = max(1, STRIP // max(1, columns))
     # Never zero, also where so little is lost below the smallest number: a tie is rounded wrongly at first.
     slack = np.maximum(error + bound * _LAST_BITS, _SMALLEST)[:, None]
     round_both = _bfloat16_by_integers if out.dtype == np_dtype("bfloat16") else _by_casts
     places = []
     with np.errstate(over="ignore"), row_by_row():
-        for start in range(0, total.shape[0], step):
+        for start in range(0, len(out), step):
             strip = slice(start, start + step)
-            sums = total[strip]
+            sums = total[strip, :columns]
             either = workspace.array("either", (2, *sums.shape), np.float32)
-            if more is not None:
-                np.add(sums, more[strip], out=sums)
+            if own:
+                slack[strip, 0] += own * np.maximum(sums.max(axis=1), -sums.min(axis=1))
             if weight is not None:
                 _add(weight[strip], sums, scratch=either[0])
             np.add(sums, slack[strip], out=either[0])
@@ -88,28 +88,37 @@ def sum_to_half(
             differs = workspace.array("differs", sums.shape, np.bool_)
             round_both(either, out=out[strip], differs=differs)
             places.append(np.flatnonzero(differs) + start * columns)
-        found = np.concatenate([np.zeros(0, np.intp), *places])
-        rows = found // max(columns, 1)
-        inside = found - rows * columns
-        # A second look at the few whose result is open: now each by its own error.
-        errors = error[rows] if shares is None else error[rows] * shares[inside]
-    values, doubtful = either_way(total[rows, inside], errors, out.dtype.name)
+    found = np.concatenate([np.zeros(0, np.intp), *places])
+    rows = found // max(columns, 1)
+    inside = found - rows * columns
+    # A second look at the few whose result is open: now each by its own error, and not by its row's largest.
+    sums = at(total, rows, inside)
+    errors = error[rows] if shares is None else error[rows] * shares[inside]
+    if own:
+        errors += own * np.abs(sums if weight is None else sums - wide(at(weight, rows, inside)))
+    values, doubtful = either_way(sums, errors, out.dtype.name)
     put(out, rows, inside, values)
     return rows[doubtful], inside[doubtful]
 
 
+def at(matrix: Array, rows: Array, columns: Array) -> Array:
+    """Single elements of a matrix whose rows follow each other. Two indices would take twice as long as one."""
+    elements: Array = matrix.reshape(-1)[rows * matrix.shape[1] + columns]
+    return elements
+
+
 def put(matrix: Array, rows: Array, columns: Array, values: Array) -> None:
     """Write elements of a half type. By integers: bfloat16 is no dtype of numpy's own, which takes it byte by byte."""
-    matrix.view(np.uint16)[rows, columns] = values.view(np.uint16)
+    np.put(matrix.view(np.uint16), rows * matrix.shape[1] + columns, values.view(np.uint16))
 
 
-def taken(matrix: Array, rows: Array, columns: Array) -> Array:
-    """Single elements, in float64."""
-    if matrix.dtype != np_dtype("bfloat16"):
-        return matrix[rows, columns].astype(np.float64)
-    bits = matrix.view(np.uint16)[rows, columns].astype(np.uint32)
-    wide: Array = np.left_shift(bits, _BITS).view(np.float32).astype(np.float64)
-    return wide
+def wide(values: Array) -> Array:
+    """bfloat16 in float32, by integers as in `put`; any other dtype as it is."""
+    if values.dtype != np_dtype("bfloat16"):
+        return values
+    bits = values.view(np.uint16).astype(np.uint32)
+    widened: Array = np.left_shift(bits, _BITS, out=bits).view(np.float32)
+    return widened
 
 
 def either_way(sums: Array, error: Array, dtype: str) -> tuple[Array, Array]:

@@ -79,6 +79,8 @@ def _merged(
     change = delta(entry, dtype=dtype, workspace=workspace)
     columns = change.shape[1]
     in_float32 = dtype == np.float32
+    if entry.info.dtype in HALVES:
+        change.widen()
     for start, stop in row_blocks(change.shape):
         weight = _read(base, entry.origin, start * columns, stop * columns, workspace).reshape(-1, columns)
         if digest is not None:
@@ -107,15 +109,22 @@ def _in_float32(
     """
     left = change.left(start, start + len(weight))
     spread, bounds = _largest_sums(change, left, weight, start)
-    bound, share = bounds.max(), change.error_share(np.dtype(np.float32))
+    bound, (share, own) = bounds.max(), change.error_shares()
     if not np.isfinite(bound + np.float32(share)):
         return None
-    total = workspace.matrix("total", weight.shape, np.float32)
-    more = change.all_but_last(left, out=total)
+    total = workspace.padded("total", weight.shape, np.float32)
+    change.product(left, out=total[:, : weight.shape[1]])
     result = workspace.array("result", weight.shape, np_dtype(entry.info.dtype))
     error = spread * np.float32(share)
     rows, columns = sum_to_half(
-        total, weight, error=error, bound=bounds, out=result, workspace=workspace, more=more, shares=change.shares
+        total,
+        weight,
+        error=error,
+        bound=bounds,
+        out=result,
+        workspace=workspace,
+        own=np.float32(own),
+        shares=change.shares,
     )
     if rows.size > arithmetic.CROWDED * result.size:
         return None

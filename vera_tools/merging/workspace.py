@@ -12,7 +12,7 @@ from numpy.typing import DTypeLike
 
 from vera_tools.dtypes import Array
 
-#: Bytes between the end of a row of `Workspace.matrix` and the start of the next: a CPU's cache line.
+#: By how many bytes a row of `Workspace.padded` is longer: a CPU's cache line.
 _GAP = 64
 #: Elements that numpy takes at a time from arrays whose rows do not follow each other.
 _ROW = 256
@@ -37,14 +37,17 @@ class Workspace(threading.local):
             self._held[use] = held = np.empty(size, np.uint8)
         return held[:size].view(dtype).reshape(shape)
 
-    def matrix(self, use: str, shape: tuple[int, int], dtype: DTypeLike) -> Array:
-        """The same, with a gap behind each row.
+    def padded(self, use: str, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+        """The same, each row a little longer than asked for.
 
         Rows of 2048 or 4096 elements that follow each other fall on the same few places of a CPU's cache: a BLAS that
         writes several of them at a time takes a tenth longer, and a fifth longer with few ranks.
         """
-        gap = _GAP // np.dtype(dtype).itemsize
-        return self.array(use, (shape[0], shape[1] + gap), dtype)[:, : shape[1]]
+        return self.array(use, (shape[0], shape[1] + _GAP // np.dtype(dtype).itemsize), dtype)
+
+    def matrix(self, use: str, shape: tuple[int, int], dtype: DTypeLike) -> Array:
+        """The same, each row as long as asked for, and so with a gap behind it."""
+        return self.padded(use, shape, dtype)[:, : shape[1]]
 
 
 @contextlib.contextmanager
