@@ -104,7 +104,7 @@ def test_kubernetes(root, run, tmp_path):
 def test_xargs(root, run, tmp_path):
     done = run("bash", SCRIPTS / "verify-xargs.sh", PARTS="3", HANDS="2")
     assert done.returncode == together(tmp_path, root)[0] == 4
-    assert "5 checkpoints: 1 FAILED" in done.stdout
+    assert "5 checkpoints: 1 FAILED a check" in done.stdout
 
 
 @pytest.mark.slow

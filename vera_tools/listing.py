@@ -201,7 +201,7 @@ def _choice(name: str, label: str, values: Iterable[tuple[str, str]]) -> str:
 def _item(row: Row) -> str:
     chosen = "".join(f' data-{name}="{text(value)}"' for name, value in row.chosen.items())
     lines = "".join(f"<p>{text(words)}</p>" for words in row.words)
-    command = f"<p>next: <code>{text(row.command)}</code></p>" if row.command else ""
+    command = f"<p><code>{text(row.command)}</code></p>" if row.command else ""
     state = row.state
     return (
         f'<li class="s-{row.tone or state.tone}" data-state="{text(state.name)}" data-good="{int(row.good)}"{chosen}>'

@@ -27,8 +27,9 @@ from tests.adapters import (
     put_pickle,
 )
 from vera_tools.checkpoints.base import BaseModel
-from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding, find
+from vera_tools.checkpoints.checkpoint import Checkpoint, assumed_rounding
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY
+from vera_tools.checkpoints.presence import find
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
 from vera_tools.projections.pair import PairShape
 
@@ -82,7 +83,7 @@ def test_opening_closes_what_it_opened_when_it_fails(checkpoint):
     edit(folder, lambda tensors: tensors.update({"base_model.model.x.lora_A.weight": np.zeros(1, np.float32)}))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     for _ in range(3):
-        with pytest.raises(NotVeraError):
+        with pytest.raises(FormatError):
             Checkpoint.open(folder)
     after = len(os.listdir("/proc/self/fd")) if before else 0
     assert after == before
@@ -106,14 +107,18 @@ def test_opening_closes_what_it_opened_when_it_fails(checkpoint):
 )
 def test_a_look_alike_is_refused_by_what_its_tensors_are(checkpoint, tensor, kind):
     folder = checkpoint(KEPT)
-    edit(folder, lambda tensors: tensors.update({tensor: np.zeros(1, np.float32)}))
-    with pytest.raises(NotVeraError, match=f"this holds {kind} tensors, not VeRA's") as caught:
+    edit(folder, lambda tensors: [tensors.clear(), tensors.update({tensor: np.zeros(1, np.float32)})])
+    with pytest.raises(FormatError, match=f"this holds {kind} tensors, not VeRA's") as caught:
         Checkpoint.open(folder)
-    assert caught.value.kind == kind
+    assert type(caught.value) is FormatError  # its config says VeRA: it is a broken one, and not one to be skipped
     assert caught.value.where == f"{folder / WEIGHTS}: {tensor}"
+    (folder / CONFIG).unlink()
+    with pytest.raises(NotVeraError, match=f"this holds {kind} tensors, not VeRA's") as other:
+        Checkpoint.open(folder)
+    assert other.value.kind == kind
 
 
-def test_another_kind_is_refused_before_its_weights_are_looked_at(checkpoint):
+def test_another_kind_is_refused_whatever_its_weights_are(checkpoint):
     folder = checkpoint(KEPT)
     (folder / WEIGHTS).write_bytes(b"nonsense")
     (folder / CONFIG).write_text('{"peft_type": "LORA", "r": 8}')

@@ -175,7 +175,7 @@ def test_one_of_a_list_that_is_not_there_is_failed_and_the_others_are_verified(t
     assert failed["error"]["exit_code"] == 4
     shown = run_cli("verify", "-", input=listed).stdout.splitlines()
     assert shown[-3] == "FAILED, not verified: 1"
-    assert shown[-1] == "2 checkpoints: 1 FAILED, 1 reproducible"
+    assert shown[-1] == "2 checkpoints: 1 NOT VERIFIED; verdicts: 1 reproducible"
 
 
 def test_one_that_vanishes_is_failed(tmp_path, monkeypatch):

@@ -67,11 +67,11 @@ def test_github(registry, monkeypatch):
     ]
     assert lines[1] == (
         "::error title=DRIFT::r/drift: vera_A differs from what key 101 gives in 1 place: [1, 3]; "
-        "next: vera-tools verify r/drift"
+        "next: a few elements were changed: copy it again from where it was trained: vera-tools verify r/drift"
     )
     text = summary.read_text()
     assert text.startswith("before\n### vera-tools verify\n")
-    assert "4 checkpoints: 1 reproducible, 1 unproven, 1 drift, 1 invalid, 1 failed checks" in text
+    assert "4 checkpoints: 1 FAILED a check; verdicts: 1 reproducible, 1 unproven, 1 drift, 1 invalid\n" in text
     assert "| r/drift | DRIFT | vera\\_A differs" in text
     assert "r/good" not in text
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(registry / "no" / "such"))

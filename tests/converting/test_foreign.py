@@ -194,25 +194,21 @@ def test_the_rest_is_refused_by_name(tensor, kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("tensor", "why"),
+    ("tensor", "kind", "why"),
     [
-        ("base_model.randlora_A", "RandLora sums many bases"),
-        ("base_model.pvera_A", "PVeRA samples its vectors"),
-        ("base_model.model.x.lora_A.weight", "LoRA's matrices are trained"),
+        ("base_model.randlora_A", "RANDLORA", "RandLora sums many bases"),
+        ("base_model.pvera_A", "PVERA", "PVeRA samples its vectors"),
+        ("base_model.model.x.lora_A.weight", "LORA", "LoRA's matrices are trained"),
     ],
 )
-def test_an_adapter_of_another_kind_is_told_why(checkpoint, tensor, why, tmp_path):
+def test_an_adapter_of_another_kind_is_told_why(checkpoint, tensor, kind, why, tmp_path):
     """Opening it refuses it already, without the reason that conversion has."""
     source = checkpoint(KEPT)
-    edit(source, lambda tensors: tensors.update({tensor: np.zeros((2, 2), np.float32)}))
-    with pytest.raises(NotVeraError, match=f"no exact mapping to VeRA: {why}"):
+    edit(source, lambda tensors: [tensors.clear(), tensors.update({tensor: np.zeros((2, 2), np.float32)})])
+    with pytest.raises(FormatError, match=f"this holds {kind} tensors, not VeRA's; adapter_config.json is a VeRA"):
         from_foreign(source, tmp_path / "out")
-
-
-def test_another_kind_by_its_config_is_told_why(checkpoint, tmp_path):
-    source = checkpoint(KEPT)
-    set_config(source, peft_type="LORA")
-    with pytest.raises(NotVeraError, match=r"adapter_config\.json: no exact mapping to VeRA: LoRA's matrices"):
+    set_config(source, peft_type=kind)
+    with pytest.raises(NotVeraError, match=rf"adapter_config\.json: no exact mapping to VeRA: {why}"):
         from_foreign(source, tmp_path / "out")
 
 

@@ -29,6 +29,7 @@ def registry(tmp_path):
         shutil.copytree(CHECKPOINTS / source, folder / name)
     config = folder / "lora" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text("utf-8")), "peft_type": "LORA"}), "utf-8")
+    (folder / "lora" / "adapter_model.safetensors").unlink()
     (folder / "broken" / "adapter_model.safetensors").write_bytes(b"short")
     (folder / "test_uses.py").write_text(USES.format(checkpoint=CHECKPOINTS / KEPT), "utf-8")
     return folder

@@ -12,7 +12,19 @@ import numpy as np
 import pytest
 
 import vera_tools
-from tests.adapters import CHECKPOINTS, KEPT, PAIR, SEED_ONLY, base_of, edit, edit_manifest, set_config, take_as_live
+from tests.adapters import (
+    CHECKPOINTS,
+    CONFIG,
+    KEPT,
+    PAIR,
+    SEED_ONLY,
+    WEIGHTS,
+    base_of,
+    edit,
+    edit_manifest,
+    set_config,
+    take_as_live,
+)
 from tests.command import run_cli, run_json
 from tests.verifying.reports import message_of, one
 from vera_tools.projections.identification import share
@@ -50,7 +62,7 @@ def stripped(name: str, folder: Path) -> Path:
 )
 def test_the_sentence_names_loaders_and_platforms_that_people_know(name, stored, seed_only, tmp_path):
     silent = "; elsewhere PEFT silently uses other projections."
-    assert one(CHECKPOINTS / name).safety == f"Safe to load with {stored}{silent}"
+    assert one(CHECKPOINTS / name).safety == f"Safe to load, if its vectors are right, with {stored}{silent}"
     assert one(stripped(name, tmp_path / "s")).safety == f"Safe to load with {seed_only}{silent}"
 
 
@@ -151,7 +163,7 @@ def test_a_headline_leads_with_what_failed(checkpoint):
     many = run_cli("verify", folder, CHECKPOINTS / KEPT).stdout.splitlines()
     assert many[0] == "FAILED tensors.finite: 1"
     assert many[1].startswith(f"  {folder}: NaN or infinity in {vector}[5]")
-    assert many[-1] == "2 checkpoints: 1 FAILED, 1 reproducible"  # and not 2 reproducible
+    assert many[-1] == "2 checkpoints: 1 FAILED a check; verdicts: 2 reproducible"
 
 
 def test_the_good_ones_of_many_are_counted_and_the_others_come_last_by_reason(tmp_path):
@@ -164,7 +176,7 @@ def test_the_good_ones_of_many_are_counted_and_the_others_come_last_by_reason(tm
     assert lines[0] == "UNPROVEN: 3"
     assert lines[1:4] == [f"  {tmp_path}/seeds-{n}" for n in range(3)]
     assert lines[6] == "FAILED tensors.file, INVALID: 1"
-    assert lines[-1] == "7 checkpoints: 1 FAILED, 3 reproducible, 3 unproven"
+    assert lines[-1] == "7 checkpoints: 1 FAILED a check; verdicts: 3 reproducible, 3 unproven, 1 invalid"
     assert not any("z-good" in line for line in lines)
     verbose = run_cli("verify", "-v", "-R", tmp_path).stdout
     assert f"{tmp_path}/z-good-1: REPRODUCIBLE" in verbose
@@ -211,7 +223,7 @@ CASES = {
         "vera-tools verify other-key",
     ),
     "a lora": (
-        broken(lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')),
+        broken(lambda folder: [(folder / CONFIG).write_text('{"peft_type": "LORA"}'), (folder / WEIGHTS).unlink()]),
         "vera-tools verify -R 'a lora'",
     ),
 }

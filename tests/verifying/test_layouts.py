@@ -9,7 +9,7 @@ import pytest
 import vera_tools
 from tests.adapters import CHECKPOINTS, CONFIG, KEPT
 from tests.command import run_cli
-from vera_tools.checkpoints.checkpoint import find, in_order
+from vera_tools.checkpoints.presence import find, in_order
 
 COMMIT = "60a5c15a17c72420c95ecb32b3de72c8ae422a2c"
 

@@ -13,7 +13,7 @@ from tests.adapters import CHECKPOINTS, KEPT, WEIGHTS
 from tests.command import run_cli, run_json
 from tests.hostile import BAD, HARMLESS, ODD, config
 from vera_tools.checkpoints import expressions
-from vera_tools.checkpoints.checkpoint import find
+from vera_tools.checkpoints.presence import find
 from vera_tools.verifying.verifier import Verifier
 
 

@@ -26,7 +26,7 @@ from tests.command import run_cli, run_json
 from tests.peers import base_model, distance, load_peft
 from tests.verifying.reports import failed, message_of, one
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
-from vera_tools.errors import CheckFailedError, FormatError, UsageError
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -175,17 +175,18 @@ def test_saved_again_after_training_on_it_is_renewed(checkpoint):
     assert failed(report) == {"manifest.stale"}
     assert report.verdict == "reproducible"
     assert "record" in message_of(report, "manifest.stale")
-    assert vera_tools.record(folder).changed
+    with pytest.warns(VeraToolsWarning, match="8 of 10 tensors"):
+        assert vera_tools.record(folder).changed
     assert not failed(one(folder))
     assert vera_tools.verify(folder).exit_code == 0
 
 
 @pytest.mark.parametrize(("fewer", "stale"), [(0, True), (1, False)])
-def test_training_moves_half_of_the_vectors_or_more(checkpoint, fewer, stale):
+def test_training_moves_every_vector(checkpoint, fewer, stale):
     folder = checkpoint(KEPT)
     vera_tools.record(folder)
     names = [name for name in tensors_of(folder) if "lambda" in name]
-    moved = names[: -(-len(names) // 2) - fewer]
+    moved = names[fewer:]
     edit(folder, lambda tensors: [tensors[name].__iadd__(1) for name in moved])
     assert ("manifest.stale" in failed(one(folder))) is stale
     assert vera_tools.verify(folder).exit_code == 1

@@ -105,7 +105,7 @@ def test_one_that_cannot_be_reached_does_not_stop_the_others(registry):
 
 
 def test_a_list_on_standard_input(registry):
-    listed = f"# a registry\nhf://ann/good\n\n  {CHECKPOINTS / KEPT}  \nhf://bob/*\n"
+    listed = f"hf://ann/good\n\n{CHECKPOINTS / KEPT}\nhf://bob/*\n"
     code, document = run_json("verify", "-", input=listed)
     assert code == 0
     found = [checkpoint["path"] for checkpoint in document["checkpoints"]]

@@ -7,11 +7,9 @@ and per adapted layer ``base_model.model.<module>.vera_lambda_b`` (out_features,
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from vera_tools.checkpoints import contents, keys, peft_values
@@ -24,6 +22,9 @@ from vera_tools.checkpoints.keys import ROOT as ROOT
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord, most_bytes
 from vera_tools.checkpoints.names import copied_from
 from vera_tools.checkpoints.placement import Linear, Placement, place
+from vera_tools.checkpoints.presence import PICKLE_NAME as PICKLE_NAME
+from vera_tools.checkpoints.presence import WEIGHTS_NAME as WEIGHTS_NAME
+from vera_tools.checkpoints.presence import refuse_mislabelled
 from vera_tools.checkpoints.targeting import Targeting
 from vera_tools.dtypes import FLOATS, Array
 from vera_tools.errors import CheckFailedError, FormatError, NotVeraError
@@ -32,8 +33,6 @@ from vera_tools.files.safetensors import TensorFile, TensorInfo
 from vera_tools.memo import Memo
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 
-WEIGHTS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"
 #: Characters of the configs whose texts are remembered.
 _SHORT_CONFIG = 1 << 16
 
@@ -84,7 +83,7 @@ class Place:
 
         Raises:
             NotVeraError: an adapter of another kind.
-            FormatError: unreadable or malformed.
+            FormatError: unreadable or malformed, or of another kind than the files beside it.
         """
         if CONFIG_NAME not in self.names:
             return None
@@ -94,9 +93,13 @@ class Place:
             reading = peft_values.read(text, where=where)
             return Config(text, reading, VeraConfig.from_dict(reading.document, where=where))
 
-        if memo is None or len(text) > _SHORT_CONFIG:
-            return parse()
-        return memo(("config", text), parse, weight=1 + len(text) // 1024)
+        try:
+            if memo is None or len(text) > _SHORT_CONFIG:
+                return parse()
+            return memo(("config", text), parse, weight=1 + len(text) // 1024)
+        except NotVeraError as error:
+            refuse_mislabelled(self.folder, self.names, error.kind, where=where)
+            raise
 
 
 class Checkpoint(local.ReadFromFolder):
@@ -122,13 +125,13 @@ class Checkpoint(local.ReadFromFolder):
         try:
             usual = contents.of_usual(self.weights)
             if usual is None:
-                self._refuse_other_kinds()
+                self._refuse_other_kinds(place)
             self._embedded_error: FormatError | None = None
             try:
                 self._embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
             except FormatError as error:
                 self._embedded, self._embedded_error = None, error
-            self.config = config.parsed if config else self._config_from_metadata()
+            self.config = config.parsed if config else self._config_from_metadata(place)
             self.keys = keys.Keys()
             if usual is None:
                 self.keys = keys.put_right(self.weights, auto_mapping=self.config.auto_mapping)
@@ -351,19 +354,22 @@ class Checkpoint(local.ReadFromFolder):
             )
         return None
 
-    def _refuse_other_kinds(self) -> None:
+    def _refuse_other_kinds(self, place: Place) -> None:
         if found := contents.foreign(self.weights.tensors):
             name, kind = found
-            where = f"{self.weights.label}: {name}"
-            raise NotVeraError(f"this holds {kind} tensors, not VeRA's", kind=kind, where=where)
+            what, where = f"this holds {kind} tensors, not VeRA's", f"{self.weights.label}: {name}"
+            if self.config_text is not None:
+                raise FormatError(what, where=where, hint=f"{CONFIG_NAME} is a VeRA adapter's: copy both files again")
+            refuse_mislabelled(self.folder, place.names, kind, where=self.weights.label)
+            raise NotVeraError(what, kind=kind, where=where)
 
-    def _config_from_metadata(self) -> VeraConfig:
-        if self._embedded is None or self._embedded.recipe is None:
-            raise self._embedded_error or FormatError(
-                f"there is no {CONFIG_NAME}",
-                where=self.folder.label,
-                hint="only files written by vera-tools say in their metadata what they are",
-            )
+    def _config_from_metadata(self, place: Place) -> VeraConfig:
+        if place.file is None or self._embedded is None or self._embedded.recipe is None:
+            hint = "only files written by vera-tools say in their metadata what they are"
+            if place.file is None:  # an adapter that lost its config, which PEFT does not load
+                hint = "a file that vera-tools wrote says itself what it is, where it is named and not its folder"
+            missing = FormatError(f"there is no {CONFIG_NAME}", where=self.folder.label, hint=hint)
+            raise self._embedded_error or missing
         return VeraConfig(r=self._embedded.shape.r, projection_prng_key=self._embedded.recipe.prng_key)
 
 
@@ -374,59 +380,6 @@ def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | No
         CheckFailedError: the base does not fit.
     """
     return None if base is None else rounds_through(linear.info.dtype for linear in checkpoint.linears(base))
-
-
-def find(root: Path) -> Iterator[Path]:
-    """Every folder at or below `root` that holds an adapter_config.json, sorted, hidden folders left out.
-
-    Names are in the order that people give them: checkpoint-1000 comes after checkpoint-500.
-
-    Links are followed, and each folder is entered once, by whichever of its names comes first. A folder that cannot be
-    listed is handed out too: it may hold a checkpoint, and opening it says what is wrong.
-
-    Raises:
-        FormatError: no such folder.
-    """
-    if not local.is_folder(root):
-        raise FormatError("no such folder", where=root)
-    seen: set[object] = set()
-    waiting = [root]  # as a list, because Python's own walk gives up on folders that are nested a thousand deep
-    while waiting:
-        folder = waiting.pop()
-        try:
-            itself = _identity(folder)
-            if itself in seen:
-                continue
-            seen.add(itself)
-            with os.scandir(folder) as entries:
-                names = {entry.name: _is_folder(entry) for entry in entries}
-        except OSError:
-            yield folder
-            continue
-        if CONFIG_NAME in names and not names[CONFIG_NAME]:
-            yield folder
-        inside = (name for name, is_folder in names.items() if is_folder and not name.startswith("."))
-        waiting += [folder / name for name in sorted(inside, key=in_order, reverse=True)]
-
-
-def in_order(name: str) -> tuple[list[tuple[int, str]], str]:
-    """What to sort names by, such that the numbers in them count as numbers."""
-    parts = enumerate(re.split(r"([0-9]+)", name))
-    numbers = [(n % 2, text.lstrip("0") if n % 2 else text) for n, text in parts]
-    return [(len(text) if is_number else 0, text) for is_number, text in numbers], name
-
-
-def _identity(folder: Path) -> object:
-    """What is the same for all names of a folder; resolving links takes as many calls as the folder is deep."""
-    status = os.stat(folder)
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)  # FAT has no numbers
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself, or through a folder that may not be entered
-        return False
 
 
 def _open_weights(place: Place, *, allow_pickle: bool) -> TensorFile:

@@ -147,4 +147,4 @@ def _show_batch(batch: BatchReport, console: Console) -> None:
         console.print(f"{item.path}: {text}")
     counts = ", ".join(f"{count} {status.replace('_', ' ')}" for status, count in batch.summary.items() if count)
     said = "; dry run, nothing was written" if batch.dry_run else ""
-    console.print(f"{len(batch.items)} checkpoints: {counts}{said}")
+    console.print(f"{len(batch.items)} checkpoint{'s' * (len(batch.items) != 1)}: {counts}{said}")

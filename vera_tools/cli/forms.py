@@ -26,6 +26,7 @@ class Requirements(TypedDict):
     require: Verdict
     require_loads: tuple[str, ...]
     against_loads: str | None
+    require_recorded: bool
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,11 @@ class Form:
 
 
 def requirement_options(function: Function) -> Function:
-    """--require, --require-loads and --against-loads, as one `Requirements`."""
+    """--require, --require-loads, --against-loads and --require-recorded, as one `Requirements`."""
 
     @click.option(
         "--require",
-        type=click.Choice(VERDICTS),
+        type=click.Choice(VERDICTS, case_sensitive=False),
         default="reproducible",
         show_default=True,
         help="The worst verdict that still exits 0.",
@@ -123,11 +124,29 @@ def requirement_options(function: Function) -> Function:
         metavar="SPEC",
         help="Exit 1 where a move from --require-loads to SPEC changes the projections, and list which.",
     )
+    @click.option(
+        "--require-recorded/--no-require-recorded",
+        default=False,
+        help="Fail what no manifest covers: of its vectors and config nothing else tells that they changed.",
+    )
     @functools.wraps(function)
     def wrapper(
-        *args: Any, require: Verdict, require_loads: tuple[str, ...], against_loads: str | None, **kwargs: Any
+        *args: Any,
+        require: Verdict,
+        require_loads: tuple[str, ...],
+        against_loads: str | None,
+        require_recorded: bool,
+        **kwargs: Any,
     ) -> Any:
-        requirements = Requirements(require=require, require_loads=require_loads, against_loads=against_loads)
+        if against_loads is not None and len(require_loads) != 1:
+            what = "--against-loads goes with one --require-loads, to move from"
+            raise UsageError(what, found=f"{len(require_loads)} of them")
+        requirements = Requirements(
+            require=require,
+            require_loads=require_loads,
+            against_loads=against_loads,
+            require_recorded=require_recorded,
+        )
         return function(*args, requirements=requirements, **kwargs)
 
     return wrapper  # type: ignore[return-value]

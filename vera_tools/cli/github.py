@@ -61,11 +61,9 @@ def _append(text: str) -> None:
 
 
 def _summary(report: VerifyReport) -> Iterator[str]:
-    counts = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in report.summary.items() if count)
     yield "### vera-tools verify"
     yield ""
-    total, more = len(report.checkpoints) + len(report.failed), "; INTERRUPTED" * report.partial
-    yield f"{total} checkpoints: {counts or 'none'}{more}"
+    yield report.tally + "; INTERRUPTED, there are more" * report.partial
     rows = [
         (checkpoint.path, _title(checkpoint), _words(checkpoint, report))
         for checkpoint in report.checkpoints
@@ -90,7 +88,7 @@ def _words(checkpoint: CheckpointReport, report: VerifyReport) -> str:
     gates = [f"{name}: {words}" for name, words in report.gates(checkpoint) if words]
     cause = [] if failed or (gates and checkpoint.verdict == "reproducible") else [checkpoint.cause]
     step = checkpoint.next_step
-    return "; ".join([*failed, *cause, *gates, *([f"next: {step.command}"] if step else [])])
+    return "; ".join([*failed, *cause, *gates, *([f"next: {step.words}: {step.command}"] if step else [])])
 
 
 def _annotation(level: str, title: str, message: str) -> str:

@@ -35,13 +35,14 @@ KINDS = {
     "private": "a boolean",
     "require": "a string",
     "require-loads": "an array of strings",
+    "require-recorded": "a boolean",
     "strict": "a boolean",
     "sync": "a boolean",
     "verify": "a boolean",
 }
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "verify": ("base", "jobs", "require", "require-loads"),
-    "summarize": ("require", "require-loads"),
+    "verify": ("base", "jobs", "require", "require-loads", "require-recorded"),
+    "summarize": ("require", "require-loads", "require-recorded"),
     "inspect": ("base",),
     "record": ("base", "strict"),
     "regenerate": ("base", "strict"),
@@ -111,7 +112,7 @@ def apply(context: click.Context) -> None:
     """Take up what the file sets. What is wrong with it is raised by `used`, so that --help helps with it too."""
     try:
         refuse_unknown_variables(os.environ)
-        if found := load(Path.cwd()):
+        if found := load(_here()):
             context.obj, settings = found
             context.default_map = default_map(settings, context.obj)
     except UsageError as error:
@@ -129,6 +130,14 @@ def refuse_unknown_variables(environment: Mapping[str, str]) -> None:
         if name.startswith(PREFIX) and name not in known | _OTHERS:
             hint = "docs/settings.md lists what can be set; unset it, or give the option on the command line"
             raise UsageError("no setting of vera-tools has this name", where=name, hint=hint)
+
+
+def _here() -> Path:
+    try:
+        return Path.cwd()
+    except OSError as error:
+        what = f"the current folder cannot be used: {error.strerror}"
+        raise UsageError(what, hint="it may have been deleted: go to one that is there") from error
 
 
 def load(start: Path) -> tuple[Path, dict[str, dict[str, Any]]] | None:

@@ -200,14 +200,8 @@ def _because(checkpoint: CheckpointReport) -> str:
 def _summary(report: VerifyReport) -> Text:
     from rich.text import Text
 
-    total = len(report.checkpoints) + len(report.failed)
-    text = Text(f"{total} checkpoints: ")
-    failed = sum(not checkpoint.ok for checkpoint in report.checkpoints) + len(report.failed)
-    if failed:
-        text.append(f"{failed} FAILED", style=_FAILED)
-    sound = [checkpoint.verdict for checkpoint in report.checkpoints if checkpoint.ok]
-    counts = [f"{sound.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in sound]
-    text.append((", " if failed and counts else "") + ", ".join(counts) or ("" if failed else "none"))
+    text = Text(report.tally)
+    text.highlight_regex(r"[\d,]+ (FAILED a check|NOT VERIFIED)", _FAILED)
     for name, members in _by_gate(report).items():
         for said, refused in members.items():
             text.append(f"; {len(refused)} {said.upper()}", style=_FAILED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,7 +95,7 @@ def command(
 
     A CHECKPOINT is a folder, an adapter_model.safetensors file, hf://owner/name[@revision][/subfolder], or an address
     such as s3://bucket/adapter; hf://owner/* stands for every adapter of an owner's, and - for a list on standard
-    input, one a line.
+    input, one a line, taken as it is.
     """
     listed = _listed() if "-" in checkpoints else []
     checkpoints = tuple(path for path in checkpoints if path != "-")
@@ -135,13 +136,21 @@ def command(
         if partial is None:
             raise
         report = partial
-        write_line("interrupted")
+        write_line("interrupted" if log else "interrupted; with --log FILE, a later run goes on from where it stopped")
     if attest:
         attesting.write(attest, report, quiet=output.quiet)
     return shown.show(report)
 
 
 def _listed() -> list[str]:
-    """The checkpoints that standard input lists; empty lines and comments left out."""
-    lines = (line.strip() for line in sys.stdin)
-    return [line for line in lines if line and not line.startswith("#")]
+    """The checkpoints that standard input lists: a line is a path, whatever it begins or ends with; none is empty.
+
+    Raises:
+        UsageError: there is no standard input.
+    """
+    if sys.stdin is None:  # closed by the caller, as by the shell's <&-
+        raise UsageError("standard input is closed", where="-", expected="a list of checkpoints, one a line")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
+    lines = (line.removesuffix("\n") for line in sys.stdin)
+    return [line for line in lines if line]

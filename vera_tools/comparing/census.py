@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vera_tools.checkpoints.checkpoint import Checkpoint, find
-from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.presence import find, nothing_found
 from vera_tools.dtypes import BITS, CODES
 from vera_tools.errors import FormatError, NotVeraError, RemoteError, UsageError, VeraToolsError, escaped
 from vera_tools.files import opening
@@ -199,7 +199,7 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
                 seen.add(real)
                 yield str(folder)
         if not found:
-            raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=root)
+            raise nothing_found(root)
 
 
 def _entry(path: str, opened: Checkpoint) -> CensusEntry:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME, find
+from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
+from vera_tools.checkpoints.presence import find, nothing_found
 from vera_tools.converting.output import ConversionReport
-from vera_tools.errors import FormatError, NothingToDoError, NotVeraError, UsageError, VeraToolsError, escaped
+from vera_tools.errors import NothingToDoError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.files import opening
 from vera_tools.report import Progress, Report, worst
 
@@ -128,7 +129,7 @@ def convert_all(
     # Listed before anything is written, so that outputs below the root are not taken for inputs.
     folders = [f for f in find(top) if own is None or not f.resolve().is_relative_to(own)]
     if not folders:
-        raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=top)
+        raise nothing_found(top)
     items = []
     for done, folder in enumerate(folders):
         if progress:

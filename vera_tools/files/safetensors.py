@@ -78,7 +78,7 @@ class TensorFile(Closing):
         self._source = source
         self.label = source.label
         try:
-            self.header = self._read_header()
+            self.header = self.header_of(source)
             try:
                 self.parsed = read_header(self.header, where=source.label)
                 check_extent(self.parsed, source.size - 8 - len(self.header), where=source.label)
@@ -224,18 +224,24 @@ class TensorFile(Closing):
             return f"{safetensors_library.LIBRARY} finds the tensors in another order"
         return None if theirs.metadata == metadata else f"{safetensors_library.LIBRARY} finds other metadata"
 
-    def _read_header(self) -> bytes:
-        if self._source.size < 8:
+    @staticmethod
+    def header_of(source: ByteSource) -> bytes:
+        """The header's bytes, not parsed.
+
+        Raises:
+            FormatError: there is no room for one.
+        """
+        if source.size < 8:
             raise FormatError(
                 "not a safetensors file",
-                where=self.label,
+                where=source.label,
                 expected="8 bytes or more",
-                found=f"{self._source.size} bytes",
+                found=f"{source.size} bytes",
             )
         start = bytearray(8)
-        self._source.read_into(memoryview(start), 0)
+        source.read_into(memoryview(start), 0)
         (length,) = struct.unpack("<Q", start)
-        room = min(MAX_HEADER, self._source.size - 8)
+        room = min(MAX_HEADER, source.size - 8)
         if length > room:
             hint = None
             if start[:2] == b"PK" or start[0] == 0x80:
@@ -244,13 +250,13 @@ class TensorFile(Closing):
                 hint = "this is a Git LFS pointer: fetch the file itself with `git lfs pull`"
             raise FormatError(
                 "not a safetensors file, or cut off",
-                where=self.label,
+                where=source.label,
                 expected=f"a header length of at most {room}",
                 found=str(length),
                 hint=hint,
             )
         header = bytearray(length)
-        self._source.read_into(memoryview(header), 8)
+        source.read_into(memoryview(header), 8)
         return bytes(header)
 
 

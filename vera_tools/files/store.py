@@ -42,8 +42,8 @@ def locate(address: Address) -> tuple[StoreFolder, str | None]:
     return StoreFolder(system, parent, store_client.listing(system, parent)), name
 
 
-def find(address: Address, name: str) -> list[Address]:
-    """Every folder at or below an address that holds a file of this name, hidden folders left out.
+def folders(address: Address) -> dict[Address, list[str]]:
+    """Every folder at or below an address, hidden ones left out, with its files' names; none for what is a file.
 
     Raises:
         UsageError: the store's client is not installed.
@@ -51,10 +51,13 @@ def find(address: Address, name: str) -> list[Address]:
     """
     files = store_client.listing(store_client.client(address), address, recursive=True)
     if list(files) == [""]:
-        return [address]  # a file
-    found = [path.split("/")[:-1] for path in files if path.rpartition("/")[2] == name]
-    visible = (parts for parts in found if not any(part.startswith(".") for part in parts))
-    return [address / "/".join(parts) if parts else address for parts in visible]
+        return {address: []}
+    found: dict[str, list[str]] = {}
+    for path in files:
+        folder, _, name = path.rpartition("/")
+        if not any(part.startswith(".") for part in folder.split("/")):
+            found.setdefault(folder, []).append(name)
+    return {address / folder if folder else address: names for folder, names in found.items()}
 
 
 def state_of(folder: Folder) -> str | None:

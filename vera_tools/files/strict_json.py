@@ -15,7 +15,7 @@ from vera_tools.errors import FormatError, cut
 _MAX_DIGITS = 4000  # Python refuses to parse a few more
 
 
-def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
+def parse_json(text: str, *, where: str, finite: bool = True, paths: bool = False) -> Any:
     """`json.loads`, strict where JSON files go wrong in silence: duplicate keys, numbers and text that cannot be.
 
     A byte-order mark before it is no part of it.
@@ -24,6 +24,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
         text: The file's text.
         where: The file.
         finite: Refuse NaN and infinity, which JSON does not have; Python writes and reads them all the same.
+        paths: Take what stands for the bytes of a path that is no UTF-8, as Python has them (``surrogateescape``).
 
     Raises:
         FormatError: not JSON.
@@ -68,7 +69,7 @@ def parse_json(text: str, *, where: str, finite: bool = True) -> Any:
         if oversized:
             refuse_oversized("")
         if "\\ud" in text.lower():  # an escaped surrogate; half a pair is no character and could not be written again
-            json.dumps(document, ensure_ascii=False).encode()
+            json.dumps(document, ensure_ascii=False).encode(errors="surrogateescape" if paths else "strict")
         return document
     except json.JSONDecodeError as error:
         raise FormatError(

@@ -19,6 +19,7 @@ def assert_reproducible(
     base: str | os.PathLike[str] | None = None,
     require: Verdict = "reproducible",
     require_loads: str | Sequence[str] = (),
+    require_recorded: bool = False,
     allow_pickle: bool = False,
 ) -> CheckpointReport:
     """Verify one checkpoint, and return its report where `vera-tools verify` would exit with 0.
@@ -28,6 +29,7 @@ def assert_reproducible(
         base: The base model that it has to fit.
         require: The worst verdict that passes.
         require_loads: Loaders that have to compute with exactly the trained projections, as for `verify`.
+        require_recorded: A manifest has to cover its tensors.
         allow_pickle: Read a legacy adapter_model.bin file, by torch with weights_only.
 
     Raises:
@@ -38,7 +40,12 @@ def assert_reproducible(
     """
     __tracebackhide__ = True
     report = vera_tools.verify(
-        checkpoint, base=base, require=require, require_loads=require_loads, allow_pickle=allow_pickle
+        checkpoint,
+        base=base,
+        require=require,
+        require_loads=require_loads,
+        require_recorded=require_recorded,
+        allow_pickle=allow_pickle,
     )
     (one,) = report.checkpoints
     if report.exit_code:

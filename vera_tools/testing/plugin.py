@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vera_tools.verifying.report import CheckpointReport
     from vera_tools.verifying.verifier import Verifier
 
-CONFIG = "adapter_config.json"
+#: The files by which an adapter is known, the first that is there; see `vera_tools.checkpoints.presence`.
+SIGNS = ("adapter_config.json", "vera_manifest.json", "adapter_model.safetensors")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,6 +36,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--vera-require-loads", metavar="SPEC", action="append", default=[], help="Loaders that have to be exact."
+    )
+    group.addoption(
+        "--vera-require-recorded", action="store_true", help="Fail what no manifest covers (see vera-tools record)."
     )
 
 
@@ -56,11 +60,17 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Each adapter, by its config."""
-    if file_path.name == CONFIG and parent.config.getoption("--vera"):
-        adapter: pytest.Collector = Adapter.from_parent(parent, path=file_path)
-        return adapter
-    return None
+    """Each adapter, by its config; by another of its files where that is gone."""
+    if file_path.name not in SIGNS or not parent.config.getoption("--vera"):
+        return None
+    from vera_tools.checkpoints.presence import is_adapter
+
+    folder = file_path.parent
+    there = [name for name in SIGNS if (folder / name).is_symlink() or (folder / name).is_file()]
+    if there[:1] != [file_path.name] or not is_adapter(folder, there):
+        return None
+    adapter: pytest.Collector = Adapter.from_parent(parent, path=file_path)
+    return adapter
 
 
 @pytest.fixture
@@ -77,7 +87,7 @@ def verify_vera() -> Callable[..., CheckpointReport]:
 
 
 class Adapter(pytest.File):
-    """An adapter's config, which stands for the folder that it lies in."""
+    """A file of an adapter, which stands for the folder that it lies in."""
 
     def collect(self) -> Iterator[pytest.Item]:
         """One test."""
@@ -118,9 +128,10 @@ class _Verification:
         from vera_tools.verifying.gates import LoadSpec
         from vera_tools.verifying.verifier import Verifier
 
-        self._require = config.getoption("--vera-require")
+        self._require = config.getoption("--vera-require").lower()
+        self._require_recorded: bool = config.getoption("--vera-require-recorded")
         if self._require not in VERDICTS:
-            raise UsageError("--vera-require", expected=" or ".join(VERDICTS), found=self._require)
+            raise UsageError("--vera-require", expected=" or ".join(VERDICTS), found=config.getoption("--vera-require"))
         self._loads = tuple(map(LoadSpec.parse, config.getoption("--vera-require-loads")))
         base = config.getoption("--vera-base")
         self._base: BaseModel | None = BaseModel.open(base) if base is not None else None
@@ -140,6 +151,7 @@ class _Verification:
             pytest.skip(f"not VeRA: {outcome.kind}")
         if isinstance(outcome, Failed):
             raise AssertionError(str(outcome.error))
+        outcome = outcome.with_required() if self._require_recorded else outcome
         report = VerifyReport((outcome,), (), self._require, (), self._loads)
         if report.exit_code:
             raise AssertionError("\n".join(reasons(outcome, report)))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from vera_tools.files import opening
 from vera_tools.platforms import rows
 from vera_tools.report import Document
-from vera_tools.verifying.findings import MATCH, Check, Verdict
+from vera_tools.verifying.findings import MATCH, REQUIRED, Check, Verdict, is_covered
 from vera_tools.verifying.loads import BASE_DTYPES, BASE_KINDS, OLD_PEFT, PEFT, VERA_TOOLS, Load
 
 #: Loaders in words.
@@ -50,7 +50,7 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
         stored: Whether the projections are in the file.
         whole: Whether nothing of it is damaged or missing.
     """
-    failed = [check.id for check in checks if check.status == "fail" and check.id != MATCH]
+    failed = [check.id for check in checks if check.status == "fail" and check.id not in (MATCH, REQUIRED)]
     if verdict == "invalid":
         return "Not safe to load with any loader: no whole VeRA adapter could be read."
     if not whole and all(name.startswith("base.") for name in failed):
@@ -77,7 +77,8 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
         return "Not safe to load with any loader: none computes with the trained vera_A and vera_B."
     exact = {loader for loader in NAMES if _cells(loads, loader) == EVERYWHERE}
     silent = "" if exact == set(NAMES) else "; elsewhere PEFT silently uses other projections"
-    return f"Safe to load with {where}{silent}."
+    right = "" if is_covered(checks) else ", if its vectors are right,"  # which nothing tells without a manifest
+    return f"Safe to load{right} with {where}{silent}."
 
 
 def _few(checks: Sequence[Check]) -> bool:
@@ -144,6 +145,8 @@ def _list(names: Sequence[str], *, last: str = "and") -> str:
 
 _OTHER_BASE = "name the base that it was trained on"
 _OR_DAMAGED = f"{_OTHER_BASE}; if this is it, copy the adapter again"
+#: Renewing a manifest vouches for whatever is there, so that nothing but these words ever proposes it for a damage.
+_MEANT = "only if you made the change yourself, `record` vouches for it from then on"
 #: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
 REMEDIES: Mapping[str, tuple[str, str]] = {
     "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
@@ -162,15 +165,15 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "tensors.finite": ("training diverged or the file is damaged: take an earlier checkpoint", "{again}"),
     "metadata.schema": ("copy the file again; its own record is damaged", "{again}"),
     "metadata.projections": ("copy the file again; its vera_A or vera_B changed after it was written", "{again}"),
-    "metadata.manifest": ("copy both files again, or renew the manifest if this one is right", "{record}"),
-    "manifest.stale": ("if it was trained on and saved again, renew its manifest", "{record}"),
-    "manifest.schema": ("copy the manifest again, or delete it and record a new one", "{record}"),
-    "manifest.digest": ("copy the manifest again, or delete it and record a new one", "{record}"),
+    "metadata.manifest": (f"copy both files again; {_MEANT}", "{again}"),
+    "manifest.stale": ("if it was trained on since, renew its manifest; if not, copy it again", "{record}"),
+    "manifest.schema": ("copy the manifest again from where it was written", "{again}"),
+    "manifest.digest": ("copy the manifest again from where it was written", "{again}"),
     "manifest.projections": ("copy the file again; its vera_A or vera_B changed after it was recorded", "{again}"),
-    "manifest.tensors": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
-    "manifest.config": ("restore the config; if the change was meant, renew the manifest", "{record}"),
-    "manifest.metadata": ("copy the file again; if the change was meant, renew the manifest", "{record}"),
-    "manifest.recipe": ("restore the manifest; if the pair is right, renew it", "{record}"),
+    "manifest.tensors": (f"copy the file again, which looks damaged; {_MEANT}", "{again}"),
+    "manifest.config": (f"copy adapter_config.json again; {_MEANT}", "{again}"),
+    "manifest.metadata": (f"copy the file again; {_MEANT}", "{again}"),
+    "manifest.recipe": (f"copy the manifest again; {_MEANT}", "{again}"),
     # Not the base that it was checked against: that is the one which does not fit.
     "base.modules": (_OR_DAMAGED, "vera-tools verify {path} --base BASE"),
     "base.pair": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
@@ -181,6 +184,26 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "base.digests": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
     "base.dtype": ("record it anew for the base that it was trained on", "vera-tools record {path} --base {base}"),
 }
+
+
+#: What a message of the file or of its shapes asks for, where it holds such words, instead of the usual remedy.
+SAID: Mapping[str, tuple[str, str]] = {
+    "--allow-pickle": ("read the pickle, if you trust it", "vera-tools verify --allow-pickle {path}"),
+    "`vera-tools verify -R` finds": (
+        "it holds no adapter itself: search what is below it",
+        "vera-tools verify -R {path}",
+    ),
+    "this looks like a base model": (
+        "name the adapter, and this as its base",
+        "vera-tools verify ADAPTER --base {path}",
+    ),
+    "there is no adapter_config.json": ("copy adapter_config.json again from where it was trained", "{again}"),
+    "not a file or a folder": ("name the folder of an adapter", "vera-tools verify ADAPTER"),
+    "was r edited?": ("set r back in adapter_config.json, or copy it again from where it was trained", "{again}"),
+}
+
+
+_SAYING = ("tensors.file", "tensors.shapes")
 
 
 def next_step(
@@ -196,12 +219,11 @@ def next_step(
         key: The key that exactly makes the stored pair, where it is another one than the config's.
         base: The base that its config names, or that it was checked against.
     """
-    for check in checks:
-        if check.status == "fail" and check.id in REMEDIES:
-            words, command = REMEDIES[check.id]
-            if "--allow-pickle" in check.message:
-                words, command = "read the pickle, if you trust it", "vera-tools verify --allow-pickle {path}"
-            return _step(words, command, path, base)
+    failed = [check for check in checks if check.status == "fail" and check.id in REMEDIES]
+    for check in sorted(failed, key=lambda check: check.id == "manifest.stale"):  # nothing is renewed that is damaged
+        said = [step for part, step in SAID.items() if check.id in _SAYING and part in check.message]
+        words, command = (said or [REMEDIES[check.id]])[0]
+        return _step(words, command, path, base)
     if verdict == "drift":
         return _after_drift(path, checks, stored=stored, key=key, base=base)
     if verdict == "unproven":
@@ -210,6 +232,10 @@ def next_step(
     if verdict == "assumed":
         words = "check on the machine that trained it that it draws this pair; then pass --require assumed to accept it"
         return _step(words, "vera-tools drift --checkpoint {path}", path, base)
+    if any(check.id == REQUIRED and check.status == "fail" for check in checks):
+        return _step(
+            "where it is known to be right, record it, and keep vera_manifest.json with it", "{record}", path, base
+        )
     return None
 
 

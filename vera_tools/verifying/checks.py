@@ -141,6 +141,12 @@ def _shapes(checkpoint: Checkpoint) -> Check:
         if name in pair and (len(pair[name].shape) != 2 or pair[name].shape[axis] != r or 0 in pair[name].shape):
             expected = f"[{r}, in_max]" if name == "vera_A" else f"[out_max, {r}]"
             wrong.append(f"{name} {list(pair[name].shape)}, expected {expected}")
+    lengths = {layer.lambda_d.shape for layer in checkpoint.layers.values() if layer.lambda_d}
+    rows = {pair["vera_A"].shape[:1]} if "vera_A" in pair else set()
+    if len(lengths) == 1 and lengths != {(r,)} and rows <= lengths:  # all of it agrees, but for the config
+        (length,) = lengths
+        message = f"r is {r}, and every vera_lambda_d has {' x '.join(map(str, length))} elements: was r edited?"
+        return Check("tensors.shapes", "fail", message)
     if wrong and len(pair) == 2 and len(pair["vera_A"].shape) == 2 and pair["vera_A"].shape[0] > r:
         wrong.append(
             "PEFT saves the pair of the model's first adapter with every other one, which then cannot be loaded"

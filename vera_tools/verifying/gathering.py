@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from vera_tools.errors import UsageError
 from vera_tools.verifying.findings import VERDICTS, Verdict
 from vera_tools.verifying.gates import LoadSpec
@@ -16,10 +18,18 @@ class Gathered:
         UsageError: an unknown `require`, `require_loads` or `against_loads`.
     """
 
-    def __init__(self, require: Verdict, require_loads: str | tuple[str, ...], against_loads: str | None) -> None:
+    def __init__(
+        self,
+        require: Verdict,
+        require_loads: str | Sequence[str],
+        against_loads: str | None,
+        *,
+        require_recorded: bool = False,
+    ) -> None:
         if require not in VERDICTS:
             raise UsageError("unknown verdict to require", expected=" or ".join(VERDICTS), found=str(require))
         self._require = require
+        self._require_recorded = require_recorded
         self._specs = tuple(map(LoadSpec.parse, [require_loads] if isinstance(require_loads, str) else require_loads))
         self._against = LoadSpec.parse(against_loads) if against_loads is not None else None
         if self._against and len(self._specs) != 1:
@@ -31,6 +41,8 @@ class Gathered:
 
     def add(self, place: int, outcome: Outcome) -> int:
         """Keep an outcome, and say of how many places there is one."""
+        if self._require_recorded and isinstance(outcome, CheckpointReport):
+            outcome = outcome.with_required()
         small = self.shared.small(outcome) if isinstance(outcome, CheckpointReport) else outcome
         self._outcomes.setdefault(place, []).append(small)
         return len(self._outcomes)

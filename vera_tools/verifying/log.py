@@ -160,7 +160,7 @@ class Reader:
         Raises:
             FormatError: it is none.
         """
-        data = parse_json(line.decode("utf-8", "replace"), where=where)
+        data = parse_json(line.decode("utf-8", "replace"), where=where, paths=True)
         if isinstance(data, dict) and data.get("schema") == "vera-tools/verify-run/v1":
             schema.validate(data, "verify-run.v1", where=where)
             return Run.from_dict(data["run"])

@@ -21,7 +21,7 @@ _STATES = (
     State("unproven", "?", "unsure"),
     State("drift", "≠", "bad"),
     State("invalid", "✗", "bad"),
-    State("failed", "!", "bad"),
+    State("not verified", "!", "bad"),
     State("skipped", "–", "plain"),
 )
 _BY_NAME = {state.name: state for state in _STATES}
@@ -41,6 +41,7 @@ def render(report: VerifyReport, *, made: Made | None = None) -> str:
     bad = sum(map(bool, codes))
     total = len(report.checkpoints) + len(report.failed)
     say = f"✗ {bad:,} of {total:,} checkpoints are not good" if bad else f"✓ all {total:,} checkpoints are good"
+    say = f"{say}: {report.tally.partition(': ')[2]}"
     if report.partial:
         say += "; the run was interrupted: there are more"
     good = not worst(codes) and not report.partial
@@ -80,6 +81,7 @@ def _rows(report: VerifyReport) -> Iterator[Row]:
         good = not report.exit_code_of(checkpoint)
         step = None if good else checkpoint.next_step
         failed = [f"{check.id}: {check.message}" for check in checkpoint.failed if check.id != MATCH]
+        advised = [f"next: {step.words}"] if step else []
         refused = [f"{name}: {words}" for name, words in report.gates(checkpoint) if words]
         cause = [checkpoint.cause] if checkpoint.verdict != "invalid" or not failed else []
         kind = "VERA" if checkpoint.save_projection is not None else "unreadable"
@@ -94,12 +96,12 @@ def _rows(report: VerifyReport) -> Iterator[Row]:
             ", a check FAILED" if checkpoint.failed and checkpoint.verdict != "invalid" else "",
             {"kind": kind, "base": base, "peft": peft},
             facts + ([kind] if kind != "VERA" else []),
-            () if good else tuple(dict.fromkeys([*cause, *failed, *refused, checkpoint.safety])),
+            () if good else tuple(dict.fromkeys([*cause, *failed, *refused, checkpoint.safety, *advised])),
             step.command if step else None,
         )
     for path, error in report.failed:
         chosen = {"kind": "unreadable", "base": _NO_BASE}
-        yield Row(path, _BY_NAME["failed"], good=False, chosen=chosen, facts=["unreadable"], words=[str(error)])
+        yield Row(path, _BY_NAME["not verified"], good=False, chosen=chosen, facts=["unreadable"], words=[str(error)])
     for path, kind in report.skipped:
         yield Row(path, _BY_NAME["skipped"], chosen={"kind": kind or "unknown"}, facts=[kind or "unknown"])
 

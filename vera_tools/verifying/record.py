@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve
 from vera_tools.checkpoints.writing import describe
-from vera_tools.errors import FormatError, UsageError
+from vera_tools.errors import FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic, local, opening
 from vera_tools.report import Report
+from vera_tools.verifying.checks import some, structure
+from vera_tools.verifying.findings import Check
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,6 +34,8 @@ class RecordReport(Report):
         resolved: Where the recipe comes from.
         renewed: A manifest was there already.
         changed: Its bytes are not what they were.
+        warned: What somebody has to know who vouches for this checkpoint: that it is not what was recorded before, and
+            which checks it fails.
     """
 
     name: ClassVar[str] = "record"
@@ -39,6 +46,7 @@ class RecordReport(Report):
     resolved: Resolved
     renewed: bool
     changed: bool
+    warned: tuple[str, ...] = ()
 
     def body(self) -> dict[str, Any]:
         """The record/v1 document's own part."""
@@ -57,6 +65,7 @@ class RecordReport(Report):
             "projections": record.to_dict()["projections"],
             "tensors": len(self.manifest.tensors),
             "base": self.manifest.base.to_dict(),
+            **({"warnings": list(self.warned)} if self.warned else {}),
         }
 
 
@@ -76,6 +85,8 @@ def record(
 
     A manifest that is there and cannot be used is renewed too where the projections are stored. Where they are not, it
     alone may tell which they were, and it is refused.
+
+    What is not as it was recorded before, and what fails a check, is recorded all the same, with a `VeraToolsWarning`.
 
     Args:
         checkpoint: A local folder or adapter_model.safetensors file.
@@ -116,6 +127,7 @@ def record(
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
         data = manifest.to_json().encode()
+        warned = list(_doubts(opened, manifest))
         with atomic.errors(folder.path), atomic.alone(folder.path):  # nobody exchanges it meanwhile who asks for this
             opened.check_unchanged()
             if model is not None:
@@ -129,7 +141,35 @@ def record(
                 _put_back(path, before)
                 raise
             folder.forget()
-    return RecordReport(opened.label, str(path), manifest, resolved, before is not None, before != data)
+    for message in warned:
+        warnings.warn(f"{opened.label}: {message}", VeraToolsWarning, stacklevel=2)
+    changed = before != data
+    return RecordReport(opened.label, str(path), manifest, resolved, before is not None, changed, tuple(warned))
+
+
+def _doubts(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
+    """What a manifest would vouch for from now on that may be damaged."""
+    earlier = checkpoint.manifest
+    if checkpoint.manifest_error is not None:
+        yield "the manifest that was there cannot be used, so that nothing tells what changed since it was written"
+    elif earlier is not None:
+        names = earlier.tensors.keys() | manifest.tensors.keys()
+        others = sorted(name for name in names if earlier.tensors.get(name) != manifest.tensors.get(name))
+        keys = earlier.config.keys() | manifest.config.keys()
+        values = sorted(key for key in keys if earlier.config.get(key) != manifest.config.get(key))
+        found = [f"{len(others)} of {len(names)} tensors ({some(others)})"] if others else []
+        found += [f"{some(values)} in {CONFIG_NAME}"] if values else []
+        if found:
+            yield f"not what was recorded before: {' and '.join(found)}; the manifest vouches for this from now on"
+    if failed := [f"{check.id} ({check.message})" for check in _structure(checkpoint) if check.status == "fail"]:
+        yield f"it fails {' and '.join(failed)}: it is recorded as it is"
+
+
+def _structure(checkpoint: Checkpoint) -> list[Check]:
+    try:
+        return list(structure(checkpoint))
+    except FormatError:  # an expression of the config takes too long; `verify` says so
+        return []
 
 
 def _put_back(path: Path, before: bytes | None) -> None:

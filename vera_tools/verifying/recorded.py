@@ -156,11 +156,11 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
     ]
     pair_holds = not any(ROOT + name in (*changed, *gone) for name in PROJECTIONS)
     others_explained = all(is_embedding(name) for name in (*gone, *new))
-    # Training moves the vectors of all layers that it trains; damage hits a place. One vector can be either.
-    if len(moved) > 1 and 2 * len(moved) >= len(vectors) and pair_holds and others_explained:
+    # Training moves every vector that it trains; damage hits a place. One vector can be either.
+    if len(moved) == len(vectors) > 1 and pair_holds and others_explained:
         message = (
-            f"{len(moved)} of {len(vectors)} vectors are not the recorded ones, while the projections are: saved again "
-            "after training on? Renew the manifest with `record`"
+            f"all {len(vectors)} vectors are not the recorded ones, while the projections are: saved again after "
+            "training on? If so, renew the manifest with `record`"
         )
         return Check("manifest.stale", "fail", message)
     parts = [f"{len(names)} {what} ({some(names)})" for what, names in _kinds(gone, new, changed) if names]

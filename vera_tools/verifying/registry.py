@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -17,11 +17,12 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 from vera_tools import parts
-from vera_tools.checkpoints.config import CONFIG_NAME
+from vera_tools.checkpoints.presence import WEIGHTS_NAME, sign_of
 from vera_tools.errors import FormatError, HubError, RemoteError, UsageError, VeraToolsError
 from vera_tools.files import hub_client as hub
 from vera_tools.files import hub_reference, opening, store
 from vera_tools.files.hub_reference import Reference
+from vera_tools.files.local import ByteSource
 from vera_tools.parts import Part
 from vera_tools.verifying import runs, work
 from vera_tools.verifying.log import Log, Result
@@ -305,12 +306,14 @@ def _repository(registry: Registry, path: str, reference: Reference) -> list[Res
     """Every adapter in one repository, wherever in it."""
     api = hub.client()
     commit = hub.resolve(api, reference)
-    files = [PurePosixPath(file) for file in hub.listing(api, reference, commit, recursive=True)]
-    folders = sorted(str(file.parent) for file in files if file.name == CONFIG_NAME)
+    files: dict[str, set[str]] = {}
+    for file in map(PurePosixPath, hub.listing(api, reference, commit, recursive=True)):
+        files.setdefault(str(file.parent), set()).add(file.name)
+    folders = sorted(folder for folder, names in files.items() if sign_of(names, _weights(reference, commit, folder)))
     if not folders:
         known = registry.log.get(path, commit, skip_others=True)
         return [known or Result(path, commit, Skipped(path, NO_ADAPTER))]
-    found = [replace(reference, subfolder="" if folder == "." else folder) for folder in folders]
+    found = [_below(reference, folder) for folder in folders]
     results = []
     for inside in found:
         try:
@@ -318,6 +321,16 @@ def _repository(registry: Registry, path: str, reference: Reference) -> list[Res
         except HubError as error:
             results.append(Result(str(inside), commit, Failed(str(inside), error)))
     return results
+
+
+def _below(reference: Reference, folder: str) -> Reference:
+    return replace(reference, subfolder="" if folder == "." else folder)
+
+
+def _weights(reference: Reference, commit: str, folder: str) -> Callable[[], ByteSource]:
+    """Opens the weights in a folder of a repository."""
+    where = str(_below(replace(reference, revision=commit), folder))
+    return lambda: opening.locate(where)[0].open(WEIGHTS_NAME)
 
 
 def _pinned(registry: Registry, path: str, reference: Reference, commit: str, *, skip_others: bool = False) -> Result:

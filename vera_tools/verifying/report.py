@@ -15,7 +15,7 @@ from vera_tools.projections.recipe import Recipe
 from vera_tools.report import Document, Report, plain, printable, worst
 from vera_tools.verifying import advice, gates
 from vera_tools.verifying.advice import Step
-from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict
+from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict, required
 from vera_tools.verifying.gates import Answer, Change, LoadSpec
 from vera_tools.verifying.loads import Load, Trained, loader_table
 
@@ -143,6 +143,10 @@ class CheckpointReport(Document):
             return None
         return recipe.prng_key if recipe.is_peft_order and not same_key(recipe.prng_key, trained.prng_key) else None
 
+    def with_required(self) -> CheckpointReport:
+        """The same, and the check that a manifest covers its tensors."""
+        return replace(self, checks=(*self.checks, required(self.checks)))
+
     def exit_code(self, require: Verdict = "reproducible") -> int:
         """The exit code where `require` is the worst verdict that passes."""
         code = 0 if VERDICTS.index(self.verdict) <= VERDICTS.index(require) else _EXIT_CODES[self.verdict]
@@ -265,6 +269,19 @@ class VerifyReport(Report):
             counts[report.verdict] += 1
         failed = sum(not report.ok for report in self.checkpoints)
         return {**counts, "skipped": len(self.skipped), "failed_checks": failed}
+
+    @property
+    def tally(self) -> str:
+        """The summary in words, as every form has it: what failed leads, and verdicts count whatever else failed."""
+        counts = self.summary
+        total = len(self.checkpoints) + len(self.failed)
+        leading = [f"{counts['failed_checks']:,} FAILED a check"] if counts["failed_checks"] else []
+        leading += [f"{len(self.failed):,} NOT VERIFIED"] if self.failed else []
+        verdicts = ", ".join(f"{counts[name]:,} {name}" for name in VERDICTS if counts[name])
+        parts = [", ".join(leading), f"{'verdicts: ' * bool(leading)}{verdicts}" if verdicts else ""]
+        parts.append(f"{counts['skipped']:,} skipped" if self.skipped else "")
+        said = "; ".join(filter(None, parts)) or "none"
+        return f"{total:,} checkpoint{'s' * (total != 1)}: {said}"
 
     def body(self) -> dict[str, Any]:
         """The verify/v1 document's own part."""

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vera_tools.checkpoints.checkpoint import in_order
+from vera_tools.checkpoints.presence import in_order
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.files import local, opening
 from vera_tools.verifying.findings import Verdict
@@ -24,6 +24,7 @@ def summarize(
     require: Verdict = "reproducible",
     require_loads: str | Sequence[str] = (),
     against_loads: str | None = None,
+    require_recorded: bool = False,
 ) -> VerifyReport:
     """Make one report of the lines that runs of `verify` wrote with ``log``.
 
@@ -38,15 +39,14 @@ def summarize(
         require: As in `verify`.
         require_loads: As in `verify`.
         against_loads: As in `verify`.
+        require_recorded: As in `verify`.
 
     Raises:
         FormatError: a log cannot be read, is empty, holds something else or ends in the middle of a line; a run did
             not end; a part, or lines that a run wrote or took, are not there; or there is no line on a checkpoint.
         UsageError: no log given, or one that is not there; an unknown `require`, `require_loads` or `against_loads`.
     """
-    gathered = Gathered(
-        require, require_loads if isinstance(require_loads, str) else tuple(require_loads), against_loads
-    )
+    gathered = Gathered(require, require_loads, against_loads, require_recorded=require_recorded)
     if not logs:
         raise UsageError("no log given")
     for log in logs:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TextIO
 
 from vera_tools import parts
 from vera_tools.checkpoints.base import BaseModel
-from vera_tools.checkpoints.checkpoint import find, in_order
-from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.errors import FormatError, UsageError
+from vera_tools.checkpoints.presence import WEIGHTS_NAME, find, in_order, nothing_found, sign_of
+from vera_tools.errors import UsageError
 from vera_tools.files import opening, store
+from vera_tools.files.local import ByteSource
 from vera_tools.files.store_client import Address
 from vera_tools.parts import Part
 from vera_tools.report import Progress
@@ -38,6 +38,7 @@ def verify(
     require: Verdict = "reproducible",
     require_loads: str | Sequence[str] = (),
     against_loads: str | None = None,
+    require_recorded: bool = False,
     jobs: int | None = None,
     allow_pickle: bool = False,
     log: str | os.PathLike[str] | TextIO | None = None,
@@ -63,6 +64,7 @@ def verify(
             is at least 1.
         against_loads: Loaders to move to from those of the one `require_loads`: the exit code is at least 1 where
             that changes a checkpoint's projections, or may change them.
+        require_recorded: Add the check `manifest.required`, which fails where no manifest covers the tensors.
         jobs: Checkpoints verified side by side: by processes on disk, by threads elsewhere. Default: one for each CPU
             that this process may use. A few checkpoints are verified in this process all the same.
         allow_pickle: Read legacy adapter_model.bin files, by torch with weights_only.
@@ -84,9 +86,7 @@ def verify(
         RemoteError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
         Interrupted: a KeyboardInterrupt, with the report on what was done by then, where there are several.
     """
-    gathered = Gathered(
-        require, require_loads if isinstance(require_loads, str) else tuple(require_loads), against_loads
-    )
+    gathered = Gathered(require, require_loads, against_loads, require_recorded=require_recorded)
     if part is not None:
         parts.check(part)
     if file_digests and log is not None:
@@ -185,14 +185,20 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]
                 seen.add(real)
                 yield str(folder), folder.relative_to(path).as_posix()
         if empty:
-            raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=path)
+            raise nothing_found(path)
 
 
 def _search_store(root: Address) -> Iterator[tuple[str, str]]:
     """Every checkpoint below an address, as `_search` names those below a folder."""
-    found = store.find(root, CONFIG_NAME)
+    folders = store.folders(root)
+    found = [there for there, files in folders.items() if not files or sign_of(files, _weights(there))]
     if not found:
-        raise FormatError(f"no {CONFIG_NAME} in this folder or below", where=str(root))
+        raise nothing_found(root)
     inside = {str(folder)[len(str(root)) :].strip("/"): str(folder) for folder in found}
     for name in sorted(inside, key=lambda name: [in_order(part) for part in name.split("/") if part]):
         yield inside[name], name or "."
+
+
+def _weights(folder: Address) -> Callable[[], ByteSource]:
+    """Opens the weights in a folder of a store."""
+    return lambda: store.locate(folder)[0].open(WEIGHTS_NAME)
