@@ -181,12 +181,15 @@ def test_saved_again_after_training_on_it_is_renewed(checkpoint):
     assert vera_tools.verify(folder).exit_code == 0
 
 
-@pytest.mark.parametrize(("fewer", "stale"), [(0, True), (1, False)])
-def test_training_moves_every_vector(checkpoint, fewer, stale):
+@pytest.mark.parametrize(
+    ("kind", "fewer", "stale"),
+    [("vera_lambda", 0, True), ("vera_lambda_b", 0, True), ("vera_lambda_b", 1, False)],
+)
+def test_training_moves_every_layer(checkpoint, kind, fewer, stale):
+    """Where one kind of vectors is frozen, the other."""
     folder = checkpoint(KEPT)
     vera_tools.record(folder)
-    names = [name for name in tensors_of(folder) if "lambda" in name]
-    moved = names[fewer:]
+    moved = [name for name in tensors_of(folder) if kind in name][fewer:]
     edit(folder, lambda tensors: [tensors[name].__iadd__(1) for name in moved])
     assert ("manifest.stale" in failed(one(folder))) is stale
     assert vera_tools.verify(folder).exit_code == 1

@@ -132,6 +132,10 @@ def _projection_digests(check: str, record: ProjectionRecord, checkpoint: Checkp
     return Check(check, "pass", "the stored projections have the recorded digests")
 
 
+def _layer(vector: str) -> str:
+    return vector.rpartition(".")[0]
+
+
 def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
     infos, records = checkpoint.weights.tensors, manifest.tensors
     gone, new = sorted(records.keys() - infos.keys()), sorted(infos.keys() - records.keys())
@@ -156,11 +160,12 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
     ]
     pair_holds = not any(ROOT + name in (*changed, *gone) for name in PROJECTIONS)
     others_explained = all(is_embedding(name) for name in (*gone, *new))
-    # Training moves every vector that it trains; damage hits a place. One vector can be either.
-    if len(moved) == len(vectors) > 1 and pair_holds and others_explained:
+    # Training moves each layer, and where one of the two kinds of vectors is frozen, only the other; damage hits a place.
+    # One vector can be either.
+    if len(moved) > 1 and set(map(_layer, moved)) == set(map(_layer, vectors)) and pair_holds and others_explained:
         message = (
-            f"all {len(vectors)} vectors are not the recorded ones, while the projections are: saved again after "
-            "training on? If so, renew the manifest with `record`"
+            f"{len(moved)} of {len(vectors)} vectors, of every layer some, are not the recorded ones, while the "
+            "projections are: saved again after training on? If so, renew the manifest with `record`"
         )
         return Check("manifest.stale", "fail", message)
     parts = [f"{len(names)} {what} ({some(names)})" for what, names in _kinds(gone, new, changed) if names]
