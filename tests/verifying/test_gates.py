@@ -212,3 +212,27 @@ def test_a_guess_is_not_made_exact_by_embedding_it(verdict, tmp_path):
     assert result.returncode == 1
     assert "nothing proves which projections it was trained with" in result.stdout
     assert "embed-projections" not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [("--require-loads", "peft>=0.21"), ("--require-loads", "vera-tools", "--against-loads", "peft>=0.21")]
+)
+def test_many_are_told_what_to_do_as_one_is(stripped, options):
+    """Two that are not exact, with one command for the first of them; the third passes."""
+    words = "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora`"
+    alone = run_cli("verify", "bf16", *options).stdout
+    assert f"next:     {words}\n            vera-tools embed-projections bf16 -o bf16-embedded\n" in alone
+    many = run_cli("verify", "-R", ".", *options, env={"COLUMNS": "200"}).stdout
+    assert f"next:     {words}; the first:\n            vera-tools embed-projections bf16 -o bf16-embedded\n" in many
+
+
+def test_what_to_do_is_said_once_for_each_sort(stripped):
+    """A stored pair and one that is not there need other commands; a damaged one has its own, by its verdict."""
+    damaged = shutil.copytree(CHECKPOINTS / KEPT, "damaged")
+    edit(stripped / damaged, lambda tensors: tensors["base_model.vera_A"].fill(0))
+    shown = run_cli("verify", "-R", ".", "--require-loads", "peft<0.21", env={"COLUMNS": "200"}).stdout
+    gate = shown[shown.index("NOT EXACT with") :]
+    assert gate.count("next:") == 2
+    assert "vera-tools convert stored --to lora -o stored-lora" in gate
+    assert "vera-tools embed-projections bf16 -o bf16-embedded" in gate
+    assert "--to lora -o damaged" not in gate

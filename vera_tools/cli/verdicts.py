@@ -14,7 +14,7 @@ from vera_tools.cli.shared import labelled, text_width, wrapped
 from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
-from vera_tools.verifying import advice
+from vera_tools.verifying.advice import Step
 from vera_tools.verifying.findings import MATCH, VERDICTS
 from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import CheckpointReport, VerifyReport
@@ -106,12 +106,16 @@ def _show_details(checkpoint: CheckpointReport, console: Console, *, verbose: bo
 
 
 def _show_next(checkpoint: CheckpointReport, report: VerifyReport, console: Console) -> None:
-    step = checkpoint.next_step if checkpoint.exit_code(report.require) else None
-    if step is None and any(answer.exact is not True for answer in report.answers(checkpoint)):
-        step = advice.gate_step(checkpoint.path, checkpoint.loads, stored=bool(checkpoint.projections_stored))
-    if step:
-        labelled(console, "next:", step.words, style="bold")
-        console.print(f"            {step.command}", soft_wrap=True)  # whole, so that it can be copied
+    if step := report.next_of(checkpoint):
+        _show_steps([step], console)
+
+
+def _show_steps(steps: Sequence[Step], console: Console) -> None:
+    """What to do, once for each sort of step, with the command for the first of them."""
+    for words in dict.fromkeys(step.words for step in steps):
+        alike = [step for step in steps if step.words == words]
+        labelled(console, "next:", words + ("; the first:" if len(alike) > 1 else ""), style="bold")
+        console.print(f"            {alike[0].command}", soft_wrap=True)  # whole, so that it can be copied
 
 
 def _remark(checkpoint: CheckpointReport) -> str:
@@ -144,19 +148,19 @@ def _show_groups(report: VerifyReport, console: Console) -> None:
         if checkpoint.exit_code(report.require):
             step = checkpoint.next_step
             groups.setdefault((*_reason(checkpoint), step.words if step else ""), []).append(checkpoint)
-    for (_, title, words), members in sorted(groups.items()):
+    for (_, title, _), members in sorted(groups.items()):
         console.print(f"{title}: {len(members)}", style=_STYLES[members[0].verdict] if members[0].ok else _FAILED)
         for checkpoint in members:
             _hang(console, _because(checkpoint))
-        step = members[0].next_step
-        if step:
-            labelled(console, "next:", words + ("; the first:" if len(members) > 1 else ""), style="bold")
-            console.print(f"            {step.command}", soft_wrap=True)
+        _show_steps([step for member in members if (step := member.next_step)], console)
     for name, by_words in _by_gate(report).items():
         for said, refused in by_words.items():
             console.print(f"{said.upper()} with {name}: {len(refused)}", style=_FAILED)
-            for path, words in refused:
-                _hang(console, f"{path}{words}")
+            for checkpoint, words in refused:
+                _hang(console, f"{checkpoint.path}{words}")
+            # What is the matter with the others was said with what to do.
+            sound = [one for one, _ in refused if not one.exit_code(report.require)]
+            _show_steps([step for one in sound if (step := report.next_of(one))], console)
     if report.failed:
         console.print(f"FAILED, not verified: {len(report.failed)}", style=_FAILED)
         for path, error in report.failed:
@@ -168,14 +172,14 @@ def _said(words: str) -> str:
     return re.split(r" \(|:", words)[0]
 
 
-def _by_gate(report: VerifyReport) -> dict[str, dict[str, list[tuple[str, str]]]]:
+def _by_gate(report: VerifyReport) -> dict[str, dict[str, list[tuple[CheckpointReport, str]]]]:
     """By gate, and by what it says ("not exact", "may change"): the checkpoints that it does not let pass, and why."""
-    found: dict[str, dict[str, list[tuple[str, str]]]] = {}
+    found: dict[str, dict[str, list[tuple[CheckpointReport, str]]]] = {}
     for checkpoint in report.checkpoints:
         for name, words in report.gates(checkpoint):
             if words:
                 said = _said(words)
-                found.setdefault(name, {}).setdefault(said, []).append((checkpoint.path, words.removeprefix(said)))
+                found.setdefault(name, {}).setdefault(said, []).append((checkpoint, words.removeprefix(said)))
     return found
 
 

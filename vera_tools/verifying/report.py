@@ -245,6 +245,14 @@ class VerifyReport(Report):
             return None
         return gates.change(self.require_loads[0], self.against_loads, checkpoint.loads)
 
+    def next_of(self, checkpoint: CheckpointReport) -> Step | None:
+        """What to do with a checkpoint that this call does not let pass; None where it does."""
+        if checkpoint.exit_code(self.require) and (step := checkpoint.next_step) is not None:
+            return step
+        if not any(words for _, words in self.gates(checkpoint)):
+            return None
+        return advice.gate_step(checkpoint.path, checkpoint.loads, stored=bool(checkpoint.projections_stored))
+
     def exit_code_of(self, checkpoint: CheckpointReport) -> int:
         """One checkpoint's code, gates included."""
         change = self.change(checkpoint)
