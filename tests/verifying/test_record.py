@@ -185,7 +185,7 @@ def test_saved_again_after_training_on_it_is_renewed(checkpoint):
     ("kind", "fewer", "stale"),
     [("vera_lambda", 0, True), ("vera_lambda_b", 0, True), ("vera_lambda_b", 1, False)],
 )
-def test_training_moves_every_layer(checkpoint, kind, fewer, stale):
+def test_training_moves_every_vector(checkpoint, kind, fewer, stale):
     """Where one kind of vectors is frozen, the other."""
     folder = checkpoint(KEPT)
     vera_tools.record(folder)

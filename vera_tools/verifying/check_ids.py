@@ -29,7 +29,7 @@ CHECK_IDS = {
     "manifest.assumed": "the recorded recipe was stated or assumed, not taken from the trained pair",
     "manifest.projections": "the stored projections have the recorded digests",
     "manifest.tensors": "every tensor has the recorded shape, dtype and digest",
-    "manifest.stale": "every layer changed and the projections did not: saved again after training on",
+    "manifest.stale": "all vectors, or all of a kind, changed and the projections did not: trained on and saved again",
     "manifest.config": "adapter_config.json says what was recorded",
     "manifest.metadata": "the file's metadata is the recorded one",
     "manifest.recipe": "the stored pair is what the recorded recipe gives",

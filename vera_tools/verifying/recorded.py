@@ -132,8 +132,8 @@ def _projection_digests(check: str, record: ProjectionRecord, checkpoint: Checkp
     return Check(check, "pass", "the stored projections have the recorded digests")
 
 
-def _layer(vector: str) -> str:
-    return vector.rpartition(".")[0]
+def _kind(vector: str) -> str:
+    return vector.rpartition(".")[2]
 
 
 def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan]) -> Check:
@@ -160,12 +160,13 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
     ]
     pair_holds = not any(ROOT + name in (*changed, *gone) for name in PROJECTIONS)
     others_explained = all(is_embedding(name) for name in (*gone, *new))
-    # Training moves each layer, and where one of the two kinds of vectors is frozen, only the other; damage hits a place.
-    # One vector can be either.
-    if len(moved) > 1 and set(map(_layer, moved)) == set(map(_layer, vectors)) and pair_holds and others_explained:
+    # Training moves every vector, or where one kind is frozen, all of the other; damage hits a place. One vector can be
+    # either.
+    kinds = {_kind(name) for name in moved}
+    if len(moved) > 1 and moved == [v for v in vectors if _kind(v) in kinds] and pair_holds and others_explained:
         message = (
-            f"{len(moved)} of {len(vectors)} vectors, of every layer some, are not the recorded ones, while the "
-            "projections are: saved again after training on? If so, renew the manifest with `record`"
+            f"all {' and '.join(sorted(kinds))} are not the recorded ones, while the projections are: saved again "
+            "after training on? If so, renew the manifest with `record`"
         )
         return Check("manifest.stale", "fail", message)
     parts = [f"{len(names)} {what} ({some(names)})" for what, names in _kinds(gone, new, changed) if names]
