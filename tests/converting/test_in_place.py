@@ -125,7 +125,8 @@ def test_a_whole_registry(registry, tmp_path):
         "two": "converted",
         "second": "converted",
     }
-    assert document["summary"] == {"converted": 3, "up_to_date": 0, "unchanged": 1, "skipped": 1, "failed": 1}
+    counts = {"converted": 3, "damaged": 0, "up_to_date": 0, "unchanged": 1, "skipped": 1, "failed": 1}
+    assert document["summary"] == counts
     for path in ("team/one", "two", "two/second"):
         assert verify(out / path).exit_code == 0
     shutil.rmtree(registry / "broken")

@@ -26,10 +26,17 @@ from tests.adapters import (
 )
 from tests.command import run_cli, run_json
 from tests.peers import base_model, distance
-from vera_tools import strip_projections, verify
+from vera_tools import embed_projections, record, strip_projections, verify
 from vera_tools.checkpoints.manifest import Manifest
 from vera_tools.converting.strip import exact_in_peft
-from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, NothingToDoError, UsageError
+from vera_tools.errors import (
+    CheckFailedError,
+    FormatError,
+    LoadingWarning,
+    NothingToDoError,
+    UsageError,
+    VeraToolsWarning,
+)
 from vera_tools.files.safetensors import TensorFile
 
 VECTOR = "base_model.model.model.layers.0.self_attn.q_proj.vera_lambda_d"
@@ -70,7 +77,8 @@ def test_what_is_damaged_loads_exactly_nowhere(checkpoint, tmp_path, change, che
         report = strip_projections(folder, tmp_path / "out")
     assert [found.id for found in report.damage] == [check]
     assert {load.exact for load in report.loads} == {False}
-    _, document = run_json("strip-projections", folder, "-o", tmp_path / "again")
+    code, document = run_json("strip-projections", folder, "-o", tmp_path / "again")
+    assert code == report.exit_code == 1
     assert [found["id"] for found in document["damage"]] == [check]
     shown = run_cli("strip-projections", folder, "-o", tmp_path / "third").stdout
     assert "loads exactly nowhere: the adapter is damaged or incomplete" in shown
@@ -181,14 +189,82 @@ def test_says_where_plain_peft_loads_exactly(name, exact, tmp_path):
         assert "embedding makes it exact in PEFT >= 0.21 with default options" in messages[0]
 
 
-def test_a_pair_of_another_key_is_stripped_with_a_warning(checkpoint, tmp_path):
+@pytest.fixture
+def of_another_key(checkpoint):
+    """An adapter whose pair was made with key 101, and whose config says 102."""
     source = checkpoint(KEPT)
-    made_with = config_of(source)["projection_prng_key"]
-    set_config(source, projection_prng_key=made_with + 1)
-    with pytest.warns(LoadingWarning, match=f"exactly nowhere: .*made with key {made_with}"):
-        report = strip_projections(source, tmp_path / "out")
-    assert report.projections.recipe is not None
-    assert report.projections.recipe.prng_key == made_with
+    assert config_of(source)["projection_prng_key"] == 101
+    set_config(source, projection_prng_key=102)
+    return source
+
+
+def test_a_pair_of_another_key_is_refused_until_the_key_is_put_right(of_another_key, tmp_path):
+    with pytest.raises(
+        CheckFailedError, match=r"put 101 into projection_prng_key of adapter_config\.json first"
+    ) as found:
+        strip_projections(of_another_key, tmp_path / "out")
+    assert (found.value.expected, found.value.found) == ("key 102", "made with key 101")
+    assert not (tmp_path / "out").exists()
+    set_config(of_another_key, projection_prng_key=101)
+    strip_projections(of_another_key, tmp_path / "out")
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+def test_what_is_said_of_a_pair_of_another_key_that_was_stripped_is_true(of_another_key, tmp_path):
+    """vera-tools makes it again from its record, and PEFT does not; the key that is put right makes all well."""
+    from vera_tools.nn import VeraModel
+
+    with pytest.warns(LoadingWarning, match="exactly nowhere: .*made with key 101"):
+        report = strip_projections(of_another_key, tmp_path / "out", force=True)
+    assert not report.forced  # which says that it is lost
+    (found,) = verify(tmp_path / "out").checkpoints
+    assert found.verdict == "drift"
+    assert [check.id for check in found.failed] == ["config.key"]
+    assert found.failed[0].message == "projection_prng_key 102, and the recorded pair was made with key 101"
+    assert {load.exact for load in found.loads if load.loader == "vera-tools"} == {True}
+    assert {load.exact for load in found.loads if load.loader != "vera-tools"} == {False}
+    assert found.safety == "Not safe to load before this is explained: config.key."
+    model = VeraModel.from_pretrained(base_model(KEPT), tmp_path / "out")
+    assert distance(model, KEPT) <= 1e-5
+    embed_projections(tmp_path / "out", tmp_path / "embedded")
+    assert facts(tmp_path / "embedded") == facts(of_another_key)
+    set_config(tmp_path / "out", projection_prng_key=101)
+    (found,) = verify(tmp_path / "out").checkpoints
+    assert found.verdict == "reproducible"
+    assert [check.id for check in found.failed] == ["manifest.config"]
+    with pytest.warns(VeraToolsWarning, match="not what was recorded before: projection_prng_key"):
+        record(tmp_path / "out")
+    assert verify(tmp_path / "out").exit_code == 0
+
+
+def test_a_key_that_was_changed_after_stripping_is_put_back_and_no_proof_is_given_up(checkpoint, tmp_path):
+    from vera_tools.nn import VeraModel
+
+    strip_projections(checkpoint(KEPT), tmp_path / "out")
+    set_config(tmp_path / "out", projection_prng_key=102)
+    (found,) = verify(tmp_path / "out").checkpoints
+    assert [check.id for check in found.failed] == ["config.key", "manifest.config"]
+    assert found.next_step is not None
+    assert found.next_step.words == "put the key of the recorded pair back into adapter_config.json"
+    assert "cannot be made again" not in found.safety
+    assert {load.exact for load in found.loads} == {False}
+    with pytest.raises(CheckFailedError, match=r"put 101 back into adapter_config\.json; only if another adapter"):
+        record(tmp_path / "out")
+    with pytest.raises(CheckFailedError, match="projection_prng_key 101 became 102"):
+        VeraModel.from_pretrained(base_model(KEPT), tmp_path / "out")
+
+
+def test_in_bulk_the_damaged_count_apart(checkpoint, tmp_path):
+    damaged = checkpoint(KEPT)
+    edit(damaged, lambda tensors: tensors[VECTOR].__setitem__(2, np.nan))
+    checkpoint("peft-0.20.0-llama-f32-kept")
+    result = run_cli("strip-projections", "-R", tmp_path, "--out-dir", tmp_path / "out")
+    assert result.returncode == 1
+    assert f"{damaged}: converted, and it is damaged, " in result.stdout
+    assert result.stdout.endswith("2 checkpoints: 1 converted, 1 damaged\n")
+    code, document = run_json("strip-projections", "-R", tmp_path, "--out-dir", tmp_path / "out", "--overwrite")
+    assert code == 1
+    assert (document["summary"]["converted"], document["summary"]["damaged"]) == (1, 1)
 
 
 def test_a_wider_pair_than_the_layers_give_is_stripped_with_a_warning(tmp_path):
@@ -201,7 +277,11 @@ def test_a_wider_pair_than_the_layers_give_is_stripped_with_a_warning(tmp_path):
     with pytest.warns(LoadingWarning, match="exactly nowhere: it draws a pair of another size.*needs the LoRA export"):
         report = strip_projections(tmp_path / "second", tmp_path / "out")
     assert not any(exact_in_peft(report.loads).values())
-    assert not any(load.exact for load in verify(tmp_path / "out").checkpoints[0].loads if load.loader != "vera-tools")
+    (found,) = verify(tmp_path / "out").checkpoints
+    assert {load.exact for load in found.loads if load.loader != "vera-tools"} == {False}
+    assert {load.exact for load in found.loads if load.loader == "vera-tools"} == {True}
+    embed_projections(tmp_path / "out", tmp_path / "embedded")
+    assert facts(tmp_path / "embedded") == facts(tmp_path / "second")
 
 
 def test_nothing_to_strip():

@@ -8,9 +8,9 @@ from torch import nn
 
 from tests.nn.models import OPTIONS, llama, peft_model
 from tests.peers import QUIET_PEERS
+from vera_tools.checkpoints.default_targets import DEFAULT_TARGETS
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraModel
-from vera_tools.nn.targets import DEFAULT_TARGETS
 
 pytestmark = QUIET_PEERS
 

@@ -154,7 +154,8 @@ def test_what_peft_loads_is_not_invalid_and_what_it_does_not_load_is_not_well(ch
         assert not report.ok
     else:
         assert report.verdict in ("reproducible", "drift")  # the stored pair is drift to another key than its own
-        assert True in rows or "tensors.saved" in failed(report)
+        unknown = statuses(report).get("config.target_modules") == "warn"  # PEFT's default fits, which the base tells
+        assert True in rows or "tensors.saved" in failed(report) or (unknown and rows == {None})
         assert not failed(report) - {"tensors.saved"}
 
 

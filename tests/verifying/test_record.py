@@ -20,13 +20,22 @@ from tests.adapters import (
     edit_manifest,
     files_of,
     flip,
+    set_config,
     tensors_of,
 )
 from tests.command import run_cli, run_json
+from tests.merging.models import make_base
 from tests.peers import base_model, distance, load_peft
 from tests.verifying.reports import failed, message_of, one
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
-from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
+from vera_tools.errors import (
+    AssumedRecipeWarning,
+    CheckFailedError,
+    FormatError,
+    LoadingWarning,
+    UsageError,
+    VeraToolsWarning,
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -193,3 +202,80 @@ def test_training_moves_every_vector(checkpoint, kind, fewer, stale):
     edit(folder, lambda tensors: [tensors[name].__iadd__(1) for name in moved])
     assert ("manifest.stale" in failed(one(folder))) is stale
     assert vera_tools.verify(folder).exit_code == 1
+
+
+@pytest.fixture
+def assumed(checkpoint):
+    """A seed-only adapter that is recorded on an assumption."""
+    folder = checkpoint(SEED_ONLY)
+    with pytest.warns(AssumedRecipeWarning):
+        vera_tools.record(folder, base=base_of(SEED_ONLY))
+    return folder
+
+
+def test_what_was_assumed_may_be_stated_later(assumed):
+    result = run_cli("record", assumed, "--rounding", "fused")
+    assert result.returncode == 0
+    assert "renewed" in result.stdout
+    assert "mt19937-f32-fused (stated)" in result.stdout
+    assert Manifest.from_json((assumed / MANIFEST_NAME).read_text()).projections.origin == "stated"
+    assert "already up to date" in run_cli("record", assumed, "--rounding", "fused").stdout
+    again = run_cli("record", assumed, "--rounding", "separate")
+    assert again.returncode == 2
+    assert "another recipe is recorded already" in again.stderr
+
+
+def test_what_is_stated_against_the_proof_is_refused(checkpoint):
+    folder = checkpoint(KEPT)
+    for options, said in (
+        (("--rounding", "separate"), "expected mt19937-f32-fused, which gives exactly what is stored"),
+        (("--stored-dtype", "bfloat16"), "expected projections in float32"),
+    ):
+        result = run_cli("record", folder, *options)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert not (folder / MANIFEST_NAME).exists()
+    assert run_cli("record", folder, "--rounding", "fused").returncode == 0
+
+
+def test_what_the_weights_file_says_itself_is_not_stated_over(assumed, tmp_path):
+    vera_tools.embed_projections(assumed, tmp_path / "embedded")
+    with pytest.warns(LoadingWarning):
+        vera_tools.strip_projections(tmp_path / "embedded", tmp_path / "stripped")
+    with pytest.raises(UsageError, match="the weights file says itself that its recipe was assumed"):
+        vera_tools.record(tmp_path / "stripped", recipe="mt19937-f32-fused")
+
+
+@pytest.mark.parametrize("width", [3, 200])
+def test_a_width_that_the_base_contradicts_is_refused(width, checkpoint):
+    folder, base = checkpoint(SEED_ONLY), base_of(SEED_ONLY)
+    with pytest.raises(UsageError, match=r"in_features contradicts the base model.*leave it out"):
+        vera_tools.record(folder, base=base, in_features=width, recipe="mt19937-f32-fused")
+    vera_tools.record(folder, in_features=width, recipe="mt19937-f32-fused")
+    before = (folder / MANIFEST_NAME).read_bytes()
+    with pytest.raises(CheckFailedError, match="the width was stated wrongly: delete the record") as found:
+        vera_tools.record(folder, base=base)
+    assert found.value.found == str(width)
+    assert (folder / MANIFEST_NAME).read_bytes() == before
+    with pytest.raises(UsageError, match=r"in_features contradicts the record.*record the checkpoint anew"):
+        vera_tools.record(folder, in_features=4)
+
+
+def test_a_pair_that_is_too_narrow_for_the_base_is_refused(checkpoint, tmp_path):
+    folder = checkpoint(KEPT)
+    shapes = {
+        f"model.layers.{n}.self_attn.{p}_proj": (rows, 80) for n in range(2) for p, rows in (("q", 64), ("v", 32))
+    }
+    with pytest.raises(CheckFailedError, match=r"do not have the width of this base.*expected in_max 80"):
+        vera_tools.record(folder, base=make_base(tmp_path / "base", shapes, dtype="float32"))
+
+
+def test_another_base_in_the_config_is_told_of_and_keeps_the_record(checkpoint):
+    folder = checkpoint(KEPT)
+    set_config(folder, base_model_name_or_path="one")
+    vera_tools.record(folder, base=base_of(KEPT))
+    set_config(folder, base_model_name_or_path="another")
+    with pytest.warns(VeraToolsWarning) as told:
+        report = vera_tools.record(folder)
+    assert any("names another as the base, the manifest one: " in str(one.message) for one in told)
+    assert len(report.manifest.base.weights) == 4

@@ -116,6 +116,8 @@ class BaseModel(local.ReadFromFolder):
         files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
         if not files:
             hint = "a base must be in safetensors format"
+            if any(entry in ("adapter_config.json", "adapter_model.safetensors") for entry in names):
+                hint = "this is an adapter: name it as CHECKPOINT, and the model that it was trained on as the base"
             raise FormatError("no base model here", where=label, expected="*.safetensors", found="none", hint=hint)
         return cls(folder, files, label=label)
 
@@ -123,6 +125,12 @@ class BaseModel(local.ReadFromFolder):
         """Close all files."""
         for file in self.files.values():
             file.close()
+
+    @property
+    def model_type(self) -> str | None:
+        """The model type that config.json names, or None."""
+        found = self.config.get("model_type")
+        return found if isinstance(found, str) else None
 
     @property
     def quantisation(self) -> str | None:

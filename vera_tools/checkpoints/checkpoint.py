@@ -17,6 +17,7 @@ from vera_tools.checkpoints.base import BaseModel, find_renaming, rounds_through
 from vera_tools.checkpoints.config import CONFIG_NAME, MOST_BYTES, VeraConfig
 from vera_tools.checkpoints.contents import Contents
 from vera_tools.checkpoints.contents import Layer as Layer
+from vera_tools.checkpoints.default_targets import DEFAULT_TARGETS
 from vera_tools.checkpoints.keys import MODULES as MODULES
 from vera_tools.checkpoints.keys import ROOT as ROOT
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord, most_bytes
@@ -202,20 +203,33 @@ class Checkpoint(local.ReadFromFolder):
         """Whatever is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""
         return dict(self._contents.others)
 
-    @cached_property
-    def unadapted(self) -> tuple[str, ...]:
+    def unadapted(self, base: BaseModel | None = None) -> tuple[str, ...]:
         """The modules that have vectors here although the config does not adapt them; PEFT drops those.
+
+        Args:
+            base: The base, where it is at hand: see `targeting_on`.
 
         Raises:
             FormatError: a regular expression takes too long.
         """
-        self.targeting.prepare(self.layers)
-        return tuple(module for module in self.layers if not self.targeting.adapts(module))
+        targeting = self.targeting_on(base) or self.targeting
+        targeting.prepare(self.layers)
+        return tuple(module for module in self.layers if not targeting.adapts(module))
 
     @cached_property
     def targeting(self) -> Targeting:
         """What the config says of modules."""
         return self.config.targeting()
+
+    def targeting_on(self, base: BaseModel | None) -> Targeting | None:
+        """What the config says of modules of a base, whose model type has PEFT's default where target_modules is null.
+
+        None where that default is not known: no base is at hand, it does not say its type, or PEFT has none for it.
+        """
+        if self.config.target_modules is not None:
+            return self.targeting
+        targets = DEFAULT_TARGETS.get((base.model_type if base else None) or "")
+        return None if targets is None else replace(self.config, target_modules=targets).targeting()
 
     def is_copy(self, name: str) -> bool:
         """Whether PEFT wrote this tensor beside the saved one that it loads instead (see `names.copied_from`)."""

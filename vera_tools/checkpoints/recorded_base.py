@@ -53,6 +53,13 @@ class RecordedBase:
         digests = sum(record.sha256 is not None for record in weights.values())
         return cls(len(weights), tuple(sorted(unlike)), sha256, digests)
 
+    def warning(self, adapter: str, base: BaseModel) -> str:
+        """What is to be said where the base has other shapes or dtypes than the one that was recorded."""
+        return (
+            f"{base.label} is another base than {adapter} was recorded with, or another copy of it: {self.unlike[0]} "
+            f"is not in it, or of another shape or dtype ({len(self.unlike)} of {self.count} weights)"
+        )
+
     def refuse_another(self, name: str, sha256: str, *, adapter: str, base: BaseModel) -> None:
         """Refuse a weight of the base whose digest is not the recorded one.
 

@@ -137,7 +137,8 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
     if pair is None or given.strict:  # a stored pair speaks for itself, but for where it came from
         checkpoint.refuse_unusable_manifest()
     if pair is not None:
-        _refuse_other_width(given.in_features, pair.shape, "the stored projections", where=checkpoint.label)
+        hint = "leave it out: what is stored says it"
+        _refuse_other_width(given.in_features, pair.shape, "the stored projections", where=checkpoint.label, hint=hint)
         if pair.shape.r != checkpoint.config.r:
             message = (
                 f"the config's r is {checkpoint.config.r}, and the projections' {pair.shape.r}: PEFT cannot load it"
@@ -160,8 +161,11 @@ def resolve(checkpoint: Checkpoint, assumptions: Assumptions | None = None) -> R
                 found=given.method.name,
                 hint="delete the record if it is wrong",
             )
-        _refuse_other_width(given.in_features, record.shape, "the record", where=checkpoint.label)
-        _refuse_stale(record, checkpoint)
+        hint = "leave it out; if the record is wrong, delete it, and record the checkpoint anew"
+        _refuse_other_width(given.in_features, record.shape, "the record", where=checkpoint.label, hint=hint)
+        if (error := stale(record, checkpoint)) is not None:
+            raise error
+        refuse_other_base(record, checkpoint, given.base)
         _refuse_assumed(record, given, where=checkpoint.label)
         most = most_claimed(checkpoint) if given.in_features is None else None
         return Resolved(_proven(record, most=most, where=checkpoint.label), "recorded")
@@ -231,10 +235,36 @@ def rows(checkpoint: Checkpoint, resolved: Resolved) -> Callable[[str, int, int]
     )
 
 
-def _refuse_other_width(in_features: int | None, shape: PairShape, what: str, *, where: str) -> None:
+def refuse_other_base(record: ProjectionRecord, checkpoint: Checkpoint, base: BaseModel | None) -> None:
+    """Refuse a base whose layers are wider than the pair; of a pair that nobody has seen, one of any other width too.
+
+    A stored pair may be wider than its base's layers: PEFT saves one pair for all adapters of a model.
+
+    Raises:
+        CheckFailedError: it is, or it does not fit at all.
+    """
+    if base is None or base.quantisation:  # whose headers give no widths
+        return
+    widest = max((linear.in_features for linear in checkpoint.linears(base)), default=record.shape.in_max)
+    if widest > record.shape.in_max or (record.assumed and widest != record.shape.in_max):
+        guessed = f", or the width was {record.origin} wrongly: delete the record, and record the checkpoint anew"
+        raise CheckFailedError(
+            "the projections do not have the width of this base",
+            where=checkpoint.label,
+            expected=f"in_max {widest}, as {base.label} gives",
+            found=str(record.shape.in_max),
+            hint=f"this is another base than the adapter was trained on{guessed if record.assumed else ''}",
+        )
+
+
+def _refuse_other_width(in_features: int | None, shape: PairShape, what: str, *, where: str, hint: str) -> None:
     if in_features is not None and in_features != shape.in_max:
         raise UsageError(
-            f"in_features contradicts {what}", where=where, expected=str(shape.in_max), found=str(in_features)
+            f"in_features contradicts {what}",
+            where=where,
+            expected=str(shape.in_max),
+            found=str(in_features),
+            hint=hint,
         )
 
 
@@ -260,30 +290,46 @@ def unproven(origin: Origin | None, *, where: str) -> UnprovenError:
     )
 
 
-def _refuse_stale(record: ProjectionRecord, checkpoint: Checkpoint) -> None:
-    """A folder that was saved into again keeps its manifest: refuse a record of another key, rank or width."""
+def stale(record: ProjectionRecord, checkpoint: Checkpoint) -> CheckFailedError | None:
+    """Why a record is not believed of a seed-only checkpoint: it is of another key, rank or width; None where it is.
+
+    A folder that was saved into again keeps its manifest.
+    """
     vectors = [(layer.lambda_b, layer.lambda_d) for layer in checkpoint.layers.values()]
     widest = max((lambda_b.size for lambda_b, _ in vectors if lambda_b), default=record.shape.out_max)
     ranks = {lambda_d.size for _, lambda_d in vectors if lambda_d} or {record.shape.r}
-    hint = f"it is an earlier adapter's: delete {MANIFEST_NAME}, and record the checkpoint anew"
-    if widest != record.shape.out_max or ranks != {record.shape.r}:
-        raise CheckFailedError(
+    wider = widest < record.shape.out_max and not _is_of_these_vectors(checkpoint)  # see `refuse_other_base`
+    if wider or widest > record.shape.out_max or ranks != {record.shape.r}:
+        return CheckFailedError(
             "the record does not fit the vectors",
             where=checkpoint.label,
             expected=f"r {record.shape.r} and out_max {record.shape.out_max}",
             found=f"r {' and '.join(map(str, sorted(ranks)))} and out_max {widest}",
-            hint=hint,
+            hint=f"it is an earlier adapter's: delete {MANIFEST_NAME}, and record the checkpoint anew",
         )
     then = checkpoint.manifest.config.get("projection_prng_key", 0) if checkpoint.manifest else None
     now = checkpoint.config.projection_prng_key
-    if isinstance(then, int) and not same_key(then, now):
-        raise CheckFailedError(
+    made = record.recipe.prng_key if record.recipe is not None else None
+    put_right = made is not None and same_key(made, now)  # after it was recorded: it is the recorded pair's own
+    if isinstance(then, int) and not same_key(then, now) and not put_right:
+        return CheckFailedError(
             "projection_prng_key is not what it was when the manifest was written",
             where=checkpoint.label,
             expected=str(then),
             found=str(now),
-            hint=hint,
+            hint=f"put {then if made is None else made} back into adapter_config.json; only if another adapter was "
+            f"saved here, delete {MANIFEST_NAME} and record it anew, which gives up the proof of the recorded pair",
         )
+    return None
+
+
+def _is_of_these_vectors(checkpoint: Checkpoint) -> bool:
+    """Whether the record was written for just these vectors: in their own file, or in a manifest that has them."""
+    if checkpoint.manifest is None:
+        return True
+    found = {i.name: i.shape for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}
+    recorded = checkpoint.manifest.tensors.items()
+    return found == {name: record.shape for name, record in recorded if name.endswith(("lambda_b", "lambda_d"))}
 
 
 def _proven(record: ProjectionRecord, *, most: int | None, where: str) -> ProjectionRecord:
@@ -322,7 +368,8 @@ def _assume(checkpoint: Checkpoint, given: Assumptions) -> ProjectionRecord:
             raise CheckFailedError("nothing is adapted", where=checkpoint.label, expected="a vera_lambda_b")
         shape = PairShape(checkpoint.config.r, in_features, max(widths))
     else:
-        _refuse_other_width(in_features, shape, "the base model", where=checkpoint.label)
+        hint = "leave it out, or name the base that the adapter was trained on"
+        _refuse_other_width(in_features, shape, "the base model", where=checkpoint.label, hint=hint)
     key = checkpoint.config.projection_prng_key
     if given.method is not None:
         recipe = given.method.with_key(key)

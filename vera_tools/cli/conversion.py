@@ -137,7 +137,8 @@ def _without_path(item: BatchItem) -> str:
 
 def _show_batch(batch: BatchReport, console: Console) -> None:
     for item in batch.items:
-        text: str = f"would be {item.status}" if batch.dry_run and item.status == "converted" else item.status
+        text: str = "converted, and it is damaged" if item.status == "damaged" else item.status
+        text = f"would be {text}" if batch.dry_run and item.report else text
         if item.report:
             text += f", {human_bytes(item.report.input_bytes)} -> {human_bytes(item.report.output_bytes)}"
         elif item.error and item.status == "skipped":  # a failed one's is on stderr

@@ -12,6 +12,7 @@ from vera_tools import blas
 from vera_tools.cli.completion import FOLDER, REFERENCE
 from vera_tools.cli.executors import dask_option, executor_of
 from vera_tools.cli.shared import (
+    Once,
     Output,
     RecipeOptions,
     dry_run_option,
@@ -45,6 +46,7 @@ _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**
 @click.argument("checkpoints", nargs=-1, required=True, type=REFERENCE, metavar="CHECKPOINT...")
 @click.option(
     "--base",
+    cls=Once,
     required=True,
     type=REFERENCE,
     metavar="BASE",

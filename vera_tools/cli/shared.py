@@ -7,12 +7,13 @@ import functools
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from vera_tools import parts
 from vera_tools.cli import completion, settings
@@ -190,10 +191,32 @@ def _logs(*, quiet: bool) -> Iterator[None]:
         logging.disable(before)
 
 
+class Once(click.Option):
+    """An option that is refused where it is given twice: click takes the last one, and says nothing of the others."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser keep every value."""
+        parser.add_option(obj=self, opts=self.opts, dest=self.name, action="append", nargs=self.nargs)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, ParameterSource]:
+        """The one value.
+
+        Raises:
+            UsageError: there are several.
+        """
+        given = opts.get(self.name or "")
+        if isinstance(given, list):
+            if len(given) > 1 and not ctx.resilient_parsing:  # as completion does
+                raise UsageError(f"{self.opts[0]} is given {len(given)} times", expected="once", found=" ".join(given))
+            opts = {**opts, str(self.name): given[0]}
+        return super().consume_value(ctx, opts)
+
+
 def base_option(function: Function) -> Function:
     """--base."""
     option = click.option(
         "--base",
+        cls=Once,
         type=completion.REFERENCE,
         metavar="BASE",
         help="Base model: a folder, a safetensors file, hf://owner/name or s3://... Headers are enough.",

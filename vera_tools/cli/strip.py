@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 )
 @click.argument("checkpoint", type=REFERENCE)
 @destination_options
-@click.option("--force", is_flag=True, help="Strip projections that no recipe gives, and lose them.")
+@click.option("--force", is_flag=True, help="Strip what the config's key does not give. Without a recipe it is lost.")
 @dry_run_option
 @output_options
 def command(output: Output, *, checkpoint: str, where: Where, force: bool, dry_run: bool) -> int:

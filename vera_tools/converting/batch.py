@@ -18,8 +18,8 @@ from vera_tools.errors import NothingToDoError, NotVeraError, UsageError, VeraTo
 from vera_tools.files import opening
 from vera_tools.report import Progress, Report, worst
 
-Status = Literal["converted", "up to date", "unchanged", "skipped", "failed"]
-STATUSES: tuple[Status, ...] = ("converted", "up to date", "unchanged", "skipped", "failed")
+Status = Literal["converted", "damaged", "up to date", "unchanged", "skipped", "failed"]
+STATUSES: tuple[Status, ...] = ("converted", "damaged", "up to date", "unchanged", "skipped", "failed")
 
 #: (checkpoint, output, or None for in place) -> report.
 Convert = Callable[[Path, Path | None], ConversionReport]
@@ -32,9 +32,10 @@ class BatchItem:
     Attributes:
         path: The checkpoint.
         output: Where it goes.
-        status: converted; up to date (an earlier run did it); unchanged (it has the asked form already);
+        status: converted; damaged (converted, and something of it was damaged or
+            missing before); up to date (an earlier run did it); unchanged (it has the asked form already);
             skipped (another kind of adapter); failed.
-        report: Of a converted one.
+        report: Of a converted or damaged one.
         error: Of a failed, skipped or unchanged one.
     """
 
@@ -61,8 +62,9 @@ class BatchReport(Report):
 
     @property
     def exit_code(self) -> int:
-        """0 where nothing failed, else the most severe failure's code."""
-        return worst(item.error.exit_code for item in self.items if item.status == "failed" and item.error)
+        """0 where nothing failed and nothing is damaged, else the most severe code."""
+        failed = (item.error.exit_code for item in self.items if item.status == "failed" and item.error)
+        return worst([*failed, *(item.report.exit_code for item in self.items if item.report)])
 
     @property
     def summary(self) -> dict[str, int]:
@@ -144,7 +146,8 @@ def _convert_one(folder: Path, output: Path | None, convert: Convert, *, overwri
     if output is not None and not overwrite and _is_up_to_date(folder, output):
         return BatchItem(path, to, "up to date")
     try:
-        return BatchItem(path, to, "converted", report=convert(folder, output))
+        report = convert(folder, output)
+        return BatchItem(path, to, "damaged" if report.exit_code else "converted", report=report)
     except NothingToDoError as error:
         return BatchItem(path, to, "unchanged", error=error)
     except NotVeraError as error:

@@ -32,6 +32,7 @@ from vera_tools.errors import CheckFailedError, FormatError, UsageError
 from vera_tools.files import atomic, local
 from vera_tools.files.safetensors import Deferred
 from vera_tools.verifying.recorded import refuse_changed
+from vera_tools.verifying.refusals import refuse_another_base, refuse_contradictions, refuse_drift
 
 DTYPES = ("float32", "float16", "bfloat16")
 #: A layer of a block, in the classes below.
@@ -116,19 +117,22 @@ def to_gguf(
     Args:
         checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
         output: The file to write.
-        base: The base model as transformers has it. Only its config and headers are read.
+        base: The base model as transformers has it. Only its config and headers are read, and of one on disk the
+            weights of which digests are recorded.
         dtype: "float32", "float16" or "bfloat16".
         in_features: Largest in_features of the adapted layers, for a seed-only checkpoint.
         recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
         stored_dtype: The dtype that an assumed pair was kept in.
-        strict: Refuse to assume a recipe.
+        strict: Refuse to assume a recipe, and a stored pair that is not what its key gives, of which a
+            warning tells else.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: it is not what its manifest records; the base does not fit, or is of a class that was not
-            tried; there is more than llama.cpp's LoRA holds; a value would not be finite.
+        CheckFailedError: it is not what its manifest records; config and file contradict each other; the base does not
+            fit, is not the one that was recorded, or is of a class that was not tried; there is more than llama.cpp's
+            LoRA holds; a value would not be finite.
         UnprovenError: something would have to be assumed, and `strict`.
         UsageError: the output cannot be where it was asked for, or the extra is not installed.
     """
@@ -150,6 +154,9 @@ def to_gguf(
         )
         resolved = resolve(opened, assumptions)
         refuse_changed(opened)
+        refuse_another_base(opened, model)
+        refuse_contradictions(opened, model)
+        refuse_drift(opened, resolved, strict=strict)
         tensors = Tensors(opened, resolved, opened.in_features(model), dtype)
         matrices: dict[str, tuple[Deferred, Array | None]] = {}
         for layer in opened.layers.values():

@@ -35,6 +35,7 @@ from vera_tools.errors import AssumedShapeWarning, FormatError, UnprovenError, U
 from vera_tools.files import safetensors
 from vera_tools.files.safetensors import Deferred
 from vera_tools.verifying.recorded import refuse_changed
+from vera_tools.verifying.refusals import refuse_another_base, refuse_contradictions, refuse_drift
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -101,20 +102,23 @@ def to_lora(
     Args:
         checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
         output: The folder to write.
-        base: The base model, for each layer's in_features and for a seed-only pair. Only headers are read.
+        base: The base model, for each layer's in_features and for a seed-only pair. Only headers are read, and of one
+            on disk the weights of which digests are recorded.
         dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
         in_features: Largest in_features of the adapted layers, for a seed-only checkpoint without a base.
         recipe: Name of the recipe where none is recorded. Default: PEFT's is assumed, with a warning.
         stored_dtype: The dtype that an assumed pair was kept in.
-        strict: Refuse to assume a recipe or a layer's width.
+        strict: Refuse to assume a recipe or a layer's width, and a stored pair that is not what its key gives, of which
+            a warning tells else.
         in_place: Replace the checkpoint itself, in one step.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
 
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
-        CheckFailedError: the regenerated pair is not the recorded one, the base does not fit, a value of lora_A or
-            lora_B would not be finite, or PEFT does not load LoRA on such layers of such a base.
+        CheckFailedError: the regenerated pair is not the recorded one; config and file contradict each other; the base
+            does not fit, or is not the one that was recorded; a value of lora_A or lora_B would not be finite; or PEFT
+            does not load LoRA on such layers of such a base.
         UnprovenError: something would have to be assumed, and `strict`.
         UsageError: nothing says in_max, or the output cannot be where it was asked for.
     """
@@ -135,6 +139,9 @@ def to_lora(
         refuse_changed(opened)
         record = resolved.record
         widths = opened.in_features(model)
+        refuse_another_base(opened, model)
+        refuse_contradictions(opened, model)
+        refuse_drift(opened, resolved, strict=strict)
         widths_assumed = not widths.keys() >= opened.layers.keys()
         if widths_assumed:
             _warn_of_widths(opened, record, strict=strict)

@@ -68,8 +68,8 @@ RULES = (
 
 def model_type(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:
     """The model type of the base, as its config.json or the adapter's own config says; None where neither does."""
-    if base is not None and isinstance(found := base.config.get("model_type"), str):
-        return found
+    if base is not None and base.model_type is not None:
+        return base.model_type
     name = (checkpoint.config.auto_mapping or {}).get("base_model_class")
     entry = data.tables()["classes"].get(name) if isinstance(name, str) else None
     return None if entry is None else str(entry["model_type"])

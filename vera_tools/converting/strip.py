@@ -64,6 +64,11 @@ class StripReport(ConversionReport):
     remedy: str
     damage: tuple[Check, ...]
 
+    @property
+    def exit_code(self) -> int:
+        """1 where the adapter is damaged, else 0."""
+        return 1 if self.damage else 0
+
     def body(self) -> dict[str, Any]:
         """The strip-projections/v1 document's own part."""
         nearest = self.identification.recipe
@@ -89,7 +94,7 @@ def strip_projections(
     allow_pickle: bool = False,
     dry_run: bool = False,
 ) -> StripReport:
-    """Write the checkpoint without vera_A and vera_B, if a known recipe gives exactly their bits.
+    """Write the checkpoint without vera_A and vera_B, if a known recipe gives exactly their bits with the config's key.
 
     Every other tensor stays as it is, and ``save_projection`` becomes false. Recipe, shapes and digests are recorded in
     the manifest and in the file itself; the original header and config too, so that `embed_projections` gives back the
@@ -99,7 +104,8 @@ def strip_projections(
         checkpoint: A folder, a safetensors file, or ``hf://owner/name[@revision][/subfolder]``.
         output: The folder to write.
         in_place: Replace the checkpoint itself, in one step.
-        force: Strip even where no recipe gives these bits. They are lost then; their digests are recorded.
+        force: Strip even where the config's key does not give these bits. Where no recipe gives them they are lost
+            then; their digests are recorded. Where another key does, vera-tools alone makes them again.
         overwrite: Replace `output` where it exists.
         allow_pickle: Read a legacy adapter_model.bin too.
         dry_run: Do all of it but writing, and refuse what would be refused. What is made lies in a folder for
@@ -108,7 +114,7 @@ def strip_projections(
     Raises:
         FormatError: unreadable, malformed, or not VeRA.
         NothingToDoError: no projections are stored.
-        CheckFailedError: no known recipe gives the stored bits, and `force` is false.
+        CheckFailedError: the config's key does not give the stored bits, and `force` is false.
         UsageError: the output exists, or cannot be where it was asked for.
     """
     with Checkpoint.open(checkpoint, allow_pickle=allow_pickle) as opened:
@@ -120,8 +126,8 @@ def strip_projections(
         checked = refuse_changed(opened)
         found = resolved.identification
         assert found is not None  # because the pair is stored
-        if not found.exact and not force:
-            raise _refusal(opened, found)
+        if not (found.made_by(opened.config.projection_prng_key) or force):
+            raise _other_key(opened, found) if found.exact else _refusal(opened, found)
         tensors = {
             name: opened.weights.deferred(name)
             for name in opened.weights.tensors
@@ -180,6 +186,22 @@ def _refusal(checkpoint: Checkpoint, found: Identification) -> CheckFailedError:
         where=checkpoint.label,
         found=describe_distance(found),
         hint="keep them, or pass --force to lose them",
+    )
+
+
+def _other_key(checkpoint: Checkpoint, found: Identification) -> CheckFailedError:
+    """A pair that can be made again, and not in PEFT from what the config says: nothing but the record would tell."""
+    recipe, key = found.recipe, checkpoint.config.projection_prng_key
+    assert recipe is not None  # because it is exact
+    put_right = (
+        f"put {recipe.prng_key} into projection_prng_key of adapter_config.json first, if it is the trained pair"
+    )
+    return CheckFailedError(
+        "the stored pair is not what the config's key gives, so PEFT would draw another one in its place",
+        where=checkpoint.label,
+        expected=f"key {key}",
+        found=f"made with {checks.drawn_with(recipe)}",
+        hint=f"{put_right if recipe.is_peft_order else 'keep it'}, or pass --force: vera-tools alone makes it again",
     )
 
 

@@ -20,7 +20,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.placement import Placement, place
 from vera_tools.checkpoints.resolution import Assumptions, resolve
-from vera_tools.errors import CheckFailedError, LoadingWarning, UsageError, VeraToolsError
+from vera_tools.errors import LoadingWarning, UsageError, VeraToolsError
 from vera_tools.files import local, opening
 from vera_tools.files.store_client import Address
 from vera_tools.merging import execution, loading, record, rehearsal, staging, task_heads, verification
@@ -29,11 +29,8 @@ from vera_tools.merging.changes import refuse_quantised
 from vera_tools.merging.copying import OutputFile, copy_range
 from vera_tools.merging.plan import Options, Plan, Shard, make, portion
 from vera_tools.report import Progress, Report
-from vera_tools.verifying import checks, fit
 from vera_tools.verifying.recorded import refuse_changed
-
-# Checks of `verify --base` that say whether PEFT would make of the adapter what a merge makes of it.
-_REFUSED = ("tensors.saved", "tensors.unexpected", "base.modules", "base.parameters")
+from vera_tools.verifying.refusals import refuse_contradictions, refuse_drift
 
 
 @dataclass(frozen=True, repr=False)
@@ -166,7 +163,8 @@ def merge(
         tokenizer: Whose tokenizer and chat templates go with the result: "base" or "adapter".
         recipe: Name of the recipe of seed-only checkpoints with nothing recorded. Default: PEFT's is assumed.
         stored_dtype: The dtype that an assumed pair was kept in.
-        strict: Refuse to assume a recipe, and one that was assumed or stated when it was recorded.
+        strict: Refuse to assume a recipe, one that was assumed or stated when it was recorded, and a stored pair that
+            is not what its key gives, of which a warning tells else.
         allow_nonfinite: Merge NaN and infinity too.
         allow_pickle: Read legacy adapter_model.bin files too, by torch with weights_only.
         verify: Read the result back and prove it, before it appears.
@@ -220,7 +218,8 @@ def merge(
             adapters.append(Adapter(opened, resolved, weight=factor, allow_nonfinite=allow_nonfinite))
         plan = make(_placement(model, adapters), adapters, options)
         for adapter in adapters:
-            _refuse_contradictions(adapter.checkpoint, model)
+            refuse_contradictions(adapter.checkpoint, model)
+            refuse_drift(adapter.checkpoint, adapter.resolved, strict=strict)
         loads = loading.prove(plan)
         notes = [*task_heads.notes(plan), *plan.notes]
         mine = portion(plan.shards, part)
@@ -383,21 +382,6 @@ def _placement(base: BaseModel, adapters: Sequence[Adapter]) -> Placement:
         return checkpoints[0].placement(base)
     modules = dict.fromkeys(module for checkpoint in checkpoints for module in checkpoint.layers)
     return place(base, [checkpoint.config for checkpoint in checkpoints], modules)
-
-
-def _refuse_contradictions(checkpoint: Checkpoint, base: BaseModel) -> None:
-    """Refuse an adapter that `verify --base` says PEFT would load as something else than what its file holds.
-
-    Raises:
-        CheckFailedError: a check failed; the message is its own.
-    """
-    for check in (*checks.structure(checkpoint), *fit.against_base(checkpoint, base, digests=False)):
-        if check.status == "fail" and check.id in _REFUSED:
-            raise CheckFailedError(
-                check.message,
-                where=checkpoint.label,
-                hint=f"this is {check.id} of `vera-tools verify --base`: the config and the file contradict each other",
-            )
 
 
 def _check_arguments(

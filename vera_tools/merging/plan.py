@@ -179,6 +179,7 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
     copied, notes = tokenizer.choose(_copied_files(base), adapters, options.tokenizer)
     found = [(adapter.label, RecordedBase.of(adapter.checkpoint, base)) for adapter in adapters]
     recorded = tuple((label, record) for label, record in found if record is not None)
+    unlike = [record.warning(label, base) for label, record in recorded if record.unlike]
     return Plan(
         placement,
         tying.changes,
@@ -189,20 +190,10 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         copied,
         _config(config, base, dtype=options.dtype),
         options,
-        (*notes, *without_effect(placement, adapters), *_unlike(base, recorded)),
+        (*notes, *without_effect(placement, adapters), *unlike),
         _digest(base, adapters, options),
         recorded,
     )
-
-
-def _unlike(base: BaseModel, recorded: Iterable[tuple[str, RecordedBase]]) -> list[str]:
-    """What is to be said where the base has other shapes or dtypes than the one that an adapter was recorded with."""
-    return [
-        f"{base.label} is another base than {label} was recorded with, or another copy of it: {record.unlike[0]} is "
-        f"not in it, or of another shape or dtype ({len(record.unlike)} of {record.count} weights)"
-        for label, record in recorded
-        if record.unlike
-    ]
 
 
 def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shard, ...]:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.default_targets import DEFAULT_TARGETS
 from vera_tools.checkpoints.keys import MODULES, VECTORS
 from vera_tools.checkpoints.names import TASK_HEADS
 from vera_tools.checkpoints.targeting import idle
@@ -22,33 +23,6 @@ from vera_tools.nn.base_layers import can_be_adapted, features, is_conv1d, is_li
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.projections.pair import PairShape
-
-#: What is adapted by default, by the base config's model_type: the choices of PEFT 0.21.
-DEFAULT_TARGETS: dict[str, list[str] | str] = {
-    model_type: names.split()
-    for names, model_types in (
-        (
-            "q_proj v_proj",
-            "bart gemma gemma2 gemma3_text gpt_neo gptj llama llama4 mistral mixtral opt phi",
-        ),
-        ("q_proj v_proj", "qwen2 qwen3 stablelm"),
-        ("query value", "bert electra layoutlm roberta xlm-roberta"),
-        ("query_key_value", "bloom chatglm falcon gpt_neox RefinedWeb RefinedWebModel"),
-        ("c_attn", "gpt2 gpt_bigcode"),
-        ("q v", "mt5 t5"),
-        ("q v q_proj v_proj", "blip-2"),
-        ("c_proj c_attn", "btlm"),
-        ("qkv_proj", "codegen"),
-        ("in_proj", "deberta"),
-        ("query_proj value_proj", "deberta-v2"),
-        ("Wqkv", "mpt"),
-        ("q_proj k_proj v_proj o_proj", "nemotron_h"),
-        ("key value receptance output", "rwkv"),
-        ("r_proj k_proj v_proj o_proj key value", "rwkv7"),
-    )
-    for model_type in model_types.split()
-}
-DEFAULT_TARGETS["gemma4"] = r".*language_model\..*\.(q_proj|v_proj)"
 
 
 class Held(NamedTuple):

@@ -8,30 +8,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
+from vera_tools.checkpoints.default_targets import DEFAULT_TARGETS, since
 from vera_tools.checkpoints.keys import DEFAULT
+from vera_tools.checkpoints.resolution import stale
 from vera_tools.verifying.checks import some
 from vera_tools.verifying.findings import Check
-from vera_tools.verifying.loads import OLD_PEFT, PEFT
+from vera_tools.verifying.loads import OLD_PEFT, PEFT, VERA_TOOLS
 
 _REMEDY = "`vera-tools convert --from auto` writes what PEFT reads"
 
 
-def accepted(checkpoint: Checkpoint) -> Iterator[Check]:
-    """The checks `config.peft` and `tensors.names`."""
+def accepted(checkpoint: Checkpoint, base: BaseModel | None = None) -> Iterator[Check]:
+    """The checks `config.peft`, `tensors.names` and, where target_modules is null, `config.target_modules`."""
     yield _config(checkpoint)
+    if checkpoint.config.target_modules is None:
+        yield _targets(base)
     yield _names(checkpoint)
 
 
-def obstacles(checkpoint: Checkpoint) -> dict[str, str]:
+def obstacles(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str, str]:
     """What keeps a loader from computing with this adapter, whatever its projections are; by loader.
+
+    Args:
+        checkpoint: The adapter.
+        base: Its base, where it is at hand, for what a config without target_modules means.
 
     Raises:
         FormatError: a regular expression takes too long.
     """
     found: dict[str, str] = {}
     reading = checkpoint.reading
-    if outside := checkpoint.unadapted:
+    if checkpoint.config.target_modules is None and (found_type := base.model_type if base else None):
+        if found_type not in DEFAULT_TARGETS:
+            found[OLD_PEFT] = found[PEFT] = f"refuses it: {_no_default(found_type)}"
+        elif first := since(found_type):
+            found[OLD_PEFT] = (
+                f"refuses it before {first}: target_modules is null, and it had no default for {found_type}"
+            )
+    if outside := checkpoint.unadapted(base):
         why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
         found[OLD_PEFT] = found[PEFT] = why
     if odd := checkpoint.keys.odd:
@@ -43,6 +59,39 @@ def obstacles(checkpoint: Checkpoint) -> dict[str, str]:
     elif reading.refused_before_21:
         found[OLD_PEFT] = f"refuses the config: {reading.refused_before_21[0]}"
     return found
+
+
+def refused_record(checkpoint: Checkpoint) -> dict[str, str]:
+    """The obstacle of vera-tools itself where it does not believe the record of a pair that is not stored."""
+    record = None if checkpoint.projections else checkpoint.recorded
+    error = None if record is None else stale(record, checkpoint)
+    return {} if error is None else {VERA_TOOLS: f"refuses the record: {error.what}"}
+
+
+def doubts(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str, str]:
+    """Why nobody can know whether a loader computes with this adapter, where nothing speaks against it; by loader."""
+    if checkpoint.config.target_modules is not None or (base is not None and base.model_type is not None):
+        return {}
+    why = "adapts what it chooses for the base's model type, because target_modules is null, and the base is not named"
+    return {OLD_PEFT: why, PEFT: why}
+
+
+def _targets(base: BaseModel | None) -> Check:
+    """What PEFT makes of a config whose target_modules is null."""
+    known = base.model_type if base else None
+    if known is None:
+        message = "target_modules is null: PEFT adapts its default for the model type of the base (name it with --base)"
+        return Check("config.target_modules", "warn", message)
+    if known not in DEFAULT_TARGETS:
+        return Check("config.target_modules", "fail", f"PEFT refuses it: {_no_default(known)}")
+    targets = DEFAULT_TARGETS[known]
+    chosen = targets if isinstance(targets, str) else some(targets, len(targets))
+    message = f"target_modules is null, for which PEFT takes {chosen} on a base of type {known}"
+    return Check("config.target_modules", "pass", message)
+
+
+def _no_default(model_type: str) -> str:
+    return f"target_modules is null, and it has no default for a base of type {model_type}"
 
 
 def _config(checkpoint: Checkpoint) -> Check:

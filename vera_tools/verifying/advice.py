@@ -58,7 +58,8 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
     if not whole:
         return "Not safe to load with any loader: the adapter is damaged or incomplete."
     where = _where(loads)
-    if verdict == "drift" and (not stored or not where):
+    lost = any(check.id == MATCH and check.status == "fail" for check in checks)
+    if verdict == "drift" and (lost or (stored and not where)):
         return "Not safe to load with any loader: the trained vera_A and vera_B cannot be made again."
     if failed:
         return f"Not safe to load before {'this is' if len(failed) == 1 else 'these are'} explained: {_list(failed)}."
@@ -77,6 +78,8 @@ def safety(verdict: Verdict, loads: Sequence[Load], checks: Sequence[Check], *, 
         return "Not safe to load with any loader: none computes with the trained vera_A and vera_B."
     exact = {loader for loader in NAMES if _cells(loads, loader) == EVERYWHERE}
     silent = "" if exact == set(NAMES) else "; elsewhere PEFT silently uses other projections"
+    if any(load.exact is None for load in loads):
+        silent = "; with PEFT it is not known, as the warning says"
     right = "" if is_covered(checks) else ", if its vectors are right,"  # which nothing tells without a manifest
     return f"Safe to load{right} with {where}{silent}."
 
@@ -150,7 +153,9 @@ _MEANT = "only if you made the change yourself, `record` vouches for it from the
 #: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
 REMEDIES: Mapping[str, tuple[str, str]] = {
     "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
+    "config.key": ("put the key of the recorded pair back into adapter_config.json", "{again}"),
     "config.peft": ("write a config that PEFT reads", "vera-tools convert {path} --from auto -o OUT"),
+    "config.target_modules": ("name the adapted modules in target_modules of adapter_config.json", "{again}"),
     "config.schema": ("correct adapter_config.json, or copy it again from where it was trained", "{again}"),
     "config.save_projection": ("copy it again from where it was trained, with its vera_A and vera_B", "{again}"),
     "tensors.file": ("copy or download the file again; if the original is broken too, save it anew", "{again}"),
@@ -227,7 +232,7 @@ def next_step(
     if verdict == "drift":
         return _after_drift(path, checks, stored=stored, key=key, base=base)
     if verdict == "unproven":
-        words = "save it anew from the process that trained it, or state what it was trained on: it is then `assumed`"
+        words = "save it anew from the process that trained it, or record it for its base: it is then `assumed`"
         return _step(words, "{record} --base {base}", path, base)
     if verdict == "assumed":
         words = "check on the machine that trained it that it draws this pair; then pass --require assumed to accept it"

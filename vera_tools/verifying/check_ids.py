@@ -5,8 +5,9 @@ from __future__ import annotations
 CHECK_IDS = {
     "config.schema": "adapter_config.json against its schema: every key that PEFT knows has a value that PEFT takes",
     "config.peft": "PEFT reads adapter_config.json as it stands",
+    "config.target_modules": "null, for which PEFT takes its own default for the base's model type",
     "config.kind": "the kind of adapter",
-    "config.key": "a key wider than 32 bits, of which only the low 32 matter",
+    "config.key": "a key wider than 32 bits, of which only the low 32 matter, or another one than the recorded pair's",
     "config.save_projection": "what the config says is stored against what is",
     "tensors.file": "the safetensors file: header, extents, dtypes",
     "tensors.official": "the safetensors library, which PEFT reads with, finds the same tensors in the file",

@@ -14,14 +14,19 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
+from vera_tools.checkpoints.manifest import ASSUMED, Origin
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.checkpoints.targeting import idle
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.files.safetensors import TensorInfo, digests_in
 from vera_tools.files.safetensors_library import LIBRARY
-from vera_tools.projections.key import seed
-from vera_tools.verifying.findings import Check
+from vera_tools.projections.identification import Identification
+from vera_tools.projections.key import same_key, seed
+from vera_tools.projections.pair import PROJECTIONS
+from vera_tools.projections.recipe import Recipe
+from vera_tools.verifying.findings import MATCH, Check
 
 
 class Scan(NamedTuple):
@@ -43,10 +48,15 @@ def scan(checkpoint: Checkpoint) -> dict[str, Scan]:
     return found
 
 
-def structure(checkpoint: Checkpoint) -> Iterator[Check]:
-    """Config and header against each other: no tensor is read."""
+def structure(checkpoint: Checkpoint, base: BaseModel | None = None) -> Iterator[Check]:
+    """Config and header against each other: no tensor is read.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: Its base, where it is at hand, for what a config without target_modules means.
+    """
     yield Check("config.schema", "pass", "every key that PEFT knows has a value that PEFT takes")
-    yield _key(checkpoint)
+    yield key(checkpoint)
     yield _save_projection(checkpoint)
     yield _official(checkpoint)
     yield _layers(checkpoint)
@@ -56,7 +66,7 @@ def structure(checkpoint: Checkpoint) -> Iterator[Check]:
         yield _out_max(checkpoint)
     yield _dtypes(checkpoint)
     yield _saved(checkpoint)
-    yield _unexpected(checkpoint)
+    yield _unexpected(checkpoint, base)
 
 
 def values(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
@@ -75,8 +85,36 @@ def values(checkpoint: Checkpoint, scans: dict[str, Scan]) -> Iterator[Check]:
         yield Check(f"tensors.{vector[5:]}", "warn" if names and zero == len(names) else "pass", message)
 
 
-def _key(checkpoint: Checkpoint) -> Check:
-    key = checkpoint.config.projection_prng_key
+def match(identified: Identification, key: int, origin: Origin) -> Check:
+    """The verdict on a stored pair in words: what it was found to be, against the config's key."""
+    recipe = identified.recipe
+    if identified.made_by(key):
+        message = f"vera_A and vera_B are bit-identical to what key {key} gives"
+        if origin in ASSUMED:
+            message += f"; that it is the trained pair was {origin}"
+        return Check(MATCH, "pass", message)
+    if identified.exact and recipe:
+        return Check(MATCH, "warn", f"vera_A and vera_B were made with {drawn_with(recipe)}; the config says key {key}")
+    extents = {name: match.extent for name, match in identified.matches.items() if match.match != "identical"}
+    if len(extents) == len(PROJECTIONS) and len(set(extents.values())) == 1:
+        return Check(MATCH, "warn", f"{' and '.join(extents)} differ from what key {key} gives in {extents['vera_A']}")
+    parts = [f"{name} differs from what key {key} gives in {extent}" for name, extent in extents.items()]
+    return Check(MATCH, "warn", "; ".join(parts))
+
+
+def drawn_with(recipe: Recipe) -> str:
+    """The key of a recipe in words, with what else is not PEFT's way."""
+    how = f"key {recipe.prng_key}" + ("" if recipe.prng_key_B is None else f" and, for vera_B, key {recipe.prng_key_B}")
+    return how + (", vera_B first" if recipe.b_first else "")
+
+
+def key(checkpoint: Checkpoint) -> Check:
+    """The check `config.key`."""
+    key, record = checkpoint.config.projection_prng_key, checkpoint.recorded
+    recipe = None if record is None or checkpoint.projections else record.recipe  # a stored pair is looked at itself
+    if recipe is not None and not same_key(recipe.prng_key, key):
+        message = f"projection_prng_key {key}, and the recorded pair was made with {drawn_with(recipe)}"
+        return Check("config.key", "fail", message)
     if key == seed(key):
         return Check("config.key", "pass", f"projection_prng_key {key}")
     message = (
@@ -191,8 +229,8 @@ def _dtypes(checkpoint: Checkpoint) -> Check:
     return Check("tensors.dtypes", "pass", f"all {found[0]}" if found else "nothing to look at")
 
 
-def _unexpected(checkpoint: Checkpoint) -> Check:
-    outside = checkpoint.unadapted
+def _unexpected(checkpoint: Checkpoint, base: BaseModel | None) -> Check:
+    outside = checkpoint.unadapted(base)
     embeddings: list[str] = []
     unknown: list[str] = []
     for name in checkpoint.other_tensors:
@@ -202,7 +240,10 @@ def _unexpected(checkpoint: Checkpoint) -> Check:
             (embeddings if is_embedding(name) else unknown).append(name)
     if outside or unknown:
         parts = [f"no part of this adapter by its config: {some(unknown)}"] if unknown else []
-        parts += [f"not in target_modules: {some(outside)}"] if outside else []
+        meant = "target_modules"
+        if checkpoint.config.target_modules is None and base is not None:
+            meant += f", which is null: PEFT takes its default for {base.model_type}"
+        parts += [f"not in {meant}: {some(outside)}"] if outside else []
         return Check("tensors.unexpected", "fail", "; ".join(parts))
     if embeddings:
         message = f"embeddings are saved too, as PEFT does after resizing them: {some(embeddings)}"

@@ -113,15 +113,18 @@ def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:
     config, placement = checkpoint.config, checkpoint.placement(base)
     known, layout = placement.architecture, placement.layout
     everything = config.target_modules == "all-linear"
-    if config.target_modules is None or (everything and not known.is_known):
+    targeting = checkpoint.targeting_on(base)
+    if targeting is None or (everything and not known.is_known):
         return []
     adapted = {placement.module(module) for module in checkpoint.layers}
     missing = []
     linear = {module: placement.name_in_adapter(module) for module in _linear_modules(placement)}
-    checkpoint.targeting.prepare(linear.values())
+    targeting.prepare(linear.values())
     for module, theirs in linear.items():
+        if known.is_known and placement.renaming is not None and not module.startswith(placement.renaming.add):
+            continue  # the adapter is on a part of the class, which has no such module
         wanted = layout.is_linear_target(module, task_type=config.task_type) if everything else True
-        if module not in adapted and wanted and checkpoint.targeting.adapts(theirs):
+        if module not in adapted and wanted and targeting.adapts(theirs):
             missing.append(module)
     return sorted(missing)
 

@@ -70,6 +70,8 @@ class Trained:
         held_by: The dtypes to which the stored values can be cast without a change to any of them.
         obstacles: By loader, why it does not compute with this adapter, whatever its projections are: one clause, of
             which the loader is the subject.
+        doubts: By loader, why it cannot be known whether it computes with this adapter, where nothing else speaks
+            against it: one clause, of which the loader is the subject.
         unknown_before_14: Keys of the config for which PEFT before 0.14 refuses it.
     """
 
@@ -83,10 +85,12 @@ class Trained:
     assumed: bool = False
     whole: bool = True
     obstacles: Mapping[str, str] = field(default_factory=dict)
+    doubts: Mapping[str, str] = field(default_factory=dict)
     unknown_before_14: tuple[str, ...] = ()
 
     def __hash__(self) -> int:
-        return hash((self.stored, tuple(self.recipes or ()), self.dtype, self.prng_key, tuple(self.obstacles.items())))
+        said = (*self.obstacles.items(), *self.doubts.items())
+        return hash((self.stored, tuple(self.recipes or ()), self.dtype, self.prng_key, said))
 
     def to_dict(self) -> dict[str, Any]:
         """As it stands in reports, which hold the recipes already."""
@@ -101,6 +105,7 @@ class Trained:
             "assumed": self.assumed,
             "whole": self.whole,
             "obstacles": dict(self.obstacles),
+            **({"doubts": dict(self.doubts)} if self.doubts else {}),
             "unknown_before_14": list(self.unknown_before_14),
         }
 
@@ -133,6 +138,8 @@ def loader_table(trained: Trained) -> tuple[Load, ...]:
                     exact, why = False, obstacle
                 elif trained.assumed and (trained.fits or loader == VERA_TOOLS):  # another size is wrong for any recipe
                     exact, why = None, f"{why}, if the recorded pair is the trained one, which nothing proves"
+                elif exact and loader in trained.doubts:
+                    exact, why = None, trained.doubts[loader]
                 elif exact and loader == OLD_PEFT and trained.unknown_before_14:
                     why += f"; before 0.14 it refuses the config for its key {trained.unknown_before_14[0]!r}"
                 if not trained.whole:

@@ -6,7 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +14,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
-from vera_tools.checkpoints.resolution import Assumptions, Resolved, resolve
+from vera_tools.checkpoints.resolution import Assumptions, Resolved, refuse_other_base, resolve
 from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic, local, opening
@@ -123,7 +123,9 @@ def record(
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
-        resolved = resolve(opened, assumptions)
+        resolved = _as_stated(opened, resolve(opened, assumptions), assumptions)
+        refuse_other_base(resolved.record, opened, model)
+        _warn_of_another_base(opened, model)
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
         data = manifest.to_json().encode()
@@ -170,6 +172,56 @@ def _structure(checkpoint: Checkpoint) -> list[Check]:
         return list(structure(checkpoint))
     except FormatError:  # an expression of the config takes too long; `verify` says so
         return []
+
+
+def _as_stated(checkpoint: Checkpoint, resolved: Resolved, stated: Assumptions) -> Resolved:
+    """What was resolved, with a recipe that was assumed so far and is stated now.
+
+    Raises:
+        UsageError: what is stated contradicts what is proven or recorded; or the weights file itself says otherwise.
+    """
+    record, method = resolved.record, stated.method
+    if stated.stored_dtype not in ("float32", record.dtype):
+        raise _contradicted(checkpoint, f"projections in {record.dtype}", stated.stored_dtype)
+    if method is None:
+        return resolved
+    found = resolved.identification
+    if found is not None and all(recipe.method != method for recipe in found.all_recipes):
+        made = found.recipe.name if found.exact and found.recipe else "no known recipe"
+        raise _contradicted(checkpoint, f"{made}, which gives exactly what is stored", method.name)
+    if record.origin != "assumed":
+        return resolved
+    if checkpoint.embedded is not None:  # which is in the weights file, that is not written to
+        raise UsageError(
+            "the weights file says itself that its recipe was assumed, and only the manifest is written here",
+            where=checkpoint.label,
+            hint="leave the recipe options out",
+        )
+    return replace(resolved, record=replace(record, origin="stated"))
+
+
+def _warn_of_another_base(checkpoint: Checkpoint, base: BaseModel | None) -> None:
+    """Say where the config names another base by now than the manifest, whose record of the weights is kept."""
+    then = checkpoint.manifest.base if checkpoint.manifest else None
+    now = checkpoint.config.base_model_name_or_path
+    if base is not None or then is None or not then.weights or not (then.name and now) or then.name == now:
+        return
+    warnings.warn(
+        f"{checkpoint.label}: adapter_config.json names {now} as the base, the manifest {then.name}: what is recorded "
+        "of that one is kept (name the base with --base to record it anew)",
+        VeraToolsWarning,
+        stacklevel=3,
+    )
+
+
+def _contradicted(checkpoint: Checkpoint, proven: str, stated: str) -> UsageError:
+    return UsageError(
+        "what is stated contradicts what is known",
+        where=checkpoint.label,
+        expected=proven,
+        found=stated,
+        hint="leave the options out that state it",
+    )
 
 
 def _put_back(path: Path, before: bytes | None) -> None:

@@ -19,13 +19,13 @@ import numpy as np
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint, Place
 from vera_tools.checkpoints.config import CONFIG_NAME
-from vera_tools.checkpoints.manifest import ASSUMED, MANIFEST_NAME, Origin, ProjectionRecord
+from vera_tools.checkpoints.manifest import ASSUMED, MANIFEST_NAME, ProjectionRecord
 from vera_tools.checkpoints.resolution import most_claimed, refuse_size, stored_pair
 from vera_tools.dtypes import HALVES, np_dtype
 from vera_tools.errors import FormatError, NotVeraError, UsageError, VeraToolsError, escaped
 from vera_tools.files import local
 from vera_tools.memo import Memo
-from vera_tools.projections.identification import Identification, Match, identify_pair, same_bits, with_digests
+from vera_tools.projections.identification import Match, identify_pair, same_bits, with_digests
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS, Pair, PairShape
 from vera_tools.projections.prng import digests
@@ -46,20 +46,21 @@ Result = TypeVar("Result")
 
 
 class Structure(NamedTuple):
-    """What config and header say, before any tensor is read: the checks, and the obstacles to loaders."""
+    """What config and header say, before any tensor is read: the checks, and the obstacles and doubts of loaders."""
 
     checks: tuple[Check, ...]
     obstacles: Mapping[str, str]
+    doubts: Mapping[str, str]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> Structure:
-        """Look at a checkpoint.
+    def of(cls, checkpoint: Checkpoint, base: BaseModel | None) -> Structure:
+        """Look at a checkpoint, and at the type of its base where that is at hand.
 
         Raises:
             FormatError: a regular expression takes too long.
         """
-        found = (*acceptance.accepted(checkpoint), *checks.structure(checkpoint))
-        return cls(found, acceptance.obstacles(checkpoint))
+        found = (*acceptance.accepted(checkpoint, base), *checks.structure(checkpoint, base))
+        return cls(found, acceptance.obstacles(checkpoint, base), acceptance.doubts(checkpoint, base))
 
     @property
     def is_certain(self) -> bool:
@@ -143,22 +144,22 @@ class Verifier:
             found += fit.against_base(checkpoint, self._base, digests=self.base_digests)
         pair = stored_pair(checkpoint)
         if pair:
-            return self._stored(path, checkpoint, pair, scans, found, structure.obstacles)
-        return self._seed_only(path, checkpoint, found, structure.obstacles)
+            return self._stored(path, checkpoint, pair, scans, found, structure)
+        return self._seed_only(path, checkpoint, found, structure)
 
     def _structure(self, checkpoint: Checkpoint) -> Structure:
-        """It follows from the config, the header, the file's size and the recorded shape alone."""
+        """It follows from the config, the header, the file's size, the recorded shape and key, and the base alone."""
         if checkpoint.keys.odd:  # which of them are equal decides, too
-            return Structure.of(checkpoint)
+            return Structure.of(checkpoint, self._base)
         text, record = checkpoint.config_text, checkpoint.recorded
         key = (
             "structure",
             checkpoint.weights.parsed.sha256,
             checkpoint.weights.size,
             None if text is None else hashlib.sha256(text.encode()).digest(),
-            record and record.shape,
+            record and (record.shape, record.recipe),
         )
-        return self._looks(key, lambda: Structure.of(checkpoint), keep=lambda found: found.is_certain)
+        return self._looks(key, lambda: Structure.of(checkpoint, self._base), keep=lambda found: found.is_certain)
 
     def _stored(
         self,
@@ -167,7 +168,7 @@ class Verifier:
         pair: Pair,
         scans: dict[str, Scan],
         found: list[Check],
-        obstacles: Mapping[str, str],
+        structure: Structure,
     ) -> CheckpointReport:
         key = checkpoint.config.projection_prng_key
         sha256 = {name: scans[ROOT + name].sha256 for name in PROJECTIONS}
@@ -184,7 +185,7 @@ class Verifier:
         origin = checkpoint.origin_of(sha256)
         if verdict == "reproducible" and origin in ASSUMED:
             verdict = "assumed"
-        found += [*recorded.recipe(checkpoint, identified), _projections_check(identified, key, origin)]
+        found += [*recorded.recipe(checkpoint, identified), checks.match(identified, key, origin)]
         fits = not _failed(found, _SIZES)
         trained = Trained(
             stored=True,
@@ -195,7 +196,8 @@ class Verifier:
             fits=fits,
             assumed=verdict == "assumed",
             whole=not _failed(found, DAMAGE),
-            obstacles=obstacles,
+            obstacles=structure.obstacles,
+            doubts=structure.doubts,
             unknown_before_14=checkpoint.reading.unknown_before_14,
             held_by=self._memory(("held", *identity), lambda: unchanged(_held_by(pair))),
         )
@@ -214,7 +216,7 @@ class Verifier:
         )
 
     def _seed_only(
-        self, path: str, checkpoint: Checkpoint, found: list[Check], obstacles: Mapping[str, str]
+        self, path: str, checkpoint: Checkpoint, found: list[Check], structure: Structure
     ) -> CheckpointReport:
         config, record = checkpoint.config, checkpoint.recorded
         key = config.projection_prng_key
@@ -232,12 +234,14 @@ class Verifier:
             verdict, check, regenerated = self._regenerate(record.recipe, record, key, most=most_claimed(checkpoint))
             found.append(check)
             if verdict != "unproven":
-                recipes = self._same(record.recipe, record.shape, record.dtype) if verdict != "drift" else ()
+                recipes = self._same(record.recipe, record.shape, record.dtype) if check.status != "fail" else ()
             projections = (
                 Match(record.shape.vera_A, record.dtype, regenerated.get("vera_A"), "absent"),
                 Match(record.shape.vera_B, record.dtype, regenerated.get("vera_B"), "absent"),
             )
         dtype = record.dtype if record else "float32"
+        guessed = record is not None and record.assumed and bool(recipes)
+        obstacles = {**structure.obstacles, **acceptance.refused_record(checkpoint)}
         fits = not _failed(found, _SIZES)
         trained = Trained(
             stored=False,
@@ -246,9 +250,10 @@ class Verifier:
             recipes=recipes,
             dtype=dtype,
             fits=fits,
-            assumed=verdict == "assumed",
+            assumed=guessed,
             whole=not _failed(found, DAMAGE),
             obstacles=obstacles,
+            doubts=structure.doubts,
             unknown_before_14=checkpoint.reading.unknown_before_14,
         )
         return CheckpointReport(
@@ -277,14 +282,14 @@ class Verifier:
         except UsageError as error:
             return "unproven", Check(MATCH, "fail", f"not regenerated: {error}"), {}
         got = self._memory(("digests", recipe, shape, dtype), lambda: digests(recipe, shape, stored_dtype=dtype))
-        if not same_key(recipe.prng_key, key):
-            message = f"the recorded recipe has key {recipe.prng_key}, the config {key}"
-            return "drift", Check(MATCH, "fail", message), got
         wrong = [name for name in PROJECTIONS if got[name] != record.sha256[name]]
         if wrong:
             what = "has another digest" if len(wrong) == 1 else "have other digests"
             message = f"regenerated under {recipe.name}, {' and '.join(wrong)} {what} than was recorded"
             return "drift", Check(MATCH, "fail", message), got
+        if not same_key(recipe.prng_key, key):
+            made = f"the recorded vera_A and vera_B were made with {checks.drawn_with(recipe)}"
+            return "drift", Check(MATCH, "warn", f"{made}; the config says key {key}"), got
         message = f"regenerated under {recipe.name}, both have the recorded digests"
         if record.assumed:
             message += f"; that it is the trained one was {record.origin}"
@@ -323,26 +328,6 @@ def _invalid(path: str, check: str, error: VeraToolsError) -> CheckpointReport:
 
 def _failed(found: Iterable[Check], ids: Collection[str]) -> bool:
     return any(check.status == "fail" and check.id in ids for check in found)
-
-
-def _projections_check(identified: Identification, key: int, origin: Origin) -> Check:
-    recipe = identified.recipe
-    if identified.made_by(key):
-        message = f"vera_A and vera_B are bit-identical to what key {key} gives"
-        if origin in ASSUMED:
-            message += f"; that it is the trained pair was {origin}"
-        return Check(MATCH, "pass", message)
-    if identified.exact and recipe:
-        how = f"key {recipe.prng_key}" + (
-            "" if recipe.prng_key_B is None else f" and, for vera_B, key {recipe.prng_key_B}"
-        )
-        how += ", vera_B first" if recipe.b_first else ""
-        return Check(MATCH, "warn", f"vera_A and vera_B were made with {how}; the config says key {key}")
-    extents = {name: match.extent for name, match in identified.matches.items() if match.match != "identical"}
-    if len(extents) == len(PROJECTIONS) and len(set(extents.values())) == 1:
-        return Check(MATCH, "warn", f"{' and '.join(extents)} differ from what key {key} gives in {extents['vera_A']}")
-    parts = [f"{name} differs from what key {key} gives in {extent}" for name, extent in extents.items()]
-    return Check(MATCH, "warn", "; ".join(parts))
 
 
 def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:
