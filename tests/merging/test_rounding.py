@@ -20,6 +20,9 @@ from vera_tools.merging import arithmetic, exact, rounding, verification
 from vera_tools.merging import values as merging_values
 from vera_tools.merging.workspace import Workspace
 
+# Pairs are edited, which their key does not give.
+pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
+
 BITS = {"bfloat16": (8, -133), "float16": (11, -24)}  # of the significand; the exponent of the smallest number
 
 

@@ -58,6 +58,7 @@ MODELS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*from what key 7 gives:vera_tools.errors.LoadingWarning")
 @pytest.mark.parametrize("what", MODELS)
 def test_it_is_what_convert_makes_of_the_checkpoint(what, tmp_path):
     model = MODELS[what]()

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, WEIGHTS, base_of, edit, files_of, flip, set_config, tensors_of
+from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY, WEIGHTS, base_of, edit, files_of, flip, tensors_of
 from vera_tools import record, to_lora
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.serving import adapters as module
@@ -104,7 +104,8 @@ def test_no_link_leads_out(settings, mine, tmp_path):
 
 
 def test_another_kind_is_not_ours(settings, mine):
-    set_config(mine, peft_type="LORA")
+    shutil.rmtree(mine)
+    to_lora(CHECKPOINTS / KEPT, mine, base=BASE)
     assert Adapters(settings).lora("team/mine", BASE) is None
 
 

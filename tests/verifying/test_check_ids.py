@@ -21,7 +21,12 @@ def reported() -> set[str]:
             if isinstance(node, ast.Call):
                 texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
                 found |= {text for text in texts[:1] if _ID.fullmatch(text)}
-    return found | {MATCH, REQUIRED, "tensors.lambda_b", "tensors.lambda_d"}  # the last are named after what they look at
+    return found | {
+        MATCH,
+        REQUIRED,
+        "tensors.lambda_b",
+        "tensors.lambda_d",
+    }  # two are named after what they look at
 
 
 def test_every_check_is_in_the_table_and_nothing_else_is():

@@ -86,7 +86,7 @@ class Cache:
         digests = _digests(made)
         atomic.publish(made, folder, overwrite=True)
         # In place, since others may hold it. Half-written it fits nothing, and what lies here is made anew.
-        (self.folder / f"{key}{_ENTRY}").write_text(json.dumps(digests), "utf-8")
+        (self.folder / f"{key}{_ENTRY}").write_bytes(json.dumps(digests).encode())
         self._hold(key)
         return folder
 
