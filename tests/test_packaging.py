@@ -171,7 +171,7 @@ def test_the_source_archive_runs_its_tests(built, tmp_path):
     run(*pytest_there, "--collect-only", "tests", cwd=top, PYTHONPATH=str(top))
     files = [f"tests/test_{name}.py" for name in ("workflow", "action", "architecture", "packaging")]
     out = run(*pytest_there, "-rs", *files, "tests/cli/test_pre_commit.py", cwd=top, PYTHONPATH=str(top))
-    assert re.search(r"\b\d{3} passed", out), out
+    assert re.search(r"\b\d{3,} passed", out), out
 
 
 @pytest.mark.skipif(not GIT.exists(), reason="an unpacked archive says nothing of what it lacks")
