@@ -74,6 +74,7 @@ def test_a_registry_is_annotated_and_summed_up(tmp_path, here):
 @pytest.mark.parametrize(("inputs", "code"), [
     ({"base": str(base_of(CHECKPOINTS / KEPT)), "require-loads": "vera-tools\npeft>=0.21\n"}, 0),
     ({"require-loads": "peft<0.21:bfloat16"}, 1),
+    ({"base": str(base_of("peft-0.21.2-gpt2-conv1d-kept"))}, 1),
     ({"require-recorded": "true"}, 1),
     ({"require-recorded": "yes"}, 2),
     ({"checkpoints": "nowhere"}, 4),

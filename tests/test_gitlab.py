@@ -68,6 +68,7 @@ def test_a_registry_is_verified_and_reported(here, shell):
 @pytest.mark.parametrize(("inputs", "code"), [
     ({"base": str(base_of(KEPT)), "require-loads": "vera-tools\npeft>=0.21\n"}, 0),
     ({"require-loads": "vera-tools\npeft<0.21:bfloat16"}, 1),
+    ({"base": str(base_of("peft-0.21.2-gpt2-conv1d-kept"))}, 1),
     ({"require-recorded": "true"}, 1),
     ({"checkpoints": "nowhere"}, 4),
     ({"checkpoints": '$(touch injected) `touch injected` "; touch injected; "'}, 4),

@@ -64,6 +64,14 @@ def test_what_passes_can_be_said(registry):
     assert (result.returncode, "good: REPRODUCIBLE" in result.stdout) == (1, True), result.stdout
 
 
+def test_a_manifest_can_be_demanded(registry):
+    arguments = ("--vera", "--vera-require-recorded", "registry/good")
+    result = run_pytest(registry.parent, *arguments)
+    assert (result.returncode, "good: FAILED manifest.required" in result.stdout) == (1, True), result.stdout
+    vera_tools.record(registry / "good")
+    assert run_pytest(registry.parent, *arguments).returncode == 0
+
+
 def test_another_base_of_the_same_shapes_fails_as_it_does_in_verify(registry, tmp_path):
     base = shutil.copytree(base_of(CHECKPOINTS / KEPT), tmp_path / "base")
     vera_tools.record(registry / "good", base=base)
