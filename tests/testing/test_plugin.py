@@ -72,6 +72,18 @@ def test_a_manifest_can_be_demanded(registry):
     assert run_pytest(registry.parent, *arguments).returncode == 0
 
 
+@pytest.mark.parametrize("workers", [(), ("-n", "1")], ids=["one process", "xdist"])
+def test_what_pytest_passes_over_is_said(registry, workers):
+    """By itself it enters no folder of this name, and the broken adapter in it would pass in silence."""
+    (registry / "build").mkdir()
+    shutil.move(registry / "broken", registry / "build" / "broken")
+    result = run_pytest(registry.parent, "--vera", "--vera-require", "unproven", "registry", *workers)
+    assert result.returncode == 0, result.stdout
+    assert re.search(r"registry.build.broken is not verified, nor what else lies below", result.stdout)
+    result = run_pytest(registry.parent, "--vera", "registry/build", *workers)
+    assert "1 failed" in result.stdout
+
+
 def test_another_base_of_the_same_shapes_fails_as_it_does_in_verify(registry, tmp_path):
     base = shutil.copytree(base_of(CHECKPOINTS / KEPT), tmp_path / "base")
     vera_tools.record(registry / "good", base=base)

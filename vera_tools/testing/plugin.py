@@ -8,7 +8,7 @@ every run of pytest loads this module.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,26 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     """Close the base."""
     if verification := config.stash.get(_KEY, None):
         verification.close()
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> Generator[None, Any, None]:
+    """Say where adapters lie in a folder that pytest passes over: by itself it enters none called build or dist."""
+    outcome = yield
+    if not (outcome.get_result() and config.getoption("--vera") and _may_hold_adapters(collection_path)):
+        return
+    from vera_tools.checkpoints.presence import find
+
+    if (adapter := next(find(collection_path), None)) is not None:
+        message = (
+            f"{adapter} is not verified, nor what else lies below {collection_path}: pytest leaves that folder out"
+        )
+        warnings.warn(pytest.PytestCollectionWarning(f"{message} (norecursedirs, --ignore)"), stacklevel=1)
+
+
+def _may_hold_adapters(path: Path) -> bool:
+    """Hidden folders and installed packages are left out by `vera-tools verify -R` too, or are large and hold none."""
+    return path.is_dir() and not path.name.startswith((".", "node_modules")) and not (path / "pyvenv.cfg").exists()
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -173,7 +173,7 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
     return Check(
         "manifest.tensors",
         "fail",
-        f"of {len(manifest.tensors)} {', '.join(parts)}: damaged, unless only these were trained on; {_RENEW}",
+        f"of {len(manifest.tensors)} tensors {', '.join(parts)}: damaged, unless only these were trained on; {_RENEW}",
     )
 
 
