@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-import subprocess
 import time
 from dataclasses import replace
 
@@ -14,7 +12,7 @@ import pytest
 import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY
 from tests.command import run_cli
-from tests.markup import BROWSER, HOSTILE, Page
+from tests.markup import BROWSER, HOSTILE, Page, assert_inert, in_a_browser
 from vera_tools.comparing import census_page
 from vera_tools.errors import FormatError
 from vera_tools.pages import Made
@@ -90,13 +88,7 @@ def test_nothing_named_in_it_breaks_out(report):
         failed=((HOSTILE, FormatError(HOSTILE)),),
     )  # fmt: skip
     text = census_page.render(hostile, made=Made("today", HOSTILE, HOSTILE))
-    parsed = Page(text)
-    assert not parsed.open
-    assert not parsed.tags & {"link", "iframe", "object", "embed", "img"}
-    assert not {name for _, name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")}
-    assert text.count("<script>") == 1
-    assert "\u202e" not in text
-    assert "alert(1)" in parsed.text
+    assert_inert(text)
 
 
 def test_ten_thousand_rows(report):
@@ -128,19 +120,18 @@ def test_the_command(root, tmp_path):
     assert weights.read_bytes() == content
 
 
-DRIVER = """<script>
-const find = name => document.querySelector(`[name=${name}]`);
-const said = [];
-function set(name, value) {
-  find(name).value = value;
-  find(name).dispatchEvent(new Event("input", {bubbles: true}));
-  said.push([...document.querySelectorAll(".rows li")].filter(row => row.offsetParent).length);
-}
-set("state", "problems"); set("state", "stored"); set("state", ""); set("manifest", "yes"); set("manifest", "");
-set("pair", "key 101, r 16, 64 x 64, float32"); set("copy", "no"); set("copy", ""); set("pair", ""); set("path", "TWO");
-said.push(document.documentElement.scrollWidth <= innerWidth);
-document.title = JSON.stringify(said);
-</script></body>"""
+STEPS = [
+    ("state", "problems"),
+    ("state", "stored"),
+    ("state", ""),
+    ("manifest", "yes"),
+    ("manifest", ""),
+    ("pair", "key 101, r 16, 64 x 64, float32"),
+    ("copy", "no"),
+    ("copy", ""),
+    ("pair", ""),
+    ("path", "TWO"),
+]
 
 
 @pytest.mark.slow
@@ -148,11 +139,16 @@ document.title = JSON.stringify(said);
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])  # a window of chromium's is not narrower than that
 def test_in_a_browser(report, tmp_path, size):
     """The filters do what they say, and no column is cut off."""
-    text = census_page.render(report)
-    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", DRIVER)
-    (tmp_path / "page.html").write_text(text, "utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
-    command = [BROWSER, *options, (tmp_path / "page.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    (title,) = re.findall("<title>(.*?)</title>", shown)
-    assert json.loads(title) == [1, 2, 6, 1, 6, 3, 1, 3, 6, 1, True]
+    assert in_a_browser(census_page.render(report), STEPS, size=size, folder=tmp_path) == [
+        1,
+        2,
+        6,
+        1,
+        6,
+        3,
+        1,
+        3,
+        6,
+        1,
+        True,
+    ]

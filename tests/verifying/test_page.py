@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
-import subprocess
 from dataclasses import replace
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 import vera_tools
 from tests.adapters import KEPT, SEED_ONLY
 from tests.command import run_cli
-from tests.markup import BROWSER, HOSTILE, Page
+from tests.markup import BROWSER, HOSTILE, Page, assert_inert, in_a_browser
 from tests.verifying.registries import mixed
 from vera_tools.errors import FormatError
 from vera_tools.pages import Made
@@ -82,16 +80,10 @@ def test_it_is_self_contained_and_nothing_named_in_it_breaks_out(report):
         failed=(Failed(HOSTILE, FormatError(HOSTILE)),),
     )
     text = pages.render(hostile, made=Made("today", HOSTILE, HOSTILE))
-    parsed = Page(text)
-    assert not parsed.open
-    assert not parsed.tags & {"link", "iframe", "object", "embed", "img"}
-    assert not {name for _, name, _ in parsed.attributes if name.startswith("on") or name in ("src", "href")}
-    assert text.count("<script>") == 1
+    assert_inert(text)
     (script,) = re.findall("<script>(.*?)</script>", text, re.DOTALL)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'" in text
-    assert "\u202e" not in text
-    assert "alert(1)" in parsed.text
 
 
 def test_the_command_writes_it_and_says_so_before_it_works_where_it_cannot(root, tmp_path):
@@ -108,19 +100,17 @@ def test_the_command_writes_it_and_says_so_before_it_works_where_it_cannot(root,
     assert not (tmp_path / "new").exists()
 
 
-DRIVER = """<script>
-const find = name => document.querySelector(`[name=${name}]`);
-const said = [];
-function set(name, value) {
-  find(name).value = value;
-  find(name).dispatchEvent(new Event("input", {bubbles: true}));
-  said.push([...document.querySelectorAll(".rows li")].filter(row => row.offsetParent).length);
-}
-set("state", "problems"); set("state", "drift"); set("state", ""); set("path", "GOOD"); set("path", "");
-set("peft", "none"); set("peft", ""); set("kind", "LORA"); set("kind", "");
-said.push(document.documentElement.scrollWidth <= innerWidth);
-document.title = JSON.stringify(said);
-</script></body>"""
+STEPS = [
+    ("state", "problems"),
+    ("state", "drift"),
+    ("state", ""),
+    ("path", "GOOD"),
+    ("path", ""),
+    ("peft", "none"),
+    ("peft", ""),
+    ("kind", "LORA"),
+    ("kind", ""),
+]
 
 
 @pytest.mark.slow
@@ -128,11 +118,4 @@ document.title = JSON.stringify(said);
 @pytest.mark.parametrize("size", ["1280,900", "500,900"])  # a window of chromium's is not narrower than that
 def test_in_a_browser(report, tmp_path, size):
     """The filters do what they say, and no column is cut off."""
-    text = pages.render(report)
-    text = re.sub('<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", DRIVER)
-    (tmp_path / "page.html").write_text(text, "utf-8")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--window-size={size}", "--dump-dom"]
-    command = [BROWSER, *options, (tmp_path / "page.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
-    (title,) = re.findall("<title>(.*?)</title>", shown)
-    assert json.loads(title) == [3, 1, 5, 1, 5, 2, 5, 1, 5, True]
+    assert in_a_browser(pages.render(report), STEPS, size=size, folder=tmp_path) == [3, 1, 5, 1, 5, 2, 5, 1, 5, True]
