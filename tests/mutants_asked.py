@@ -57,12 +57,12 @@ class Known:
     def concerned(self, file: str, lines: range, *, here: bool = False) -> list[str]:
         """The tests that ran one of these lines, quickest first; and but for `here`, those that started processes.
 
-        Where no test ran the lines, as with what is done on import, those that ran any line of the file.
+        Without lines, of what is done on import, those that ran any line of the file; and but for `here`, all others.
         """
         of_lines = self.ran.get(file, {})
-        names = {name for line in lines for name in of_lines.get(line, ()) if name}
-        first = self._quickest(names or {name for found in of_lines.values() for name in found if name})
-        return first if here else list(dict.fromkeys([*first, *self._quickest(self.apart)]))
+        first = self._quickest({name for line in lines or of_lines for name in of_lines.get(line, ()) if name})
+        rest = set[str]() if here else self.apart if lines else {*self.seconds}
+        return list(dict.fromkeys([*first, *self._quickest(rest)]))
 
     def _quickest(self, names: set[str]) -> list[str]:
         files = tuple(name for name in names if name.endswith("::"))
@@ -143,10 +143,12 @@ class Asker:
         ran = {file: {int(line): names for line, names in lines.items()} for file, lines in document["ran"].items()}
         return Known(document["seconds"], set(document["apart"]), ran)
 
-    def passes(self, names: list[str], *, within: float) -> bool:
-        """Whether the tests with these ids pass, asked in this order; nothing passes that takes longer."""
+    def passes(self, names: list[str], known: Known) -> bool:
+        """Whether the tests with these ids pass, asked in this order; none does that takes ten times its longest."""
         files = sorted({name.split("::")[0] for name in names})
-        ended = self._fork(lambda: _pytest(["-x", *files], [_Order(names)]), within=within)
+        usual = [known.seconds[name] for name in names]
+        limit = ["-o", f"faulthandler_timeout={10 + 10 * max(usual)}", "-o", "faulthandler_exit_on_timeout=true"]
+        ended = self._fork(lambda: _pytest(["-x", *limit, *files], [_Order(names)]), within=60 + 10 * sum(usual))
         if ended in (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED):
             sys.exit(f"pytest ended with {ended} where it was given {names}")
         return ended == 0
