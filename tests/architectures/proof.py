@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from tests.architectures import tiny
-from vera_tools.architectures import data, pieces
+from tests.architectures import assembling, tiny
+from vera_tools.architectures import data
 from vera_tools.architectures.architecture import Architecture
 from vera_tools.architectures.layout import Layout
 from vera_tools.errors import VeraToolsError
@@ -70,7 +70,7 @@ def _values(known: Architecture, state: dict[str, Any], stored: dict[str, np.nda
             continue
         value = state[parameter].numpy()
         try:
-            found = pieces.assemble(layout.pieces(parameter), stored.__getitem__, value.shape)
+            found = assembling.assemble(layout.pieces(parameter), stored.__getitem__, value.shape)
         except (VeraToolsError, ValueError) as error:
             yield f"values: {parameter}: {error}"
             continue
@@ -86,7 +86,7 @@ def _values(known: Architecture, state: dict[str, Any], stored: dict[str, np.nda
                 yield f"values: {key} is not in any parameter"
             continue
         try:
-            found = pieces.take_apart(parts, lambda name: state[name].numpy(), value.shape)
+            found = assembling.take_apart(parts, lambda name: state[name].numpy(), value.shape)
         except (KeyError, ValueError) as error:
             yield f"values: {key} taken apart: {error}"
             continue

@@ -333,7 +333,6 @@ def test_kinds_and_targets():
     assert (found.input_embeddings, found.output_embeddings) == ("transformer.wte", "lm_head")
     assert found.is_linear_target("transformer.h.0.mlp.c_fc")
     assert not found.is_linear_target("lm_head")
-    assert "transformer.h.*.attn.c_attn" in found.linear_modules
     classifier = known("BertForSequenceClassification")
     assert classifier.is_linear_target("classifier")
     assert not classifier.is_linear_target("classifier", task_type="SEQ_CLS")

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.architectures import assembling
 from tests.architectures.known import known
 from vera_tools.architectures import data, pieces
 from vera_tools.architectures.layout import Layout
@@ -191,9 +192,9 @@ def test_a_tensor_may_lie_the_other_way_round(check, parameter, transposed):
     parts = pieces.pieces(gathered, {"g.weight": (3, 2)}, heads=lambda part: 1, parameters=shapes)["gate.weight"]
     assert parts[0].transposed == transposed
     expected = tensor.T if transposed else tensor
-    made = pieces.assemble(parts, lambda key: tensor, expected.shape)
+    made = assembling.assemble(parts, lambda key: tensor, expected.shape)
     assert np.array_equal(made, expected)
-    assert np.array_equal(pieces.take_apart(parts, lambda name: made, tensor.shape), tensor)
+    assert np.array_equal(assembling.take_apart(parts, lambda name: made, tensor.shape), tensor)
 
 
 @pytest.mark.parametrize(("name", "asked"), [("Molmo2Model", True), ("LlamaForCausalLM", False)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
 from collections.abc import Iterable, Mapping
@@ -182,11 +181,6 @@ class Architecture:
     def computes_otherwise(self, module: str) -> str | None:
         """The class of a linear module that does not compute W x + b with its weight; None where all is as usual."""
         return next((name for kind in self.tree.kinds(module) if (name := kind.partition(":")[2])), None)
-
-    @functools.cached_property
-    def linear_modules(self) -> tuple[str, ...]:
-        """All linear modules, ``*`` for any number, as in "model.layers.*.self_attn.q_proj"."""
-        return tuple(sorted({name for name, kind in self.tree.walk() if kind.partition(":")[0] in LINEAR}))
 
     def is_linear_target(self, module: str, *, task_type: str | None = None) -> bool:
         """Whether PEFT's "all-linear" adapts a module: every Linear and Conv1D but the output layer.
