@@ -147,9 +147,12 @@ SCRIPTS = ("drifting.probe", "drifting.logits")  # run by path in a process of t
 
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if n.split(".")[0] in CAPABILITIES and n not in SCRIPTS))
 def test_a_capability_neither_prints_nor_exits(name):
+    leaving = {"sys.exit", "exit", "os._exit"}
+    if name == "verifying.forking":  # whose copies of the process end there
+        leaving.remove("os._exit")
     for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
         if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in ("print", "sys.exit", "exit", "os._exit", "click.echo")
+            assert ast.unparse(node.func) not in {"print", "click.echo", *leaving}
 
 
 def run(program: str) -> str:

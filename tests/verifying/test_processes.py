@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -59,6 +61,24 @@ def test_few_are_verified_here(root, expected, monkeypatch):
     monkeypatch.setattr(registry, "Workers", lambda count: pytest.fail("a process was started"))
     monkeypatch.setattr(registry, "PATIENCE", 600)
     assert vera_tools.verify(root, recursive=True, jobs=2) == expected
+
+
+@pytest.mark.parametrize(
+    ("took", "left", "here"),
+    [
+        ([], 3000, True),
+        ([0.2], 3000, True),  # which says little of the others
+        ([0.2, 0.001], 3000, False),
+        ([0.2, 0.001], 400, True),
+        ([60], 2, False),
+        ([60], 0, True),
+    ],
+)
+def test_processes_are_started_for_what_takes_longer_than_their_start(took, left, here):
+    crew = registry._Crew(SimpleNamespace(executor=None, jobs=2), ExitStack(), left)
+    for seconds in took:
+        crew._measure(seconds, 1)
+    assert crew._works_here() == here
 
 
 @pytest.mark.parametrize("kind", [pytest.param("processes", marks=pytest.mark.long), "threads"])

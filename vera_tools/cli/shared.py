@@ -6,6 +6,7 @@ import contextlib
 import functools
 import sys
 import textwrap
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 #: The exit code where nobody reads the output any more, as shells give it for a program that SIGPIPE ended.
 CLOSED = 141
+#: Seconds between two states of a progress bar.
+_REDRAWN = 0.1
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,16 @@ class Output:
             *rate,
             bars.TimeRemainingColumn(),
         )
-        with bars.Progress(*columns, console=_console(stderr=True), transient=True) as bar:
-            task = bar.add_task(description, total=None)
+        # Without a thread that redraws it: a process with several cannot be copied (see `verifying.forking`).
+        with bars.Progress(*columns, console=_console(stderr=True), transient=True, auto_refresh=False) as bar:
+            task, drawn = bar.add_task(description, total=None), 0.0
 
             def update(done: int, total: int, what: str) -> None:
+                nonlocal drawn
                 bar.update(task, completed=done, total=total or None, description=what or description)
+                if (now := time.monotonic()) - drawn >= _REDRAWN:
+                    drawn = now
+                    bar.refresh()
 
             yield update
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 import vera_tools
+from vera_tools import blas
 from vera_tools.cli.completion import REFERENCE
 from vera_tools.cli.executors import dask_option, executor_of
 from vera_tools.cli.forms import (
@@ -97,6 +98,7 @@ def command(
     such as s3://bucket/adapter; hf://owner/* stands for every adapter of an owner's, and - for a list on standard
     input, one a line, taken as it is.
     """
+    blas.start_alone()
     listed = _listed() if "-" in checkpoints else []
     checkpoints = tuple(path for path in checkpoints if path != "-")
     if log == "-" and not output.json:

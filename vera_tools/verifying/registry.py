@@ -33,7 +33,7 @@ from vera_tools.verifying.workers import Workers
 #: The kind of a repository that holds no adapter.
 NO_ADAPTER = "no adapter"
 
-#: Seconds that are worked here before processes are started, which takes about as long: few are done by then.
+#: Seconds that what is left has to take in this process for others to be started, which takes about as long.
 PATIENCE = 0.5
 #: Seconds that a process is given work for at a time, and the most checkpoints: what it dies of is looked for in these.
 _SPELL, _MOST = 0.1, 32
@@ -119,7 +119,7 @@ class Registry:
         """
         empty: set[str] = set()
         with ExitStack() as stack:
-            crew = _Crew(self, stack)
+            crew = _Crew(self, stack, len(wanted.items))
             for item in wanted.items:
                 empty.update([item.pattern] if item.pattern else [])
                 for done, results in crew.add(item):
@@ -147,13 +147,13 @@ class _Task(NamedTuple):
 class _Crew:
     """Who does the work, and what is under way: never much more than there are hands for."""
 
-    def __init__(self, registry: Registry, stack: ExitStack) -> None:
+    def __init__(self, registry: Registry, stack: ExitStack, total: int) -> None:
         self._registry, self._stack = registry, stack
         self._executor = registry.executor
         self._threads: ThreadPoolExecutor | None = None
         self._alone: Workers | None = None
-        self._started = time.monotonic()
-        self._seconds, self._count = 0.0, 0
+        self._left = total
+        self._first, self._seconds, self._count = 0.0, 0.0, 0
         self._next: list[Item] = []
         self._pending: dict[Future[Any], _Task] = {}
         hands = registry.jobs if registry.executor is None else getattr(registry.executor, "_max_workers", 64)
@@ -168,7 +168,7 @@ class _Crew:
             self._pending[self._threads.submit(_far_away, registry, item)] = _Task([item], self._threads)
         elif known := registry.log.local(item.path, skip_others=registry.job.skip_others):
             yield item, [known]
-        elif self._is_patient():
+        elif self._works_here():
             started = time.monotonic()
             done = work.verify_one(registry.verifier, registry.job, item.path)
             self._measure(time.monotonic() - started, 1)
@@ -177,6 +177,7 @@ class _Crew:
             self._next.append(item)
             if len(self._next) >= self._spell():
                 self._send()
+        self._left -= 1
         while len(self._pending) >= self._window:
             yield from self._collect()
 
@@ -187,16 +188,24 @@ class _Crew:
         while self._pending:
             yield from self._collect()
 
-    def _is_patient(self) -> bool:
-        """Whether to work in this process: what a few checkpoints take, starting others would take too."""
-        waits = self._executor is None and time.monotonic() - self._started < PATIENCE
-        return self._registry.executor is None and (self._registry.jobs == 1 or waits)
+    def _works_here(self) -> bool:
+        """Whether to work in this process: what little is left, starting others would take too."""
+        if self._registry.executor is not None or self._executor is not None:
+            return False
+        return self._registry.jobs == 1 or self._left * self._each() < PATIENCE
+
+    def _each(self) -> float:
+        """Seconds that one takes: what the first takes counts only where it is not due to its being the first."""
+        if self._seconds > PATIENCE:
+            return self._seconds / self._count
+        return (self._seconds - self._first) / (self._count - 1) if self._count > 1 else 0.0
 
     def _spell(self) -> int:
         """How many to give away at a time: few enough that their results come soon, and that one death costs little."""
         return max(1, min(_MOST, int(_SPELL * self._count / self._seconds))) if self._seconds else 1
 
     def _measure(self, seconds: float, count: int) -> None:
+        self._first = self._first or seconds
         self._seconds, self._count = self._seconds + seconds, self._count + count
 
     def _send(self) -> None:
@@ -208,8 +217,12 @@ class _Crew:
                     some, self._executor
                 )
                 return
-        self._executor = self._stack.enter_context(Workers(self._registry.jobs))
+        self._executor = self._stack.enter_context(self._workers(self._registry.jobs))
         self._pending[self._executor.submit(work.verify_some, self._registry.job, paths)] = _Task(some, self._executor)
+
+    def _workers(self, count: int) -> Workers:
+        base = self._registry.job.base  # which this process may hold a connection for
+        return Workers(count, forks=base is None or not opening.is_remote(base))
 
     def _collect(self) -> Iterator[tuple[Item, list[Result]]]:
         for future in wait(self._pending, return_when=FIRST_COMPLETED).done:
@@ -230,7 +243,7 @@ class _Crew:
 
     def _one_by_one(self, items: list[Item]) -> Iterator[tuple[Item, list[Result]]]:
         """Those on which a process died, in a process that has nothing else to die of."""
-        self._alone = self._alone or self._stack.enter_context(Workers(1))
+        self._alone = self._alone or self._stack.enter_context(self._workers(1))
         for item in items:
             try:
                 _, (one,) = self._alone.submit(work.verify_some, self._registry.job, [item.path]).result()
