@@ -64,15 +64,24 @@ def _record(at: Places) -> End:
     return files_of(at.adapter)
 
 
-#: Each command, and the kind of adapter that it takes.
+_strip = _written(lambda at: vera_tools.strip_projections(at.adapter, at.out))
+_convert = _written(lambda at: vera_tools.to_lora(at.adapter, at.out, base=at.base))
+_merge = _written(lambda at: vera_tools.merge(at.adapter, base=at.base, output=at.out, jobs=1))
+
+#: Each command, and the kind of adapter that it takes: "kept" and "seeds" have a manifest, "plain" has none.
 COMMANDS: dict[str, tuple[str, Callable[[Places], End]]] = {
     "verify": ("kept", _verify),
     "verify seeds": ("seeds", _verify),
-    "strip": ("kept", _written(lambda at: vera_tools.strip_projections(at.adapter, at.out))),
+    "strip": ("kept", _strip),
+    "strip plain": ("plain", _strip),
     "record": ("kept", _record),
     "embed": ("seeds", _written(lambda at: vera_tools.embed_projections(at.adapter, at.out, base=at.base))),
-    "convert": ("seeds", _written(lambda at: vera_tools.to_lora(at.adapter, at.out, base=at.base))),
-    "merge": ("plain", _written(lambda at: vera_tools.merge(at.adapter, base=at.base, output=at.out, jobs=1))),
+    "convert": ("seeds", _convert),
+    "convert kept": ("kept", _convert),
+    "convert plain": ("plain", _convert),
+    "merge": ("plain", _merge),
+    "merge kept": ("kept", _merge),
+    "merge seeds": ("seeds", _merge),
 }
 
 

@@ -223,16 +223,10 @@ def arrays(checkpoint: Checkpoint, resolved: Resolved) -> tuple[Array, Array]:
 def rows(checkpoint: Checkpoint, resolved: Resolved) -> Callable[[str, int, int], Array]:
     """A reader of rows: (name, start, stop) -> ``vera_A[start:stop]`` or ``vera_B[start:stop]``, in the stored dtype.
 
-    A stored pair stays in its file; one that is not is drawn once and held.
+    The pair is held: each layer asks for its rows again, and all of them get those that were checked.
     """
-    pair = stored_pair(checkpoint)
-    if pair is None:
-        held = dict(zip(PROJECTIONS, arrays(checkpoint, resolved), strict=True))
-        return lambda name, start, stop: held[name][start:stop]
-    widths = {name: pair.shape.of(name)[1] for name in PROJECTIONS}
-    return lambda name, start, stop: pair.read(name, start * widths[name], stop * widths[name]).reshape(
-        stop - start, widths[name]
-    )
+    held = dict(zip(PROJECTIONS, arrays(checkpoint, resolved), strict=True))
+    return lambda name, start, stop: held[name][start:stop]
 
 
 def refuse_other_base(record: ProjectionRecord, checkpoint: Checkpoint, base: BaseModel | None) -> None:

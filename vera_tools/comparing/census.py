@@ -234,6 +234,6 @@ def _same(paths: list[str], *, allow_pickle: bool) -> Iterator[tuple[str, ...]]:
     for path in paths:
         with contextlib.suppress(FormatError, RemoteError):  # it was there, and is nobody's copy any more
             with Checkpoint.open(path, allow_pickle=allow_pickle) as opened:
-                digest = opened.weights.file_sha256()
+                digest = opened.weights.file_sha256(each=False)
             by_digest.setdefault(digest, []).append(path)
     return (tuple(group) for group in by_digest.values() if len(group) > 1)

@@ -29,6 +29,7 @@ from vera_tools.converting.output import (
     corrections,
     foreign_metadata,
     refuse_half_a_pair,
+    refuse_miscopied,
 )
 from vera_tools.dtypes import FLOATS, Array
 from vera_tools.errors import AssumedShapeWarning, FormatError, UnprovenError, UsageError
@@ -136,7 +137,7 @@ def to_lora(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
         resolved = resolve(opened, assumptions)
-        refuse_changed(opened)
+        checked = refuse_changed(opened)
         record = resolved.record
         widths = opened.in_features(model)
         refuse_another_base(opened, model)
@@ -152,6 +153,7 @@ def to_lora(
             manifest = write_lora(
                 folder, config, tensors.all(), record, base=known_base, metadata=foreign_metadata(opened)
             )
+            refuse_miscopied(manifest, checked, where=opened.weights.label)
             size = (folder / WEIGHTS_NAME).stat().st_size
         service = vllm.look(manifest.tensors, opened.layers, config, model)
         rank = service.max_lora_rank

@@ -20,6 +20,7 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, METADATA_KEY, Manifest, ProjectionRecord
 from vera_tools.errors import FormatError, SignatureWarning, UsageError
 from vera_tools.files import atomic, local, renaming
+from vera_tools.files.safetensors import read_otherwise
 from vera_tools.files.store_client import Address
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import Report
@@ -246,18 +247,12 @@ def refuse_miscopied(manifest: Manifest, sha256: Mapping[str, str], *, where: st
     Raises:
         FormatError: a tensor is another.
     """
-    written = {name: record.sha256 for name, record in manifest.tensors.items()}
+    written = {name: record.sha256 for name, record in manifest.tensors.items() if record.sha256 is not None}
     written |= {ROOT + name: digest for name, digest in manifest.projections.sha256.items()}
     for name, found in written.items():
         checked = sha256.get(name, found)
         if found != checked:
-            raise FormatError(
-                f"{name} was read twice, with different bytes",
-                where=where,
-                expected=f"sha256 {checked}",
-                found=found,
-                hint="the disk or the memory fails, or something else writes to the file: look into that first",
-            )
+            raise read_otherwise(name, where=where, before=checked, now=found)
 
 
 def refuse_half_a_pair(checkpoint: Checkpoint) -> None:

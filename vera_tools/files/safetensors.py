@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,8 @@ from vera_tools.files.safetensors_header import parse_header as parse_header
 Array = npt.NDArray[Any]
 
 CHUNK = 1 << 20
+#: A piece of a tensor.
+Piece = TypeVar("Piece", memoryview, Array)
 
 
 @dataclass(frozen=True)
@@ -72,11 +74,15 @@ class TensorFile(Closing):
         metadata: The ``__metadata__`` entries.
         tensors: Name to `TensorInfo`, in the order of the bytes in the file.
         parsed: What the header says, the tensors under the names that they have in the file.
+
+    Once a tensor was hashed, whoever reads the whole of it gets the bytes that were hashed, or a `FormatError`: a disk
+    or a memory that fails may give others when it is asked again.
     """
 
     def __init__(self, source: ByteSource) -> None:
         self._source = source
         self.label = source.label
+        self._hashed: dict[int, str] = {}  # by where a tensor begins, because names may change
         try:
             self.header = self.header_of(source)
             try:
@@ -125,10 +131,20 @@ class TensorFile(Closing):
 
         Raises:
             KeyError: no such tensor.
-            FormatError: the file ends too early, or numpy has no dtype for the tensor.
+            FormatError: the file ends too early, numpy has no dtype for the tensor, or its bytes were others before.
         """
         info = self.tensors[name]
-        return self.read_elements(info, 0, info.size).reshape(info.shape)
+        (elements,) = self.in_order(info, info.size) if info.size else (self.read_elements(info, 0, 0),)
+        return elements.reshape(info.shape)
+
+    def in_order(self, info: TensorInfo, count: int) -> Iterator[Array]:
+        """The elements of the flattened tensor, `count` at a time, each time in a new array.
+
+        Raises:
+            FormatError: as for `read`, and before the last of them are handed out.
+        """
+        spans = ((start, min(start + count, info.size)) for start in range(0, info.size, count))
+        return self._as_hashed(info, (self.read_elements(info, *span) for span in spans))
 
     def read_elements(self, info: TensorInfo, start: int, stop: int, *, out: Array | None = None) -> Array:
         """Elements `start` to `stop` of the flattened tensor, in a new array or in `out`, of their number and dtype."""
@@ -154,7 +170,10 @@ class TensorFile(Closing):
         Small neighbours come together and in one piece, a large tensor comes alone and in several. What was handed out
         is overwritten when the next one is asked for.
         """
-        end = max((info.stop for info in self.tensors.values()), default=0)
+        return self._runs(self.tensors)
+
+    def _runs(self, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[list[TensorInfo], Iterator[memoryview]]]:
+        end = max((info.stop for info in tensors.values()), default=0)
         buffer = memoryview(bytearray(min(CHUNK, end)))
 
         def pieces(first: int, last: int) -> Iterator[memoryview]:
@@ -164,7 +183,7 @@ class TensorFile(Closing):
                 yield view
 
         run: list[TensorInfo] = []
-        for info in self.tensors.values():
+        for info in tensors.values():
             if run and (info.start != run[-1].stop or info.stop - run[0].start > CHUNK):
                 yield run, pieces(run[0].start, run[-1].stop)
                 run = []
@@ -175,32 +194,87 @@ class TensorFile(Closing):
     def deferred(self, name: str) -> Deferred:
         """One tensor as it stands, to be copied into another file."""
         info = self.tensors[name]
-        return Deferred(info.dtype, info.shape, lambda: self.chunks(info))
+        return Deferred(info.dtype, info.shape, lambda: self._as_hashed(info, self.chunks(info)))
+
+    def _as_hashed(self, info: TensorInfo, pieces: Iterator[Piece]) -> Iterator[Piece]:
+        """All pieces of a tensor, the last of them once it is seen that they are what was hashed, if it was."""
+        if info.start not in self._hashed:
+            yield from pieces
+            return
+        digest, done = hashlib.sha256(), 0
+        for piece in pieces:
+            data = as_bytes(piece)
+            digest.update(data)
+            done += len(data)
+            if done == info.nbytes:
+                self.note(info, digest.hexdigest())
+            yield piece
+
+    def note(self, info: TensorInfo, sha256: str) -> None:
+        """Take down what was found when a whole tensor was hashed.
+
+        Raises:
+            FormatError: its bytes were others before.
+        """
+        before = self._hashed.setdefault(info.start, sha256) if info.nbytes else sha256
+        if before != sha256:
+            raise read_otherwise(info.name, where=self.label, before=before, now=sha256)
 
     def sha256(self, name: str) -> str:
-        """sha256 over the tensor's bytes, which are little-endian and row-major."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks(self.tensors[name]):
-            digest.update(chunk)
-        return digest.hexdigest()
+        """sha256 over the tensor's bytes, which are little-endian and row-major.
 
-    def file_sha256(self) -> str:
-        """sha256 over the whole file."""
+        Raises:
+            FormatError: they were others before.
+        """
+        info = self.tensors[name]
+        found = sha256_of(self.chunks(info))
+        self.note(info, found)
+        return found
+
+    def file_sha256(self, *, each: bool = True) -> str:
+        """sha256 over the whole file.
+
+        Args:
+            each: Hash each tensor too, so that what is read of it is what this is the digest of.
+
+        Raises:
+            FormatError: a tensor's bytes were others before.
+        """
         digest = hashlib.sha256(struct.pack("<Q", len(self.header)) + self.header)
         # The tensors are without hole or overlap, and so the rest of the file.
         end = self._source.size - self.data_start
-        for piece in self.chunks(TensorInfo("", "uint8", (end,), 0, end)):
-            digest.update(piece)
+        if not each:
+            for piece in self.chunks(TensorInfo("", "uint8", (end,), 0, end)):
+                digest.update(piece)
+            return digest.hexdigest()
+
+        def passing(pieces: Iterator[memoryview]) -> Iterator[memoryview]:
+            for piece in pieces:
+                digest.update(piece)
+                yield piece
+
+        for infos, pieces in self._runs(self.parsed.tensors):
+            self._digests(infos, passing(pieces))
         return digest.hexdigest()
 
     def digests(self) -> dict[str, str]:
-        """sha256 over each tensor's bytes, by name."""
-        found = {}
+        """sha256 over each tensor's bytes, by name.
+
+        Raises:
+            FormatError: they were others before.
+        """
+        found: dict[str, str] = {}
         for infos, pieces in self.runs():
-            if len(infos) == 1:
-                found[infos[0].name] = sha256_of(pieces)
-            else:
-                found |= digests_in(infos, next(pieces, memoryview(b"")))
+            found |= self._digests(infos, pieces)
+        return found
+
+    def _digests(self, infos: Sequence[TensorInfo], pieces: Iterator[memoryview]) -> dict[str, str]:
+        if len(infos) == 1:
+            found = {infos[0].name: sha256_of(pieces)}
+        else:
+            found = digests_in(infos, next(pieces, memoryview(b"")))
+        for info in infos:
+            self.note(info, found[info.name])
         return found
 
     def objection(self) -> str | None:
@@ -258,6 +332,17 @@ class TensorFile(Closing):
         header = bytearray(length)
         source.read_into(memoryview(header), 8)
         return bytes(header)
+
+
+def read_otherwise(name: str, *, where: str, before: str, now: str) -> FormatError:
+    """What is raised for a tensor whose bytes are others than those that were hashed before."""
+    return FormatError(
+        f"{name} was read twice, with different bytes",
+        where=where,
+        expected=f"sha256 {before}",
+        found=now,
+        hint="the disk or the memory fails, or something else writes to the file: look into that first",
+    )
 
 
 def sha256_of(pieces: Iterable[memoryview]) -> str:

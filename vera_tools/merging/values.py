@@ -207,13 +207,13 @@ def exact_at(base: BaseModel, entry: Merged, places: Array) -> Array:
 
 def _replaced(base: BaseModel, entry: Replaced, *, exact: bool, workspace: Workspace) -> Iterator[Array]:
     adapter, tensor = entry.saved.adapter, entry.saved.tensor
-    whole = None
+    weights, spans = adapter.checkpoint.weights, _flat_blocks(entry.info.size)
     if entry.transposed:
-        whole = np.swapaxes(adapter.checkpoint.weights.read(tensor.name), -1, -2).reshape(-1)
-    for start, stop in _flat_blocks(entry.info.size):
-        values = (
-            whole[start:stop] if whole is not None else adapter.checkpoint.weights.read_elements(tensor, start, stop)
-        )
+        whole = np.swapaxes(weights.read(tensor.name), -1, -2).reshape(-1)
+        saved = ((start, stop, whole[start:stop]) for start, stop in spans)
+    else:
+        saved = ((*span, values) for span, values in zip(spans, weights.in_order(tensor, FLAT_BLOCK), strict=True))
+    for start, stop, values in saved:
         if adapter.weight != 1 and entry.origin is not None:  # what the base lacks has weight 1
             values = _weighted(_read(base, entry.origin, start, stop, workspace), values, adapter.weight)
         yield _finished(values, entry, exact=exact)

@@ -45,6 +45,8 @@ def scan(checkpoint: Checkpoint) -> dict[str, Scan]:
             found[infos[0].name] = _scan(infos[0], pieces)
         else:
             found |= _scan_run(infos, next(pieces, memoryview(b"")))
+        for info in infos:
+            checkpoint.weights.note(info, found[info.name].sha256)
     return found
 
 
