@@ -145,13 +145,15 @@ def test_markup_in_names_is_text_on_a_terminal(tmp_path, name):
 
 
 def test_an_interrupt_while_it_is_imported_ends_with_130(tmp_path):
-    """Wherever it comes: a module that raises it stands for the moment."""
-    for module in ("click", "vera_tools.cli", "vera_tools.errors", "rich"):
+    """Wherever it comes: a module that raises it stands for the moment, and one that makes another error of it."""
+    for module in ("click", "vera_tools.cli", "vera_tools.errors", "rich", "click as another", "rich as another"):
+        module, _, other = module.partition(" as ")
+        other = "raise RuntimeError('Error calling __set_name__') from KeyboardInterrupt()" if other else ""
         program = (
             "import sys, runpy\n"
             "class Interrupt:\n"
             "    def find_spec(self, name, *_):\n"
-            f"        if name == {module!r}: raise KeyboardInterrupt\n"
+            f"        if name == {module!r}: {other or 'raise KeyboardInterrupt'}\n"
             "sys.meta_path.insert(0, Interrupt())\n"
             f"sys.argv = ['vera-tools', 'inspect', {json.dumps(str(CHECKPOINTS / KEPT))}]\n"
             "runpy.run_module('vera_tools', run_name='__main__')\n"

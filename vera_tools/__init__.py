@@ -4,10 +4,7 @@ Importing this package is cheap: names are resolved on first use, and torch is i
 and `save_adapter` alone.
 """
 
-from __future__ import annotations
-
-import importlib
-
+# Whatever is imported here is imported before an interrupt has somebody who ends the command in one line.
 from vera_tools._version import __version__
 
 TYPE_CHECKING = False  # the name is enough for type checkers; an interrupt while typing is imported is a traceback
@@ -65,9 +62,11 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     if name not in _HOMES:
         raise AttributeError(f"module 'vera_tools' has no attribute {name!r}")
+    import importlib
+
     try:
         value = getattr(importlib.import_module(f"vera_tools.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:

@@ -17,8 +17,18 @@ def main() -> None:
         gc.freeze()  # what was imported stays
         run()
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted\n")
-        sys.exit(130)
+        _end()
+    except Exception as error:
+        from vera_tools.errors import was_interrupt
+
+        if not was_interrupt(error):
+            raise
+        _end()
+
+
+def _end() -> None:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -172,12 +172,27 @@ def escaped(error: Exception, *, where: str) -> FormatError:
 
     Input that nobody thought of ends in such errors: nested too deeply, too large, not to be encoded. The others of the
     many go on.
+
+    Raises:
+        KeyboardInterrupt: the error stands in the place of one.
     """
+    if was_interrupt(error):
+        raise KeyboardInterrupt from error
     return FormatError(
         f"cannot be worked on: {type(error).__name__}: {str(error)[:200] or 'no message'}",
         where=where,
         hint="if the file is sound, please report it, with the traceback that VERA_TOOLS_DEBUG=1 shows",
     )
+
+
+def was_interrupt(error: BaseException | None) -> bool:
+    """Whether this is an interrupt, or came of one: what one meets may end in an error of its own.
+
+    Before Python 3.12 a class that is being made ends in a RuntimeError, and so do parts of NumPy that are imported.
+    """
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 class VeraToolsWarning(UserWarning):

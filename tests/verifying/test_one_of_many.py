@@ -94,6 +94,16 @@ def test_whatever_escapes_is_that_ones_own(error, registry, monkeypatch):
         run_cli("verify", "-R", registry)
 
 
+def test_an_interrupt_that_became_another_error_is_nobodys_own(registry, monkeypatch):
+    """Not a verdict on the adapter that was at hand just then."""
+
+    def fail(self, path, checkpoint):
+        raise RuntimeError("Error calling __set_name__") from KeyboardInterrupt()
+
+    monkeypatch.setattr(Verifier, "_verify", fail)
+    assert run_cli("verify", "-R", registry).returncode == 130
+
+
 def test_folders_nested_a_thousand_deep(tmp_path):
     here = os.open(tmp_path, os.O_RDONLY)
     try:

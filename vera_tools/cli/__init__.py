@@ -20,7 +20,7 @@ from click.shell_completion import CompletionItem
 from vera_tools._version import __version__
 from vera_tools.cli import settings
 from vera_tools.cli.shared import CLOSED, examples, write_line
-from vera_tools.errors import UsageError, VeraToolsError
+from vera_tools.errors import UsageError, VeraToolsError, was_interrupt
 from vera_tools.report import error_document
 
 # Command: its module and its one line of help, so that `vera-tools --help` loads none of them.
@@ -146,6 +146,9 @@ def _run(arguments: list[str]) -> int:
         write_line("interrupted")
         return 130
     except Exception as error:
+        if was_interrupt(error):
+            write_line("interrupted")
+            return 130
         # An error without a file's name is the output's own: every other file is read and written through the library.
         if (isinstance(error, OSError) and error.filename is None) or os.environ.get("VERA_TOOLS_DEBUG") == "1":
             raise
