@@ -53,6 +53,27 @@ def test_no_float32_sum_errs_by_more_than_its_bound(rank):
     assert share < (0.6 if rank == 256 else 0.8) * delta.error_share(np.dtype(np.float32))
 
 
+def test_a_float32_product_takes_no_more_ranks_at_once_than_its_bound_is_of(monkeypatch):
+    rank, matmul, taken = arithmetic.WHOLE + 44, np.matmul, []
+    rng = np.random.default_rng(0)
+    A, B = (rng.standard_normal(shape).astype(np.float32) for shape in ((rank, 8), (5, rank)))
+    factor = arithmetic.Factor(np.ones(5), B, np.ones(rank), A, np.ascontiguousarray(A.T))
+    delta = arithmetic.Delta([factor], transposed=False, dtype=np.dtype(np.float32), workspace=Workspace())
+    left = delta.left(0, 5)
+
+    def noted(left, right, out):
+        taken.append(left.shape[1])
+        return matmul(left, right, out=out)
+
+    monkeypatch.setattr(np, "matmul", noted)
+    for change, most in [(delta.widen, arithmetic.PANEL), (delta.narrow, arithmetic.NARROW_PANEL)]:
+        change()
+        taken.clear()
+        assert np.allclose(delta.product(left, out=np.empty((5, 8), np.float32)), B @ A, atol=1e-4)
+        assert max(taken) == most
+        assert sum(taken) == rank
+
+
 @pytest.mark.parametrize("last", [0.0, -1.0])
 def test_a_float32_sum_can_err_by_nearly_as_much_as_its_bound_says(last):
     """One large product, and many that are a little more than half of its last bit: each is rounded up."""

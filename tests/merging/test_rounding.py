@@ -282,6 +282,28 @@ def test_a_tie_among_the_smallest_numbers_goes_to_even(tie):
     assert sum_and_found[0].size or float(result[0, 0]) == nearest(Fraction(tie), "bfloat16")
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_sum_is_open_where_its_errors_reach_the_middle_together(dtype, sign):
+    """The product's own, the sum's rounding to float32, and another for adding the one: then the middle goes up."""
+    last = 2.0 ** (1 - BITS[dtype][0])
+    weight, middle = 1 + 2 * last, 1 + 1.5 * last
+    product, error = middle - weight + (1 - 0.45) * 2.0**-23, (1 - 0.425) * 2.0**-23
+    true = Fraction(weight) + Fraction(float(np.float32(product))) - Fraction(float(np.float32(error)))
+    assert nearest(true, dtype) == 1 + last
+    assert float(np.float32(weight) + np.float32(product)) == middle + 2.0**-23
+    result = np.empty((1, 1), np_dtype(dtype))
+    found, _ = rounding.sum_to_half(
+        np.full((1, 1), sign * product, np.float32),
+        np.full((1, 1), sign * weight, np_dtype(dtype)),
+        error=np.full(1, error, np.float32),
+        bound=np.float32(weight),
+        out=result,
+        workspace=Workspace(),
+    )
+    assert found.size or float(result[0, 0]) == sign * (1 + last)
+
+
 @pytest.mark.parametrize("crowded", [-1.0, 1.0])
 def test_just_above_the_middle_among_the_smallest_numbers(crowded, tmp_path, monkeypatch):
     """By less than float32 holds at all: taken for the middle, the sum would go to zero, which is even."""
