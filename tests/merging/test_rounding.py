@@ -304,6 +304,23 @@ def test_a_sum_is_open_where_its_errors_reach_the_middle_together(dtype, sign):
     assert found.size or float(result[0, 0]) == sign * (1 + last)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_product_errs_by_a_share_of_itself_and_not_of_a_sum_that_takes_most_of_it_away(dtype):
+    last = 2.0 ** (1 - BITS[dtype][0])
+    total = np.full((1, 1), 256 + last / 2 + last / 32, np.float32)
+    found, _ = rounding.sum_to_half(
+        total,
+        np.full((1, 1), -255, np_dtype(dtype)),
+        error=np.zeros(1, np.float32),
+        bound=np.float32(256),
+        out=np.empty((1, 1), np_dtype(dtype)),
+        workspace=Workspace(),
+        own=np.float32(2.0**-18),
+    )
+    assert total[0, 0] == 1 + last / 2 + last / 32  # which is less than 2**-10 from the middle
+    assert found.size
+
+
 @pytest.mark.parametrize("crowded", [-1.0, 1.0])
 def test_just_above_the_middle_among_the_smallest_numbers(crowded, tmp_path, monkeypatch):
     """By less than float32 holds at all: taken for the middle, the sum would go to zero, which is even."""
