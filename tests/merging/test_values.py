@@ -160,6 +160,21 @@ def test_settling_place_by_place_or_block_by_block_gives_the_same_bits(share, tm
     assert np.array_equal(weights(tmp_path / "out")[f"{name}.weight"], rounded_once(exact, "float16"))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_ordinary_sums_are_told_in_float32_and_those_of_half_types_in_one_product(dtype, tmp_path, monkeypatch):
+    """A float32 result is held to the bound of shorter ones: nothing looks again at what a product leaves open."""
+    base, adapter = make_base(tmp_path / "base", dtype=dtype), make_adapter(tmp_path / "a", r=160)
+    product, at_once = arithmetic.Delta.product, set()
+
+    def noted(delta, left, *, out):
+        at_once.add((delta.dtype.name, delta._panel))
+        return product(delta, left, out=out)
+
+    monkeypatch.setattr(arithmetic.Delta, "product", noted)
+    vera_tools.merge(adapter, base=base, output=tmp_path / "out")
+    assert at_once == {("float32", 160 if dtype == "bfloat16" else arithmetic.PANEL)}
+
+
 def test_the_order_of_adapters_does_not_change_a_bit(tmp_path):
     base = make_base(tmp_path / "base", dtype="float32")
     one, two = make_adapter(tmp_path / "one", seed=1), make_adapter(tmp_path / "two", r=16, seed=2)
