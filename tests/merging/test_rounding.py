@@ -385,6 +385,12 @@ def test_verify_finds_a_float32_that_is_further_off_than_any_sum(tmp_path, monke
         vera_tools.merge(adapter, base=base, output=tmp_path / "out", verify=True)
 
 
+def test_verify_says_what_the_first_wrong_element_is():
+    error = verification._wrong(np.array([1.0, 2, 3]), np.array([1.0, 5, 6]), np.array([1, 2]), where="file: tensor")
+    assert (error.expected, error.found) == ("2 at the first of them", "5")
+    assert "2 elements are not" in str(error)
+
+
 def test_verify_gives_up_on_more_open_sums_than_it_can_compute(tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "a", SHAPES, r=4)
     edit(adapter, ties)
