@@ -127,6 +127,13 @@ def test_two_modules_that_are_one_tensor_in_the_file(tmp_path):
     assert any("weights_in" in name for name in load_file(tmp_path / "out/model.safetensors"))
 
 
+@pytest.mark.parametrize("saved", [["gate_proj"], ["gate_proj", "up_proj"]])
+def test_saved_modules_that_are_parts_of_one_tensor_in_the_file(saved, tmp_path):
+    inputs = {"pixel_values": torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(2))}
+    live.check("Dinov2Model", tmp_path, inputs=inputs, target_modules=["q_proj"], modules_to_save=saved)
+    assert any("weights_in" in name for name in load_file(tmp_path / "out/model.safetensors"))
+
+
 # ---- adapters that contradict themselves, or the base
 
 
