@@ -160,7 +160,7 @@ class Asker:
             code = 1
             try:
                 os.setsid()
-                resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+                resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))  # a large sparse file may be mapped
                 stream = os.open(output or os.devnull, os.O_WRONLY | os.O_CREAT)
                 os.dup2(stream, 1)
                 os.dup2(stream, 2)

@@ -187,6 +187,22 @@ def test_places_are_listed_where_they_are_few(edits, listed):
     assert match.relative_norm == pytest.approx(exact / np.linalg.norm(generate(F32, SMALL)[1].astype(np.float64)))
 
 
+@pytest.mark.parametrize(
+    ("moved", "kind", "extent"),
+    [
+        (200, "edited", "1.0% of the elements"),
+        (201, "ulp", "1.0% of the elements, by at most 1 ulp"),
+        (20_000, "ulp", "all elements, by at most 1 ulp"),
+    ],
+)
+def test_what_is_moved_by_an_ulp_in_more_than_a_hundredth_is_no_edit(moved, kind, extent):
+    vera_A, vera_B = generate(F32, PairShape(10, 2000, 20))
+    flat = vera_A.reshape(-1)
+    flat[:moved] = np.nextafter(flat[:moved], np.float32(9))
+    match = identify(vera_A, vera_B, prng_key=KEY).matches["vera_A"]
+    assert (match.match, match.extent) == (kind, extent)
+
+
 def original(flat):
     return generate(F32, SMALL)[1].reshape(-1)[flat]
 

@@ -61,14 +61,15 @@ def kernel(seed: int, size: int, *, multiprocessors: int, threads: int, offset: 
     return words
 
 
+@pytest.mark.parametrize("before", [8, (1 << 34) - 4])  # the counter's first word, and from there on the second too
 @pytest.mark.parametrize(("size", "multiprocessors"), [(100, 4), (1300, 1), (2500, 2)])
-def test_which_thread_draws_which_element(size, multiprocessors):
+def test_which_thread_draws_which_element(size, multiprocessors, before):
     seed = 7 + (9 << 32)
-    values, offset = philox.uniform(seed, size, 0.0, 1.0, offset=8, multiprocessors=multiprocessors, threads=256)
-    words = kernel(seed, size, multiprocessors=multiprocessors, threads=256, offset=8)
+    values, offset = philox.uniform(seed, size, 0.0, 1.0, offset=before, multiprocessors=multiprocessors, threads=256)
+    words = kernel(seed, size, multiprocessors=multiprocessors, threads=256, offset=before)
     expected = [np.float32(np.float32(word) * np.float32(2**-32) + np.float32(2**-33)) for word in words]
     assert values.tolist() == [0.0 if value == 1 else float(value) for value in expected]
-    assert offset == 8 + 4 * math.ceil(size / (min(multiprocessors, math.ceil(size / 256)) * 1024))
+    assert offset == before + 4 * math.ceil(size / (min(multiprocessors, math.ceil(size / 256)) * 1024))
 
 
 def test_the_number_of_multiprocessors_matters_only_where_the_device_is_full():
@@ -77,6 +78,11 @@ def test_the_number_of_multiprocessors_matters_only_where_the_device_is_full():
         a = philox.digests(1, shape, dtype="float32", multiprocessors=4, threads=1024)
         b = philox.digests(1, shape, dtype="float32", multiprocessors=6, threads=1024)
         assert (a == b) is same
+    usual = philox.generate(1, large, dtype="float32", multiprocessors=3)
+    for array, same in zip(
+        usual, philox.generate(1, large, dtype="float32", multiprocessors=6, threads=1024), strict=True
+    ):
+        assert np.array_equal(array, same)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])

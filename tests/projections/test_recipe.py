@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vera_tools.errors import FormatError, UsageError
 from vera_tools.projections import recipe as module
 from vera_tools.projections.key import KEY_MAX, KEY_MIN, check_key
-from vera_tools.projections.recipe import Recipe, candidates
+from vera_tools.projections.recipe import Method, Recipe, candidates
 
 KEYS = st.integers(KEY_MIN, KEY_MAX)
 ALL = [
@@ -181,3 +181,8 @@ def test_recipes_are_values():
     assert {recipe: 1}[Recipe(prng_key=3)] == 1
     with pytest.raises(AttributeError):
         recipe.prng_key = 4
+
+
+def test_a_method_is_pefts_unless_said_otherwise():
+    assert Method() == Method.named("mt19937-f32-fused")
+    assert Method().is_peft_order
