@@ -29,8 +29,8 @@ from tests.command import run_cli, run_json
 from tests.verifying.reports import message_of, one
 from vera_tools.projections.identification import share
 from vera_tools.projections.recipe import Recipe
-from vera_tools.verifying.advice import safety
-from vera_tools.verifying.loads import BASE_KINDS, OLD_PEFT, PEFT, Trained, loader_table
+from vera_tools.verifying.advice import gate_step, safety
+from vera_tools.verifying.loads import BASE_KINDS, OLD_PEFT, PEFT, Load, Trained, loader_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
 
@@ -284,3 +284,11 @@ def test_what_passes_has_no_next_step_and_what_is_accepted_is_not_asked_for(tmp_
     assert one(CHECKPOINTS / KEPT).next_step is None
     recorded(tmp_path / "assumed")
     assert "next:" not in run_cli("verify", "assumed", "--require", "assumed").stdout
+
+
+@pytest.mark.parametrize(
+    ("exact", "command"), [(False, "embed-projections"), (None, "embed-projections"), (True, "convert")]
+)
+def test_what_is_embedded_is_what_a_newer_peft_draws_wrongly(exact, command):
+    table = [Load(PEFT, {}, "fused", "float32", exact, "why"), Load(OLD_PEFT, {}, "fused", "float32", False, "why")]
+    assert gate_step("adapter", table, stored=False).command.startswith(f"vera-tools {command} adapter ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from xml.etree import ElementTree
 
@@ -135,6 +136,18 @@ class TestStructure:
         report = one(CHECKPOINTS / KEPT, base=base_of(GPT2))
         assert failed(report) == {"base.modules"}
         assert report.verdict == "reproducible"
+
+    def test_a_base_of_which_its_class_does_not_take_all(self, tmp_path):
+        base = shutil.copytree(base_of(KEPT), tmp_path / "base")
+        edit(
+            base,
+            lambda arrays: arrays.update({"more.weight": arrays.pop("model.norm.weight")}),
+            file="model.safetensors",
+        )
+        report = one(CHECKPOINTS / KEPT, base=base)
+        assert statuses(report)["base.class"] == "warn"
+        assert "does not take more.weight: this may be a base of another class" in message_of(report, "base.class")
+        assert statuses(one(CHECKPOINTS / KEPT, base=base_of(KEPT)))["base.class"] == "pass"
 
     @pytest.mark.parametrize(("key", "value"), [("peft_type", ["VERA"]), ("task_type", "FOO")])
     def test_what_peft_refuses_is_invalid(self, checkpoint, key, value):

@@ -39,6 +39,7 @@ def stripped(tmp_path, monkeypatch):
         ("peft>=0.21", (PEFT,)),
         ("peft>=0.11,<0.21", (OLD_PEFT,)),
         ("peft<0.21", (OLD_PEFT,)),
+        ("peft<=0.11", (OLD_PEFT,)),
         ("peft<=0.21", (OLD_PEFT, PEFT)),
         ("peft<=0.21.0", (OLD_PEFT, PEFT)),
         ("peft>0.20", (OLD_PEFT, PEFT)),
@@ -83,6 +84,7 @@ def test_the_last_builds_of_a_platform_are_the_atlas_s():
         "peft>=",
         "peft<0.11",
         "peft>=0.22,<0.21",
+        "peft>0.20,<=0.20",
         "peft:float32:bfloat16",
         "peft==0.20:low_cpu_mem_usage=True",
     ],
@@ -175,6 +177,7 @@ def test_several_gates_for_people_and_in_junit(stripped):
         ("peft==0.20:float32:linux-x86_64", "peft==0.21:float32:linux-x86_64", {}),
         ("peft:float32:linux-x86_64", "peft:float32:windows-x86_64", {"f32": True, "stored": True, "bf16": None}),
         ("peft>=0.21:float32:linux-x86_64", "peft>=0.21:float32:windows-x86_64", {"f32": True, "bf16": None}),
+        ("peft>=0.21:float32:linux-x86_64", "peft>=0.21:float32", {"f32": True, "bf16": None}),  # from one to any
         ("peft>=0.21:bfloat16:linux-x86_64", "peft>=0.21:bfloat16:windows-x86_64", {"f32": None}),
         ("peft:linux-x86_64:torch==2.11", "peft:linux-x86_64:torch==2.12", {}),
         ("peft:torch==2.11", "peft:torch==2.12", {}),
