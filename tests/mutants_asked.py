@@ -1,5 +1,5 @@
-"""Ask the tests about a change of the code: those that ran the changed lines, the quickest first, and those that start
-processes, of which it is not known what they ran.
+"""Ask the tests about a change of the code: those that ran the changed lines, the quickest first, and then the others,
+of which some started processes or took from a cache what the lines had made.
 
 Imported and used in the copy of the working tree that `tests.mutants` makes. Each run of pytest is a fork of this
 process, which has imported other people's packages and none of ours: so it takes what its own tests take, and leaves
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import multiprocessing.util
 import os
 import resource
 import signal
@@ -33,8 +32,6 @@ OTHERS = (
     "hypothesis", "jsonschema", "ml_dtypes", "numpy", "peft", "rich.console", "rich.markup", "rich.table",
     "safetensors.numpy", "safetensors.torch", "torch", "transformers", "xxhash", "yaml",
 )  # fmt: skip
-#: What Python tells of a process that is started.
-_STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn")
 #: A change may ask for any amount of it.
 MEMORY = 12 << 30
 
@@ -45,29 +42,24 @@ class Known:
 
     Attributes:
         seconds: Of each test, by its id.
-        apart: Tests that started another process, in the same form as in `ran`.
         ran: For each file of the code, by its path in the tree, and each of its lines: which tests ran it. One that
             ends with "::" stands for all of a file: what sets up one test may serve others.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)
-    apart: set[str] = field(default_factory=set)
     ran: dict[str, dict[int, list[str]]] = field(default_factory=dict)
 
     def concerned(self, file: str, lines: range, *, here: bool = False) -> list[str]:
-        """The tests that ran one of these lines, quickest first; and but for `here`, those that started processes.
+        """The tests that ran one of these lines, quickest first; and but for `here`, all others.
 
-        Without lines, of what is done on import, those that ran any line of the file; and but for `here`, all others.
+        Without lines, of what is done on import, first come those that ran any line of the file.
         """
         of_lines = self.ran.get(file, {})
-        first = self._quickest({name for line in lines or of_lines for name in of_lines.get(line, ()) if name})
-        rest = set[str]() if here else self.apart if lines else {*self.seconds}
-        return list(dict.fromkeys([*first, *self._quickest(rest)]))
-
-    def _quickest(self, names: set[str]) -> list[str]:
+        names = {name for line in lines or of_lines for name in of_lines.get(line, ()) if name}
         files = tuple(name for name in names if name.endswith("::"))
-        found = [name for name in self.seconds if name in names or (files and name.startswith(files))]
-        return sorted(found, key=self.seconds.__getitem__)
+        ran = {name: name in names or name.startswith(files) for name in self.seconds}
+        asked = [name for name in ran if ran[name] or not here]
+        return sorted(asked, key=lambda name: (not ran[name], self.seconds[name]))
 
 
 class _Watch:
@@ -75,31 +67,15 @@ class _Watch:
 
     def __init__(self, coverage: Any) -> None:
         self.coverage, self.seconds = coverage, defaultdict[str, float](float)
-        self.now, self.apart = "", set[str]()
-        sys.addaudithook(lambda event, _: self.note_process() if event in _STARTS else None)
-        spawn = multiprocessing.util.spawnv_passfds  # which tells no hook
-
-        def spawning(*args: Any) -> Any:
-            self.note_process()
-            return spawn(*args)
-
-        multiprocessing.util.spawnv_passfds = spawning
-
-    def note_process(self) -> None:
-        self.apart.add(self.now)
-
-    def turn_to(self, name: str) -> None:
-        self.now = name
-        self.coverage.switch_context(name)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> Iterator[None]:
-        self.turn_to(item.nodeid.split("::")[0] + "::")
+        self.coverage.switch_context(item.nodeid.split("::")[0] + "::")
         return (yield)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Iterator[None]:
-        self.turn_to(item.nodeid)
+        self.coverage.switch_context(item.nodeid)
         return (yield)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
@@ -141,7 +117,7 @@ class Asker:
                 sys.exit(f"its tests fail before anything is changed:\n{output.read_text('utf-8')[-5000:]}")
             document = json.loads(found.read_bytes())
         ran = {file: {int(line): names for line, names in lines.items()} for file, lines in document["ran"].items()}
-        return Known(document["seconds"], set(document["apart"]), ran)
+        return Known(document["seconds"], ran)
 
     def passes(self, names: list[str], known: Known) -> bool:
         """Whether the tests with these ids pass, asked in this order; none does that takes ten times its longest."""
@@ -203,5 +179,5 @@ def _learn(tests: list[str], to: Path) -> int:
     watched.stop()
     data = watched.get_data()
     ran = {Path(file).relative_to(here).as_posix(): data.contexts_by_lineno(file) for file in data.measured_files()}
-    to.write_text(json.dumps({"seconds": watch.seconds, "apart": sorted(watch.apart - {""}), "ran": ran}), "utf-8")
+    to.write_text(json.dumps({"seconds": watch.seconds, "ran": ran}), "utf-8")
     return ended

@@ -84,17 +84,16 @@ def test_each_subject_has_code_and_tests(subject):
 @pytest.mark.parametrize(
     ("lines", "asked", "others"),
     [
-        (range(1, 2), ["b::one", "a::slow"], ["c::apart"]),  # by what sets up a file too, which stands for all of it
-        (range(2, 4), ["a::slow"], ["c::apart"]),
-        (range(9, 10), [], ["c::apart", "a::slow"]),  # no test ran them in its own process
+        (range(1, 2), ["b::one", "a::slow"], ["c::apart", "d::other", "a::quick"]),  # by what sets up a file too
+        (range(2, 4), ["a::slow"], ["c::apart", "d::other", "a::quick", "b::one"]),
+        (range(9, 10), [], ["c::apart", "d::other", "a::quick", "b::one", "a::slow"]),
         (range(0), ["a::quick", "b::one", "a::slow"], ["c::apart", "d::other"]),  # on import
     ],
 )
-def test_those_that_ran_the_lines_are_asked_and_those_that_may_have(lines, asked, others):
+def test_those_that_ran_the_lines_are_asked_first(lines, asked, others):
     mutants_asked = pytest.importorskip("tests.mutants_asked", exc_type=ImportError)
     known = mutants_asked.Known(
         {"a::slow": 3.0, "a::quick": 1.0, "b::one": 2.0, "c::apart": 0.1, "d::other": 0.2},
-        {"c::apart", "a::slow"},
         {"x.py": {1: ["", "b::", "a::slow"], 3: ["a::slow"], 5: ["a::quick"], 9: [""]}, "y.py": {1: ["d::other"]}},
     )
     assert known.concerned("x.py", lines) == [*asked, *others]
