@@ -50,6 +50,7 @@ def test_every_checkpoint_is_a_row_and_the_worst_come_first(report, root):
         assert checkpoint.next_step is None or checkpoint.next_step.command in words
     assert "✗ 3 of 4 checkpoints are not good" in words
     assert "in 1 place: [1, 3]" in words
+    assert re.search(r"skipped\s+1\s+✗ failed a check", words)
     good = next(one for one in report.checkpoints if one.verdict == "reproducible")
     pair = sum(4 * rows * columns for rows, columns in (match.shape for match in good.projections))
     assert f"strip saves {pair / 1000:.1f} kB" in words
@@ -71,6 +72,9 @@ def test_a_demand_is_part_of_the_page(root):
     words = Page(pages.render(lost)).text
     assert "it is gone" in words
     assert "interrupted: there are more" in words
+    lost = replace(vera_tools.verify(root / "good"), failed=lost.failed)
+    shown = re.findall(r'data-state="([a-z ]+)" data-good="(.)"', pages.render(lost))
+    assert shown == [("not verified", "0"), ("reproducible", "1")]
 
 
 def test_it_is_self_contained_and_nothing_named_in_it_breaks_out(report):

@@ -236,6 +236,10 @@ def test_what_is_stated_against_the_proof_is_refused(checkpoint):
         assert said in result.stderr
         assert not (folder / MANIFEST_NAME).exists()
     assert run_cli("record", folder, "--rounding", "fused").returncode == 0
+    (folder / MANIFEST_NAME).unlink()
+    edit(folder, lambda tensors: tensors["base_model.vera_A"].__setitem__((0, 0), 1))
+    with pytest.raises(UsageError, match="expected no known recipe, which gives exactly what is stored"):
+        vera_tools.record(folder, recipe="mt19937-f32-fused")
 
 
 def test_what_the_weights_file_says_itself_is_not_stated_over(assumed, tmp_path):
