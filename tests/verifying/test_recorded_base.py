@@ -202,6 +202,25 @@ class TestMerge:
                 vera_tools.merge(order, base=base, output=tmp_path / "out")
 
 
+class TestConvert:
+    @pytest.mark.parametrize(("convert", "name"), [("to_lora", "lora"), ("to_gguf", "adapter.gguf")])
+    def test_another_base_is_refused_and_nothing_is_left(self, recorded, base, tmp_path, convert, name):
+        if convert == "to_gguf":
+            pytest.importorskip("gguf")
+        change(base)
+        with pytest.raises(CheckFailedError, match=rf"{Q_PROJ}: this weight is not that of the base") as caught:
+            getattr(vera_tools, convert)(recorded, tmp_path / name, base=base)
+        assert str(recorded) in str(caught.value)
+        assert not (tmp_path / name).exists()
+        change(base)
+        assert getattr(vera_tools, convert)(recorded, tmp_path / name, base=base)
+
+    def test_a_copy_in_another_dtype_is_told_of(self, recorded, base, tmp_path):
+        edit(base, lambda tensors: tensors.update({k: v.astype(np.float16) for k, v in tensors.items()}), file=BASE)
+        with pytest.warns(LoadingWarning, match=r"is another base than .* was recorded with, or another copy of it"):
+            vera_tools.to_lora(recorded, tmp_path / "lora", base=base)
+
+
 class TestKept:
     """What is made from a checkpoint says of the base what that said."""
 
