@@ -72,6 +72,20 @@ def test_what_is_of_which_part_depends_on_the_path_below_the_root_alone(root, lo
         assert below == {path.replace(str(root), "") for path in paths_of(log)} - {"/seeds"}
 
 
+def test_a_store_is_shared_out_as_its_copy_on_disk_is(memory, tmp_path):
+    names = [f"team/{n}" for n in range(8)]
+    for name in names:
+        shutil.copytree(CHECKPOINTS / SEED_ONLY, tmp_path / "disk" / name)
+        memory.put(name, CHECKPOINTS / SEED_ONLY)
+    shares = []
+    for n in (1, 2):
+        here, there = (vera_tools.verify(at, recursive=True, part=(n, 2)) for at in (tmp_path / "disk", memory.address))
+        shares.append([one.path.removeprefix(f"{tmp_path / 'disk'}/") for one in here.checkpoints])
+        assert [one.path.removeprefix(f"{memory.address}/") for one in there.checkpoints] == shares[-1]
+    assert sorted(shares[0] + shares[1]) == names
+    assert all(shares)
+
+
 def test_parts_of_a_list_and_of_an_owner(root, hub):
     paths = [root / "good" / f"{n}" for n in range(5)]
     shares = [[found.path for found in vera_tools.verify(*paths, part=(n, 2)).checkpoints] for n in (1, 2)]
