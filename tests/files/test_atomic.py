@@ -103,6 +103,21 @@ def test_a_folder_appears_whole(tmp_path):
     assert (tmp_path / "x" / "y" / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
+def test_every_file_of_a_folder_is_flushed_before_it_appears(tmp_path, monkeypatch):
+    out, flushed, fsync = tmp_path / "out", set(), os.fsync
+
+    def noted(descriptor):
+        if not out.exists():
+            flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    fill(out)
+    files = {path.stat().st_ino for path in out.rglob("*") if path.is_file()}
+    assert files <= flushed
+    assert len(files) == 2
+
+
 @pytest.mark.parametrize("kind", ["folder", "file", "dangling link"])
 def test_what_exists_is_not_touched(tmp_path, kind):
     out = tmp_path / "out"
