@@ -50,9 +50,7 @@ SUBJECTS = {
     "verifying": Subject(("verifying/*.py",), ("tests/verifying", "tests/cli/test_verify.py")),
     "rounding": Subject(
         tuple(f"merging/{name}.py" for name in ("arithmetic", "exact", "rounding", "values", "verification")),
-        tuple(
-            f"tests/merging/test_{name}.py" for name in ("error_bounds", "rounding", "values", "merge", "interrupted")
-        ),
+        ("tests/merging",),
     ),
 }
 #: What the tests need of the working tree beside the code.
