@@ -19,6 +19,7 @@ from vera_tools.files import local
 from vera_tools.files.local import ByteSource, Folder, LocalFile
 from vera_tools.files.safetensors import TensorFile, parse_header
 from vera_tools.files.strict_json import parse_json
+from vera_tools.texts import Texts
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"
@@ -58,25 +59,29 @@ def find(root: Path) -> Iterator[Path]:
     """
     if not local.is_folder(root):
         raise FormatError("no such folder", where=root)
-    seen: set[object] = set()
-    waiting = [root]  # as a list, because Python's own walk gives up on folders that are nested a thousand deep
+    seen = _Seen()
+    # One of these for each level, because Python's own walk gives up on folders that are nested a thousand deep.
+    waiting = [iter([root])]
     while waiting:
-        folder = waiting.pop()
+        if (folder := next(waiting[-1], None)) is None:
+            waiting.pop()
+            continue
         try:
-            itself = _identity(folder)
-            if itself in seen:
+            if not seen.add(folder):
                 continue
-            seen.add(itself)
+            files, inside = set(), Texts()
             with os.scandir(folder) as entries:
-                names = {entry.name: _is_folder(entry) for entry in entries}
+                for entry in entries:
+                    if not _is_folder(entry):
+                        files.add(entry.name)
+                    elif not entry.name.startswith("."):
+                        inside.append(entry.name)
         except OSError:
             yield folder
             continue
-        files = {name for name, is_folder in names.items() if not is_folder}
         if is_adapter(folder, files):
             yield folder
-        inside = (name for name, is_folder in names.items() if is_folder and not name.startswith("."))
-        waiting += [folder / name for name in sorted(inside, key=in_order, reverse=True)]
+        waiting.append(map(folder.joinpath, inside.sorted(in_order)))
 
 
 def is_adapter(folder: Path, files: Collection[str]) -> bool:
@@ -155,10 +160,24 @@ def _recorded_kind(folder: Folder, header: int) -> str | None:
         return None
 
 
-def _identity(folder: Path) -> object:
-    """What is the same for all names of a folder; resolving links takes as many calls as the folder is deep."""
-    status = os.stat(folder)
-    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(folder)  # FAT has no numbers
+class _Seen:
+    """The folders that were entered: by their numbers, which are the same for all names of one, and come in a row."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, int], int] = {}
+        self._paths: set[str] = set()
+
+    def add(self, folder: Path) -> bool:
+        """Whether it is new. Raises OSError where it cannot be reached."""
+        status = os.stat(folder)  # resolving links takes as many calls as the folder is deep
+        if not status.st_ino:  # FAT has no numbers
+            real, before = os.path.realpath(folder), len(self._paths)
+            self._paths.add(real)
+            return len(self._paths) > before
+        place, bit = (status.st_dev, status.st_ino >> 6), 1 << (status.st_ino & 63)
+        known = self._numbers.get(place, 0)
+        self._numbers[place] = known | bit
+        return not known & bit
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

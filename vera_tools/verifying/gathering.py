@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from vera_tools.errors import UsageError
 from vera_tools.verifying.findings import VERDICTS, Verdict
 from vera_tools.verifying.gates import LoadSpec
+from vera_tools.verifying.outcomes import Outcomes
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped, VerifyReport
 from vera_tools.verifying.sharing import Shared
 
@@ -35,26 +36,27 @@ class Gathered:
         if self._against and len(self._specs) != 1:
             what = "`against_loads` goes with one `require_loads`, to move from"
             raise UsageError(what, found=f"{len(self._specs)}")
-        self._outcomes: dict[int, list[Outcome]] = {}
+        self._outcomes = Outcomes()
+        self._last, self._places = -1, 0
         #: What its outcomes share; whoever else holds some of them may share it too.
         self.shared = Shared()
 
     def add(self, place: int, outcome: Outcome) -> int:
-        """Keep an outcome, and say of how many places there is one."""
+        """Keep an outcome, and say of how many places there is one. Those of one place follow each other."""
         if self._require_recorded and isinstance(outcome, CheckpointReport):
             outcome = outcome.with_required()
-        small = self.shared.small(outcome) if isinstance(outcome, CheckpointReport) else outcome
-        self._outcomes.setdefault(place, []).append(small)
-        return len(self._outcomes)
+        self._outcomes.add(place, self.shared.small(outcome) if isinstance(outcome, CheckpointReport) else outcome)
+        self._places += place != self._last
+        self._last = place
+        return self._places
 
     def report(self, *, partial: bool = False, from_log: int = 0) -> VerifyReport:
         """The report on all of them, in the order of their places."""
-        outcomes = [outcome for place in sorted(self._outcomes) for outcome in self._outcomes[place]]
         return VerifyReport(
-            tuple(outcome for outcome in outcomes if isinstance(outcome, CheckpointReport)),
-            tuple(outcome for outcome in outcomes if isinstance(outcome, Skipped)),
+            self._outcomes.of(CheckpointReport),
+            self._outcomes.of(Skipped),
             self._require,
-            tuple(outcome for outcome in outcomes if isinstance(outcome, Failed)),
+            self._outcomes.of(Failed),
             self._specs,
             self._against,
             partial,

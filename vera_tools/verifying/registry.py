@@ -24,6 +24,7 @@ from vera_tools.files import hub_reference, opening, store
 from vera_tools.files.hub_reference import Reference
 from vera_tools.files.local import ByteSource
 from vera_tools.parts import Part
+from vera_tools.texts import Texts
 from vera_tools.verifying import runs, work
 from vera_tools.verifying.log import Log, Result
 from vera_tools.verifying.report import Failed, Skipped, named
@@ -52,16 +53,38 @@ def is_pattern(path: str) -> bool:
     return opening.is_on_hub(path) and any(character in path for character in "*?[")
 
 
+class Items:
+    """Things to verify, in little room."""
+
+    def __init__(self) -> None:
+        self._paths = Texts()
+        self._patterns: dict[int, str] = {}
+
+    def add(self, path: str, pattern: str | None) -> None:
+        """Take one on."""
+        if pattern is not None:
+            self._patterns[len(self)] = pattern
+        self._paths.append(path)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (Item(n, path, self._patterns.get(n)) for n, path in enumerate(self._paths))
+
+
 class Wanted(NamedTuple):
     """What is to be verified.
 
     Attributes:
         items: The things of this part, in the order asked for.
-        bare: Patterns that stand for no repository at all.
-        whole: A digest over the names of those of all parts.
+        patterns: Patterns among what was asked for.
+        bare: Those of them that stand for no repository at all.
+        whole: A digest over the names of what all parts together hold.
     """
 
-    items: list[Item]
+    items: Items
+    patterns: set[str]
     bare: set[str]
     whole: str
 
@@ -76,19 +99,21 @@ def items(named: Iterable[tuple[str, str]], part: Part | None) -> Wanted:
     Raises:
         HubError: a pattern's owner cannot be listed.
     """
-    wanted: list[Item] = []
-    bare, names = set(), []
+    wanted, names = Items(), Texts()
+    patterns, bare = set(), set()
     for path, name in named:
         if not is_pattern(path):
             found, pattern = [(path, name)], None
         else:
             found, pattern = [(repo, repo) for repo in matching(path)], path
+            patterns.add(path)
             if not found:
                 bare.add(path)
-        names += [its_name for _, its_name in found]
-        mine = [one for one, its_name in found if parts.belongs(its_name, part)]
-        wanted += [Item(len(wanted) + n, one, pattern) for n, one in enumerate(mine)]
-    return Wanted(wanted, bare, runs.digest(sorted(names)))
+        for one, its_name in found:
+            names.append(its_name)
+            if parts.belongs(its_name, part):
+                wanted.add(one, pattern)
+    return Wanted(wanted, patterns, bare, runs.digest(names.sorted()))
 
 
 @dataclass

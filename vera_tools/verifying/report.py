@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
 from xml.etree import ElementTree
@@ -219,10 +220,10 @@ class VerifyReport(Report):
 
     name: ClassVar[str] = "verify"
 
-    checkpoints: tuple[CheckpointReport, ...]
-    skipped: tuple[Skipped, ...] = ()
+    checkpoints: Sequence[CheckpointReport]
+    skipped: Sequence[Skipped] = ()
     require: Verdict = "reproducible"
-    failed: tuple[Failed, ...] = ()
+    failed: Sequence[Failed] = ()
     require_loads: tuple[LoadSpec, ...] = ()
     against_loads: LoadSpec | None = None
     partial: bool = False

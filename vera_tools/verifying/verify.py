@@ -101,7 +101,7 @@ def verify(
     paths = [os.fspath(path) for path in checkpoints]
     asked = runs.digest([*paths, recursive, None if base is None else os.fspath(base)])
     lines = Log(log, Run(asked, part), gathered.shared)
-    named = list(_search(checkpoints) if recursive else _listed(checkpoints))
+    wanted = registry.items(_search(checkpoints) if recursive else _listed(checkpoints), part)
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(
         base=model,
@@ -111,14 +111,13 @@ def verify(
         file_digests=file_digests,
     )
     hashed = verifier.base_digests
-    many = len(named) > 1 or log is not None or part is not None or any(registry.is_pattern(path) for path, _ in named)
+    many = len(wanted.items) > 1 or log is not None or part is not None or bool(wanted.patterns)
     try:
         if not many:
-            gathered.add(0, verifier.verify(named[0][0]))
+            gathered.add(0, verifier.verify(next(iter(wanted.items)).path))
             if model:
                 model.check_unchanged()
             return gathered.report()
-        wanted = registry.items(named, part)
         conditions = Conditions.of(base, model, base_digests=hashed, allow_pickle=allow_pickle)
         lines.begin(conditions, total=len(wanted.items), whole=wanted.whole)
         job = Job(
@@ -162,6 +161,7 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]
 
     So machines that see the registry under different names share it out in the same way.
     """
+    roots = tuple(roots)
     seen: set[str] = set()
     for root in roots:
         opening.refuse_empty(root)
@@ -181,9 +181,11 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[str, str]
             continue
         for folder in find(path):
             empty = False
-            if (real := os.path.realpath(folder)) not in seen:
+            if len(roots) > 1:  # below one, the search itself hands out none twice
+                if (real := os.path.realpath(folder)) in seen:
+                    continue
                 seen.add(real)
-                yield str(folder), folder.relative_to(path).as_posix()
+            yield str(folder), folder.relative_to(path).as_posix()
         if empty:
             raise nothing_found(path)
 
