@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from vera_tools._version import TOOL
@@ -55,7 +55,7 @@ class Report(ABC):
 
     @abstractmethod
     def body(self) -> dict[str, Any]:
-        """Everything but the schema and the tool."""
+        """Everything but the schema and the tool. A long list may be an iterator, whose items are made one by one."""
 
     @property
     def exit_code(self) -> int:
@@ -74,14 +74,32 @@ class Report(ABC):
         Args:
             defaults: Options of the call that the command line did not give.
         """
-        named = {"defaults": plain(defaults)} if defaults else {}
-        document = {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **named, **self.body()}
-        result: dict[str, Any] = _finite(document)
+        result: dict[str, Any] = _finite(self._members(defaults))
         return result
+
+    def _members(self, defaults: Sequence[Document]) -> dict[str, Any]:
+        named = {"defaults": plain(defaults)} if defaults else {}
+        return {"schema": f"vera-tools/{self.name}/v1", "tool": dict(TOOL), **named, **self.body()}
 
     def to_json(self, *, defaults: Sequence[Document] = ()) -> str:
         """The document as text: ASCII, because a path may be no UTF-8 and an output no Unicode."""
-        return json.dumps(self.to_dict(defaults=defaults), indent=2, allow_nan=False)
+        return "".join(self.json_pieces(defaults=defaults))
+
+    def json_pieces(self, *, defaults: Sequence[Document] = ()) -> Iterator[str]:
+        """The same text, piece by piece."""
+        before = "{\n"
+        for name, value in self._members(defaults).items():
+            yield f"{before}  {json.dumps(name)}: "
+            before = ",\n"
+            if not isinstance(value, Iterator):
+                yield _indented(value, 2)
+                continue
+            between = "[\n"
+            for item in value:
+                yield f"{between}    {_indented(item, 4)}"
+                between = ",\n"
+            yield "[]" if between == "[\n" else "\n  ]"
+        yield "\n}"
 
 
 def error_document(error: VeraToolsError) -> str:
@@ -97,10 +115,15 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def _indented(value: Any, depth: int) -> str:
+    """The value's text where its first line stands so deep; a line break in a string is an escape."""
+    return json.dumps(_finite(value), indent=2, allow_nan=False).replace("\n", "\n" + " " * depth)
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | Iterator):
         return [_finite(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import tracemalloc
+from xml.etree import ElementTree
 
 import pytest
 
@@ -90,3 +91,44 @@ def test_each_takes_little_room(outcomes):
         tracemalloc.stop()
     assert (len(wanted.items), len(report.checkpoints)) == (10_000, 10_001)
     assert held / 10_000 < 150  # bytes: the path twice, and four numbers
+
+
+@pytest.fixture(scope="module")
+def report(outcomes):
+    gathered = Gathered("reproducible", ("peft>=0.21",), None)
+    for n, outcome in enumerate([*outcomes, *(named(outcomes[0], f"\x1b{n}") for n in range(200))]):
+        gathered.add(n, outcome)
+    return gathered.report(partial=True)
+
+
+def test_the_document_is_one_text_however_it_is_written(report, outcomes):
+    for one in (report, vera_tools.inspect(CHECKPOINTS / KEPT), Gathered("drift", (), None).report()):
+        assert one.to_json() == json.dumps(one.to_dict(), indent=2)
+    assert json.loads(report.to_json())["checkpoints"][1]["path"] == outcomes[1].path
+    defaults = (vera_tools.verify(CHECKPOINTS / KEPT).checkpoints[0].checks[0],)
+    assert json.loads(report.to_json(defaults=defaults))["defaults"] == [defaults[0].to_dict()]
+
+
+def test_junit_sums_up_what_comes_after(report):
+    root = ElementTree.fromstring(report.to_junit())
+    assert len(root) == 205
+    for key in ("tests", "failures", "errors", "skipped"):
+        assert int(root.get(key)) == sum(int(suite.get(key)) for suite in root)
+    assert int(root.get("tests")) == len(root.findall("testsuite/testcase"))
+    assert int(root.get("failures")) == len(root.findall("testsuite/testcase/failure")) > 0
+    assert (int(root.get("errors")), root[-1].get("name"), root[4].get("name")) == (2, "interrupted", "\\x1b1")
+    empty = Gathered("drift", (), None).report().to_junit()
+    assert (len(ElementTree.fromstring(empty)), empty[-3:]) == (0, "/>\n")
+
+
+@pytest.mark.parametrize("form", ["json_pieces", "junit_pieces"])
+def test_what_is_written_is_made_piece_by_piece(report, form):
+    length = len("".join(getattr(report, form)()))
+    tracemalloc.start()
+    try:
+        for _ in getattr(report, form)():
+            pass
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < length / 2

@@ -76,7 +76,8 @@ class Form:
         if self.junit:
             from vera_tools.files import atomic
 
-            atomic.write_bytes(self.junit, report.to_junit().encode())
+            with atomic.file(self.junit) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+                file.writelines(report.junit_pieces())
         if self.page:
             from vera_tools.files import atomic
             from vera_tools.pages import Made
@@ -89,7 +90,7 @@ class Form:
             for path in _not_good(report):
                 print(path)
         elif self.name == "junit":
-            print(report.to_junit(), end="")
+            sys.stdout.writelines(report.junit_pieces())
         elif self.name == "github":
             from vera_tools.cli import github
 

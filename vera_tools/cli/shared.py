@@ -53,7 +53,8 @@ class Output:
     def emit(self, report: Report, show: Callable[[Console], None]) -> int:
         """Show a report and return its exit code. `show` prints its human form on a rich console."""
         if self.json:
-            print(report.to_json(defaults=self.defaults))
+            sys.stdout.writelines(report.json_pieces(defaults=self.defaults))
+            print()
         elif not self.quiet:
             show(console())
         return report.exit_code

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
-from xml.etree import ElementTree
 
 from vera_tools.errors import FormatError, RemoteError, VeraToolsError
 from vera_tools.platforms import rows
@@ -13,8 +12,8 @@ from vera_tools.projections.identification import Match
 from vera_tools.projections.key import same_key
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
-from vera_tools.report import Document, Report, plain, printable, worst
-from vera_tools.verifying import advice, gates
+from vera_tools.report import Document, Report, plain, worst
+from vera_tools.verifying import advice, gates, junit
 from vera_tools.verifying.advice import Step
 from vera_tools.verifying.findings import MATCH, VERDICTS, Check, Verdict, required
 from vera_tools.verifying.gates import Answer, Change, LoadSpec
@@ -295,7 +294,7 @@ class VerifyReport(Report):
     def body(self) -> dict[str, Any]:
         """The verify/v1 document's own part."""
         return {
-            "checkpoints": [self._entry(report) for report in self.checkpoints],
+            "checkpoints": map(self._entry, self.checkpoints),
             "platforms": rows.to_document(),
             "summary": self.summary,
             "skipped": [{"path": path, "kind": kind} for path, kind in self.skipped],
@@ -319,53 +318,13 @@ class VerifyReport(Report):
             "change": change.to_dict() if change else None,
         }
 
+    def junit_pieces(self) -> Iterator[str]:
+        """JUnit XML, piece by piece: a suite for each checkpoint, a case for its verdict and for each check."""
+        return junit.pieces(self)
+
     def to_junit(self) -> str:
-        """JUnit XML: a suite for each checkpoint, a case for its verdict and for each check."""
-        root = ElementTree.Element("testsuites", name="vera-tools verify")
-        for report in self.checkpoints:
-            suite = ElementTree.SubElement(root, "testsuite", name=report.path)
-            case = ElementTree.SubElement(suite, "testcase", classname=report.path, name="verdict")
-            said = {check.id: check.status for check in report.checks}
-            if said.get(MATCH) == "fail" or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
-                failure = ElementTree.SubElement(case, "failure", message=f"{report.verdict}: {report.cause}")
-                failure.text = "\n".join(filter(None, [report.safety, _next(report.next_step)]))
-            for name, words in self.gates(report):
-                case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=f"loads: {name}")
-                if words:
-                    ElementTree.SubElement(case, "failure", message=words)
-            for check in report.checks:
-                if check.id == MATCH:  # that is the verdict in words
-                    continue
-                case = ElementTree.SubElement(suite, "testcase", classname=report.path, name=check.id)
-                if check.status in ("fail", "skip"):
-                    ElementTree.SubElement(
-                        case, "failure" if check.status == "fail" else "skipped", message=check.message
-                    )
-                elif check.status == "warn":
-                    ElementTree.SubElement(case, "system-out").text = f"warning: {check.message}"
-            suite.set("tests", str(len(suite)))
-            suite.set("failures", str(len(suite.findall("testcase/failure"))))
-            suite.set("errors", "0")
-            suite.set("skipped", str(len(suite.findall("testcase/skipped"))))
-        for path, error in self.failed:
-            suite = ElementTree.SubElement(
-                root, "testsuite", name=path, tests="1", failures="0", errors="1", skipped="0"
-            )
-            case = ElementTree.SubElement(suite, "testcase", classname=path, name="verdict")
-            ElementTree.SubElement(case, "error", message=str(error))
-        if self.partial:
-            suite = ElementTree.SubElement(
-                root, "testsuite", name="interrupted", tests="1", failures="0", errors="1", skipped="0"
-            )
-            case = ElementTree.SubElement(suite, "testcase", classname="interrupted", name="interrupted")
-            ElementTree.SubElement(case, "error", message="interrupted before all were verified")
-        for key in ("tests", "failures", "errors", "skipped"):
-            root.set(key, str(sum(int(suite.get(key, "0")) for suite in root)))
-        for element in root.iter():  # XML 1.0 has no way at all to write most control characters
-            element.attrib.update({key: printable(value) for key, value in element.attrib.items()})
-            element.text = element.text and printable(element.text)
-        ElementTree.indent(root)
-        return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+        """The same in one piece."""
+        return "".join(self.junit_pieces())
 
 
 def _refusal(answer: Answer | Change) -> str:
@@ -376,10 +335,6 @@ def _refusal(answer: Answer | Change) -> str:
         said = {False: "", True: "changes", None: "may change"}[answer.changes]
     place = f" ({answer.where})" if answer.where else ""
     return f"{said}{place}: {answer.why}" if said else ""
-
-
-def _next(step: Step | None) -> str:
-    return f"next: {step.words}\n{step.command}" if step else ""
 
 
 #: What becomes of one checkpoint.
