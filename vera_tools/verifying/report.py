@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, NamedTuple
+from xml.etree.ElementTree import Element, SubElement
 
 from vera_tools.errors import FormatError, RemoteError, VeraToolsError
 from vera_tools.platforms import rows
@@ -320,11 +321,40 @@ class VerifyReport(Report):
 
     def junit_pieces(self) -> Iterator[str]:
         """JUnit XML, piece by piece: a suite for each checkpoint, a case for its verdict and for each check."""
-        return junit.pieces(self)
+        return junit.pieces("vera-tools verify", self._suites)
 
     def to_junit(self) -> str:
         """The same in one piece."""
         return "".join(self.junit_pieces())
+
+    def _suites(self) -> Iterator[Element]:
+        for checkpoint in self.checkpoints:
+            yield self._suite(checkpoint)
+        for path, error in self.failed:
+            yield junit.error(path, "verdict", str(error))
+        if self.partial:
+            yield junit.error("interrupted", "interrupted", "interrupted before all were verified")
+
+    def _suite(self, report: CheckpointReport) -> Element:
+        suite = Element("testsuite", name=report.path)
+        case = SubElement(suite, "testcase", classname=report.path, name="verdict")
+        said = {check.id: check.status for check in report.checks}
+        if said.get(MATCH) == "fail" or VERDICTS.index(report.verdict) > VERDICTS.index(self.require):
+            failure = SubElement(case, "failure", message=f"{report.verdict}: {report.cause}")
+            failure.text = "\n".join(filter(None, [report.safety, _next(report.next_step)]))
+        for name, words in self.gates(report):
+            case = SubElement(suite, "testcase", classname=report.path, name=f"loads: {name}")
+            if words:
+                SubElement(case, "failure", message=words)
+        for check in report.checks:
+            if check.id == MATCH:  # that is the verdict in words
+                continue
+            case = SubElement(suite, "testcase", classname=report.path, name=check.id)
+            if check.status in ("fail", "skip"):
+                SubElement(case, "failure" if check.status == "fail" else "skipped", message=check.message)
+            elif check.status == "warn":
+                SubElement(case, "system-out").text = f"warning: {check.message}"
+        return junit.counted(suite)
 
 
 def _refusal(answer: Answer | Change) -> str:
@@ -335,6 +365,10 @@ def _refusal(answer: Answer | Change) -> str:
         said = {False: "", True: "changes", None: "may change"}[answer.changes]
     place = f" ({answer.where})" if answer.where else ""
     return f"{said}{place}: {answer.why}" if said else ""
+
+
+def _next(step: Step | None) -> str:
+    return f"next: {step.words}\n{step.command}" if step else ""
 
 
 #: What becomes of one checkpoint.
