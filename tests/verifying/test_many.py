@@ -74,6 +74,10 @@ def test_several_of_one_place_stay_together(outcomes):
     kept, seed, *_ = outcomes
     assert [gathered.add(1, kept), gathered.add(1, seed), gathered.add(0, seed)] == [1, 1, 2]
     assert gathered.report().checkpoints == (seed, kept, seed)
+    paths = [f"{n}" for n in range(300)]
+    for n, path in enumerate(paths):
+        gathered.add(9 - n // 100, named(kept, path))
+    assert [one.path for one in gathered.report().checkpoints[3:]] == paths[200:] + paths[100:200] + paths[:100]
 
 
 def test_each_takes_little_room(outcomes):
@@ -117,6 +121,8 @@ def test_junit_sums_up_what_comes_after(report):
     assert int(root.get("tests")) == len(root.findall("testsuite/testcase"))
     assert int(root.get("failures")) == len(root.findall("testsuite/testcase/failure")) > 0
     assert (int(root.get("errors")), root[-1].get("name"), root[4].get("name")) == (2, "interrupted", "\\x1b1")
+    ElementTree.indent(root)
+    assert ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n" == report.to_junit()
     empty = Gathered("drift", (), None).report().to_junit()
     assert (len(ElementTree.fromstring(empty)), empty[-3:]) == (0, "/>\n")
 
