@@ -99,6 +99,19 @@ def test_paths_alone(registry):
     assert run_cli("verify", "-", "--failed-only", input="r/good\nr/gone\n").stdout == "r/gone\n"
 
 
+@pytest.mark.skipif(os.name != "posix", reason="Windows has no such names")
+def test_paths_alone_are_those_of_the_system(registry):
+    """A name may hold a line that is another's path, and bytes that are no text."""
+    for name in (b"x\nr/good", b"\xff", b"esc\x1b[31m"):
+        (registry / os.fsdecode(name)).parent.mkdir(exist_ok=True)
+        shutil.copytree(registry / "cut", registry / os.fsdecode(name))
+    result = run_cli("verify", "-R", "r", "--failed-only")
+    listed = [os.fsencode(line) for line in result.stdout.splitlines()]
+    assert listed == [b"r/cut", b"r/drift", b"r/esc\x1b[31m", b"r/seeds", b"r/\xff"]
+    assert result.stderr.count("line break") == 1
+    assert "r/x\\nr/good: not in the list" in result.stderr
+
+
 def test_two_forms_on_one_stdout_are_refused(registry):
     for arguments in (
         ("--json", "--format", "junit"),

@@ -240,6 +240,14 @@ def test_values_that_are_not_finite_are_refused(tensor, named, value, checkpoint
     assert [path.name for path in tmp_path.iterdir()] == [source.name]
 
 
+def test_so_they_are_in_what_is_carried_over(checkpoint, tmp_path):
+    source = checkpoint(BERT)
+    head = "base_model.model.classifier.weight"
+    edit(source, lambda tensors: tensors[head].reshape(-1).__setitem__(5, np.nan))
+    with pytest.raises(CheckFailedError, match=f"adapter_model.safetensors: {head}: holds NaN or infinity"):
+        to_lora(source, tmp_path / "lora", base=base_of(BERT))
+
+
 def test_values_too_large_for_the_dtype_are_refused(checkpoint, tmp_path):
     source = checkpoint(KEPT)
     edit(source, lambda tensors: tensors[f"base_model.model.{Q0}.vera_lambda_b"].fill(1e6))

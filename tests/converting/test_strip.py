@@ -88,6 +88,51 @@ def test_what_is_damaged_loads_exactly_nowhere(checkpoint, tmp_path, change, che
         assert found.safety == "Not safe to load with any loader: the adapter is damaged or incomplete."
 
 
+def table(loads):
+    return {(load.loader, str(load.options), load.rounding, load.base_dtype): load.exact for load in loads}
+
+
+def test_vectors_that_the_config_does_not_adapt_are_dropped_by_peft(checkpoint, tmp_path):
+    """It says of what it wrote what `verify` says of it."""
+    folder = checkpoint(KEPT)
+    set_config(folder, layers_to_transform=[0])
+    with pytest.warns(LoadingWarning, match="exactly nowhere: it drops the vectors of 2 layers"):
+        report = strip_projections(folder, tmp_path / "out")
+    (found,) = verify(tmp_path / "out").checkpoints
+    assert table(report.loads) == table(found.loads)
+    assert {load.exact for load in report.loads if load.loader != "vera-tools"} == {False}
+
+
+def test_vectors_that_do_not_fit_the_pair_keep_it(checkpoint, tmp_path):
+    """The record would not be believed of them, and nothing could put the pair back."""
+    folder = checkpoint(KEPT)
+    edit(folder, lambda tensors: tensors.update({VECTOR: tensors[VECTOR.replace("_d", "_b")]}))
+    with pytest.raises(CheckFailedError, match="what is stripped could not be put back"):
+        strip_projections(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    report = strip_projections(folder, tmp_path / "out", force=True)
+    assert (report.exit_code, [found.id for found in report.damage]) == (1, ["tensors.shapes"])
+    with pytest.raises(CheckFailedError, match="the record does not fit the vectors"):
+        embed_projections(tmp_path / "out", tmp_path / "back")
+
+
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda folder: set_config(folder, r=8), "tensors.shapes"),
+        (lambda folder: edit(folder, lambda t: t.update({VECTOR: t[VECTOR].astype(np.int32)})), "tensors.dtypes"),
+    ],
+)
+def test_what_verify_calls_invalid_is_damage(checkpoint, tmp_path, change, check):
+    folder = checkpoint(KEPT)
+    change(folder)
+    report = strip_projections(folder, tmp_path / "out")
+    assert (report.exit_code, [found.id for found in report.damage]) == (1, [check])
+    assert {load.exact for load in report.loads} == {False}
+    assert verify(tmp_path / "out").checkpoints[0].verdict == "invalid"
+
+
 def test_what_is_recorded_gives_the_original_back(checkpoint, tmp_path):
     source = checkpoint(BERT)
     weights = (source / "adapter_model.safetensors").read_bytes()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
+import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from fuzz import targets
+from tests import hostile_places
 from tests.adapters import CHECKPOINTS, KEPT, WEIGHTS
 from tests.command import run_cli, run_json
 from tests.hostile import BAD, HARMLESS, ODD, config
@@ -40,27 +45,86 @@ def test_one_bad_adapter_leaves_the_others_verified(change, registry):
     assert (registry.parent / "out" / "z" / WEIGHTS).exists()
 
 
-@pytest.mark.long
-@pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
-def test_one_of_each_kind_among_a_thousand(tmp_path):
-    root = tmp_path / "registry"
-    kinds = BAD | ODD
-    for number in range(1000):
-        folder = root / f"{number:04}"
-        folder.mkdir(parents=True)
+#: What an adapter among many is, which makes it no good.
+NO_GOOD = BAD | ODD | hostile_places.BAD
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """One of each kind of what may lie in an adapter's place, one of each odd name, and one of another kind."""
+    root = tmp_path_factory.mktemp("many") / "registry" / "places"
+    root.mkdir(parents=True)
+    for number, change in enumerate((hostile_places.BAD | hostile_places.OTHERS).values()):
+        change(Path(shutil.copytree(CHECKPOINTS / KEPT, root / f"{number:04}")))
+    for name in hostile_places.NAMES:
+        shutil.copytree(CHECKPOINTS / KEPT, root / os.fsdecode(name))
+    return root
+
+
+@pytest.fixture(scope="module")
+def a_thousand(places):
+    """Those, one of each kind that no command can do anything with, and sound ones."""
+    root = places.parent
+    for number, change in enumerate((BAD | ODD).values()):
+        change(Path(shutil.copytree(CHECKPOINTS / KEPT, root / f"{number:04}")))
+    deep = root.joinpath(*["d"] * 300)  # and one whose path is long
+    deep.parent.mkdir(parents=True)
+    shutil.copytree(CHECKPOINTS / KEPT, deep)
+    (root / "around").symlink_to(root)
+    for number in range(1000 - len(NO_GOOD) - len(hostile_places.NAMES) - 1):
+        folder = root / f"sound {number}"
+        folder.mkdir()
         for name, content in targets.adapter().items():
             (folder / name).write_bytes(content)
-    for number, change in enumerate(kinds.values()):
-        folder = root / f"{number * 7:04}"
-        shutil.rmtree(folder)
-        change(Path(shutil.copytree(CHECKPOINTS / KEPT, folder)))
-    code, document = run_json("verify", "-R", root)
-    assert code in (1, 4)
-    assert len(document["checkpoints"]) == 1000
+    return root
+
+
+only_posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such files and names")
+
+
+@only_posix
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+def test_one_of_each_kind_among_a_thousand(a_thousand, tmp_path):
+    junit, page, log = (tmp_path / name for name in ("junit.xml", "page.html", "log"))
+    code, document = run_json(
+        "verify", "-R", a_thousand, "--jobs", "2", "--junit", junit, "--report", page, "--log", log
+    )
+    assert code == 4
+    assert (len(document["checkpoints"]), len(document["skipped"]), document["failed"]) == (1000, 1, [])
     sound = [entry for entry in document["checkpoints"] if entry["verdict"] == "reproducible" and entry["ok"]]
-    assert len(sound) == 1000 - len(kinds)
+    assert len(sound) == 1000 - len(NO_GOOD)
     said = [check["message"] for entry in document["checkpoints"] for check in entry["checks"]]
     assert not [message for message in said if "cannot be worked on" in message]
+    assert not list(a_thousand.rglob("exploded"))
+    suites = ElementTree.parse(junit).getroot().findall("testsuite")
+    assert sum(suite.get("failures") != "0" for suite in suites) == len(NO_GOOD)
+    assert "<script>alert" not in page.read_text("utf-8")
+    lines = [json.loads(line)["status"] for line in log.read_text("utf-8").splitlines()]
+    assert sorted(lines) == ["skipped"] + ["verified"] * 1000
+
+
+@only_posix
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.filterwarnings("ignore::vera_tools.errors.VeraToolsWarning")
+def test_every_form_says_the_same_of_all_kinds_of_places(places, jobs):
+    kinds, names = len(hostile_places.BAD), len(hostile_places.NAMES)
+    command = ("verify", "-R", places, "--jobs", jobs)
+    result = run_cli(*command)
+    assert (result.returncode, result.stderr) == (4, "")
+    assert result.stdout.splitlines()[-1].startswith(f"{kinds + names} checkpoints: {kinds} FAILED a check; verdicts: ")
+    assert not re.findall(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\ud800-\udfff]", result.stdout)
+    result = run_cli(*command, "--format", "jsonl")
+    assert result.returncode == 4
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sorted(line["status"] for line in lines) == ["skipped"] + ["verified"] * (kinds + names)
+    result = run_cli(*command, "--format", "github")
+    assert (result.returncode, len(result.stdout.splitlines())) == (4, kinds)
+    result = run_cli(*command, "--failed-only")
+    assert (result.returncode, len(result.stdout.splitlines())) == (4, kinds)
+    result = run_cli(*command, "--format", "junit")
+    suites = ElementTree.fromstring(result.stdout).findall("testsuite")
+    assert (result.returncode, sum(suite.get("failures") != "0" for suite in suites)) == (4, kinds)
 
 
 @pytest.mark.parametrize("change", HARMLESS.values(), ids=HARMLESS)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vera_tools.files.loose_json import Loose, parse_loosely, plain
+from vera_tools.files.loose_json import Loose, is_beyond_floats, parse_loosely, plain
 from vera_tools.files.strict_json import uncollected
 from vera_tools.schema import shown
 
@@ -99,7 +99,9 @@ def _reading(loose: Loose) -> Reading:
         document["bias"] = "vera_only"
     unknown = tuple(sorted(str(key) for key in document.keys() - _FIRST_KEYS))
     # What is not finite here was understood by none of the above, and PEFT refuses it: so does the schema.
-    not_understood = {key: value for key in _FIRST_KEYS & document.keys() if _is_infinite(value := document[key])}
+    not_understood = {
+        key: _as_float(value) for key in _FIRST_KEYS & document.keys() if _is_infinite(value := document[key])
+    }
     with uncollected():
         document = plain(document, tolerated) | not_understood
     return Reading(document, tuple(refused), tuple(before_21), tuple(tolerated), unknown)
@@ -155,7 +157,7 @@ def _layers(value: Any) -> Any:
     if not isinstance(value, list):
         return value
     # A layer's number is looked for in the list, where 1.0 and true equal 1; what is no layer's number never matches.
-    found = [int(item) for item in value if isinstance(item, int | float) and item >= 0 and item == item // 1]
+    found = [int(item) for item in value if isinstance(item, int | float) and 0 <= item < 2**63 and item == item // 1]
     return found or value
 
 
@@ -191,8 +193,12 @@ def _is_other(value: Any, meant: Any) -> bool:
     return type(value) is not type(meant) or value != meant
 
 
+def _as_float(value: float) -> float:
+    return value if isinstance(value, float) else math.inf if value > 0 else -math.inf
+
+
 def _is_infinite(value: Any) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)
+    return is_beyond_floats(value) or (isinstance(value, float) and not math.isfinite(value))
 
 
 def _is_too_large(value: float) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
-from vera_tools.cli.shared import Function, Output, page_option
+from vera_tools.cli.shared import Function, Output, page_option, write_line
 from vera_tools.errors import UsageError
+from vera_tools.report import printable
 from vera_tools.verifying.findings import VERDICTS, Verdict
 
 if TYPE_CHECKING:
@@ -87,8 +89,7 @@ class Form:
         if self.name == "jsonl" or (self.output.quiet and self.name != "json"):
             return report.exit_code
         if self.failed_only:
-            for path in _not_good(report):
-                print(path)
+            _print_paths(_not_good(report))
         elif self.name == "junit":
             sys.stdout.writelines(report.junit_pieces())
         elif self.name == "github":
@@ -102,6 +103,17 @@ class Form:
 
             return self.output.emit(report, lambda console: show(report, console, verbose=self.output.verbose))
         return report.exit_code
+
+
+def _print_paths(paths: list[str]) -> None:
+    """One a line, for other programs, byte for byte as the system has them; on a terminal, as text."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors())
+    for path in paths:
+        if "\n" in path or "\r" in path:  # the second line would name something else
+            write_line(f"error: {path}: not in the list, because there is a line break in its name; rename it")
+        else:
+            print(printable(path) if sys.stdout.isatty() else path)
 
 
 def requirement_options(function: Function) -> Function:

@@ -9,10 +9,12 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+import numpy as np
 
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import WEIGHTS_NAME, Checkpoint, Layer
@@ -31,10 +33,10 @@ from vera_tools.converting.output import (
     refuse_half_a_pair,
     refuse_miscopied,
 )
-from vera_tools.dtypes import FLOATS, Array
-from vera_tools.errors import AssumedShapeWarning, FormatError, UnprovenError, UsageError
+from vera_tools.dtypes import FLOATS, Array, np_dtype
+from vera_tools.errors import AssumedShapeWarning, CheckFailedError, FormatError, UnprovenError, UsageError
 from vera_tools.files import safetensors
-from vera_tools.files.safetensors import Deferred
+from vera_tools.files.safetensors import Deferred, TensorInfo
 from vera_tools.verifying.recorded import refuse_changed
 from vera_tools.verifying.refusals import refuse_another_base, refuse_contradictions, refuse_drift
 
@@ -191,10 +193,25 @@ class Tensors:
 
     def all(self) -> dict[str, Deferred]:
         """Every tensor of the LoRA adapter, by PEFT's names."""
-        tensors = {name: self.checkpoint.weights.deferred(name) for name in self.checkpoint.other_tensors}
+        tensors = {name: self._saved(info) for name, info in self.checkpoint.other_tensors.items()}
         for layer in self.checkpoint.layers.values():
             tensors |= named_matrices(layer.module, self.matrices(layer))
         return tensors
+
+    def _saved(self, info: TensorInfo) -> Deferred:
+        """A bias or a tensor of a saved module, as it stands."""
+        found = self.checkpoint.weights.deferred(info.name)
+        if info.dtype not in FLOATS:
+            return found
+
+        def pieces() -> Iterator[memoryview | Array]:
+            for piece in found.pieces():
+                if not np.isfinite(np.frombuffer(piece, np_dtype(info.dtype))).all():
+                    where = f"{self.checkpoint.weights.label}: {info.name}"
+                    raise CheckFailedError("holds NaN or infinity", where=where)
+                yield piece
+
+        return Deferred(info.dtype, info.shape, pieces)
 
     def matrices(self, layer: Layer) -> tuple[Deferred, Deferred]:
         """lora_A, [r, in_features], and lora_B, [out_features, r], of one layer.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.manifest import Original
-from vera_tools.checkpoints.resolution import Resolved, resolve
+from vera_tools.checkpoints.resolution import Resolved, resolve, stale
 from vera_tools.checkpoints.writing import base_record, write_checkpoint
 from vera_tools.converting.output import (
     ConversionReport,
@@ -26,9 +27,9 @@ from vera_tools.errors import CheckFailedError, LoadingWarning, NothingToDoError
 from vera_tools.platforms import rows
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
-from vera_tools.verifying import checks
+from vera_tools.verifying import acceptance, checks
 from vera_tools.verifying.checks import Scan
-from vera_tools.verifying.findings import DAMAGE, Check
+from vera_tools.verifying.findings import BROKEN, DAMAGE, Check
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
 from vera_tools.verifying.recorded import refuse_changed
 
@@ -38,6 +39,8 @@ _REMEDY = (
 )
 #: Where PEFT refuses the embedded pair too.
 _REMEDY_FOR_A_SHARED_PAIR = "vera-tools loads it exactly everywhere; PEFT needs the LoRA export"
+#: Where the config does not adapt what the file has vectors of.
+_REMEDY_FOR_DROPPED_VECTORS = "vera-tools loads it exactly everywhere; `vera-tools verify` says what PEFT leaves out"
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -128,6 +131,8 @@ def strip_projections(
         assert found is not None  # because the pair is stored
         if not (found.made_by(opened.config.projection_prng_key) or force):
             raise _other_key(opened, found) if found.exact else _refusal(opened, found)
+        if not force and (misfit := stale(resolved.record, opened)) is not None:
+            raise _no_way_back(opened, misfit)
         tensors = {
             name: opened.weights.deferred(name)
             for name in opened.weights.tensors
@@ -149,8 +154,9 @@ def strip_projections(
             refuse_miscopied(manifest, checked, where=opened.weights.label)
             size = (folder / WEIGHTS_NAME).stat().st_size
         fits = opened.widest == resolved.record.shape.out_max
-        loads = _loads(opened, resolved, fits=fits, whole=not damage)
-        remedy = _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
+        dropped = acceptance.dropped(opened)
+        loads = _loads(opened, resolved, fits=fits, whole=not damage, obstacles=dropped)
+        remedy = _REMEDY_FOR_DROPPED_VECTORS if dropped else _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR
         _warn(opened, resolved, loads, remedy, damage)
         return StripReport(
             **common(opened, target, manifest, size),
@@ -205,6 +211,17 @@ def _other_key(checkpoint: Checkpoint, found: Identification) -> CheckFailedErro
     )
 
 
+def _no_way_back(checkpoint: Checkpoint, misfit: CheckFailedError) -> CheckFailedError:
+    """Vectors that a record of the pair would not be believed of, once the pair itself is gone."""
+    return CheckFailedError(
+        "the vectors do not fit the projections, so what is stripped could not be put back",
+        where=checkpoint.label,
+        expected=misfit.expected,
+        found=misfit.found,
+        hint="take a sound copy, or pass --force to strip it all the same",
+    )
+
+
 def _original(checkpoint: Checkpoint) -> Original | None:
     """What embedding needs to give the file back; a pickle cannot be given back, and names that are not PEFT's are not.
 
@@ -224,10 +241,12 @@ def _original(checkpoint: Checkpoint) -> Original | None:
 def _damage(checkpoint: Checkpoint, scans: dict[str, Scan]) -> tuple[Check, ...]:
     """What of the adapter, its projections apart, is damaged or missing: taking them out makes no whole of it."""
     found = [*checks.structure(checkpoint), *checks.values(checkpoint, scans)]
-    return tuple(check for check in found if check.status == "fail" and check.id in DAMAGE)
+    return tuple(check for check in found if check.status == "fail" and check.id in DAMAGE | BROKEN)
 
 
-def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool, whole: bool) -> tuple[Load, ...]:
+def _loads(
+    checkpoint: Checkpoint, resolved: Resolved, *, fits: bool, whole: bool, obstacles: Mapping[str, str]
+) -> tuple[Load, ...]:
     assert resolved.identification is not None
     return loader_table(
         Trained(
@@ -239,6 +258,9 @@ def _loads(checkpoint: Checkpoint, resolved: Resolved, *, fits: bool, whole: boo
             fits=fits,
             whole=whole,
             assumed=resolved.identification.exact and resolved.record.assumed,
+            obstacles=obstacles,
+            doubts=acceptance.doubts(checkpoint),
+            unknown_before_14=checkpoint.reading.unknown_before_14,
         )
     )
 

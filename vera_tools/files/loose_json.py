@@ -19,7 +19,7 @@ from vera_tools.files.strict_json import uncollected
 MAX_DIGITS = 4300
 #: How deep a value may be nested that is written again: what is deeper makes other programs give up.
 MAX_DEPTH = 64
-_MAX_BITS = 1024  # larger integers are infinite to every reader that takes numbers for floats
+_MAX_BITS = 1024  # of 1.8e308
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def plain(value: Any, tolerated: dict[str, None], *, depth: int = 0) -> Any:
         return whole
     if isinstance(value, float):
         return value if math.isfinite(value) else None  # noted when it was read
-    if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+    if is_beyond_floats(value):
         tolerated["an integer beyond 1.8e308"] = None
         return None
     if not isinstance(value, dict | list):
@@ -125,6 +125,11 @@ def plain(value: Any, tolerated: dict[str, None], *, depth: int = 0) -> Any:
     return {
         plain(key, tolerated, depth=depth + 1): plain(item, tolerated, depth=depth + 1) for key, item in value.items()
     }
+
+
+def is_beyond_floats(value: Any) -> bool:
+    """Whether this is an integer that is infinite to every reader that takes numbers for floats."""
+    return isinstance(value, int) and value.bit_length() > _MAX_BITS
 
 
 def _cut(number: str) -> str:

@@ -47,9 +47,7 @@ def obstacles(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str
             found[OLD_PEFT] = (
                 f"refuses it before {first}: target_modules is null, and it had no default for {found_type}"
             )
-    if outside := checkpoint.unadapted(base):
-        why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
-        found[OLD_PEFT] = found[PEFT] = why
+    found |= dropped(checkpoint, base)
     if odd := checkpoint.keys.odd:
         found[OLD_PEFT] = f"does not know {_count(len(odd), 'name')}, {odd[0].found} for one"
         if not checkpoint.keys.taken_by_peft_21():
@@ -59,6 +57,15 @@ def obstacles(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str
     elif reading.refused_before_21:
         found[OLD_PEFT] = f"refuses the config: {reading.refused_before_21[0]}"
     return found
+
+
+def dropped(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str, str]:
+    """Those of the obstacles that writing the checkpoint anew, with PEFT's names and values, does not remove."""
+    outside = checkpoint.unadapted(base)
+    if not outside:
+        return {}
+    why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
+    return {OLD_PEFT: why, PEFT: why}
 
 
 def refused_record(checkpoint: Checkpoint) -> dict[str, str]:

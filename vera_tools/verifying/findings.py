@@ -17,6 +17,8 @@ VERDICTS: tuple[Verdict, ...] = ("reproducible", "assumed", "unproven", "drift",
 MATCH = "projections.match"
 #: The check of `required`.
 REQUIRED = "manifest.required"
+#: The checks that fail where its tensors are none that anything computes with: `verify` calls it invalid.
+BROKEN = frozenset({"tensors.shapes", "tensors.dtypes"})
 #: The checks that fail where something of the adapter is damaged or missing, so that nothing computes what was trained.
 DAMAGE = frozenset(
     {

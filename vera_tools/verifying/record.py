@@ -19,7 +19,8 @@ from vera_tools.checkpoints.writing import describe
 from vera_tools.errors import FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic, local, opening
 from vera_tools.report import Report
-from vera_tools.verifying.checks import some, structure
+from vera_tools.verifying.acceptance import accepted
+from vera_tools.verifying.checks import scan, some, structure, values
 from vera_tools.verifying.findings import Check
 
 
@@ -158,18 +159,20 @@ def _doubts(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         names = earlier.tensors.keys() | manifest.tensors.keys()
         others = sorted(name for name in names if earlier.tensors.get(name) != manifest.tensors.get(name))
         keys = earlier.config.keys() | manifest.config.keys()
-        values = sorted(key for key in keys if earlier.config.get(key) != manifest.config.get(key))
+        others_in_config = sorted(key for key in keys if earlier.config.get(key) != manifest.config.get(key))
         found = [f"{len(others)} of {len(names)} tensors ({some(others)})"] if others else []
-        found += [f"{some(values)} in {CONFIG_NAME}"] if values else []
+        found += [f"{some(others_in_config)} in {CONFIG_NAME}"] if others_in_config else []
         if found:
             yield f"not what was recorded before: {' and '.join(found)}; the manifest vouches for this from now on"
-    if failed := [f"{check.id} ({check.message})" for check in _structure(checkpoint) if check.status == "fail"]:
+    # A second look at every tensor, which also finds what a failing disk read otherwise when it was hashed.
+    found_now = [*_structure(checkpoint), *values(checkpoint, scan(checkpoint))]
+    if failed := [f"{check.id} ({check.message})" for check in found_now if check.status == "fail"]:
         yield f"it fails {' and '.join(failed)}: it is recorded as it is"
 
 
 def _structure(checkpoint: Checkpoint) -> list[Check]:
     try:
-        return list(structure(checkpoint))
+        return [*accepted(checkpoint), *structure(checkpoint)]
     except FormatError:  # an expression of the config takes too long; `verify` says so
         return []
 

@@ -32,7 +32,7 @@ from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying import acceptance, checks, fit, recorded
 from vera_tools.verifying.checks import Scan
-from vera_tools.verifying.findings import DAMAGE, MATCH, Check, Verdict
+from vera_tools.verifying.findings import BROKEN, DAMAGE, MATCH, Check, Verdict
 from vera_tools.verifying.loads import BASE_DTYPES, ROUNDINGS, Trained, redrawn
 from vera_tools.verifying.report import ABSENT, CheckpointReport, Failed, FileDigest, Skipped
 
@@ -128,8 +128,7 @@ class Verifier:
     def _verify(self, path: str, checkpoint: Checkpoint) -> CheckpointReport:
         structure = self._structure(checkpoint)
         found = list(structure.checks)
-        broken = {"tensors.shapes", "tensors.dtypes"}
-        if len(checkpoint.projections) == 1 or not checkpoint.layers or _failed(found, broken):
+        if len(checkpoint.projections) == 1 or not checkpoint.layers or _failed(found, BROKEN):
             return CheckpointReport(
                 path,
                 "invalid",
