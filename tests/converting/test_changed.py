@@ -23,9 +23,6 @@ COMMANDS = {
     "merge": lambda a, out, base: vera_tools.merge(a, base=base, output=out),
 }
 
-# What recording a draft of the format says.
-pytestmark = pytest.mark.filterwarnings("ignore:.*it fails config.peft .PEFT cannot read it")
-
 
 def flip(tensors):
     """One bit."""

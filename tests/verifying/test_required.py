@@ -166,6 +166,12 @@ class TestRecording:
         with pytest.warns(VeraToolsWarning, match=r"it fails tensors\.layers \(missing: "):
             vera_tools.record(folder)
 
+    def test_values_that_are_not_finite_are_named(self, checkpoint):
+        folder = checkpoint(KEPT)
+        edit(folder, lambda tensors: tensors[VECTOR].__setitem__(0, float("nan")))
+        with pytest.warns(VeraToolsWarning, match=r"it fails tensors\.finite \(NaN or infinity in "):
+            vera_tools.record(folder)
+
     def test_a_manifest_that_said_nothing_is_told(self, recorded):
         (recorded / MANIFEST).write_text("{}")
         with pytest.warns(VeraToolsWarning, match="nothing tells what changed since"):
