@@ -90,6 +90,7 @@ def test_other_pages_are_no_checkpoints(text):
 def test_the_pages_of_ones_own_hub(monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "https://hub.example.org:8443/hf")
     assert Reference.parse("https://hub.example.org:8443/hf/ann/x/tree/v1") == Reference("ann/x", "v1")
+    assert Reference.parse("https://huggingface.co/hf/x/tree/v1") == Reference("hf/x", "v1")  # an owner's name there
     assert not opening.is_on_hub("https://hub.example.org/ann/x")
     assert not opening.is_on_hub("hub.example.org/ann")
 
