@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from vera_tools.errors import FormatError, UsageError
-from vera_tools.files.local import LocalFile, LocalFolder, read_all, read_text
+from vera_tools.files import local
+from vera_tools.files.local import LocalFile, LocalFolder, Stamp, read_all, read_text
 from vera_tools.files.opening import is_remote, locate
 
 
@@ -129,3 +130,21 @@ def test_a_huge_text_is_not_read(tmp_path):
         stream.truncate(1 << 40)
     with pytest.raises(FormatError, match=r"too large for what it is \(expected at most 16777216 bytes"):
         read_text(LocalFolder(tmp_path), "a.json")
+
+
+@pytest.mark.parametrize(("later", "looks"), [((-1, 0, 1), 3), ((1,), 1), ((-(10**12),), 1)])
+def test_the_tick_in_which_a_file_was_written_is_waited_out(later, looks, tmp_path, monkeypatch):
+    """A clock that is far behind is no such tick: the file came from elsewhere."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    os.utime(path, ns=(1, 1))  # not in whole seconds
+    with path.open("rb") as stream:
+        newest, asked = Stamp.of(os.fstat(stream.fileno())).changed, []
+
+        def now():
+            asked.append(newest + later[len(asked)])
+            return asked[-1]
+
+        monkeypatch.setattr(local, "_now", now)
+        assert Stamp.of_open(stream.fileno()).changed == newest
+    assert len(asked) == looks
