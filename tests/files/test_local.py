@@ -148,3 +148,13 @@ def test_the_tick_in_which_a_file_was_written_is_waited_out(later, looks, tmp_pa
         monkeypatch.setattr(local, "_now", now)
         assert Stamp.of_open(stream.fileno()).changed == newest
     assert len(asked) == looks
+
+
+def test_a_file_that_is_gone_since_it_was_read_is_a_change(tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    folder = LocalFolder(tmp_path)
+    assert read_text(folder, "a.json") == "{}"
+    folder.check_unchanged()
+    (tmp_path / "a.json").unlink()
+    with pytest.raises(FormatError, match=r"a\.json: .*was (changed|removed|replaced)"):
+        folder.check_unchanged()
