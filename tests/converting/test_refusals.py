@@ -9,7 +9,8 @@ import vera_tools
 from tests.adapters import CHECKPOINTS, KEPT, base_of, config_of, edit, replace_pair, set_config
 from tests.command import run_cli
 from tests.peers import base_model, distance
-from vera_tools.errors import CheckFailedError, LoadingWarning
+from vera_tools.dtypes import np_dtype
+from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning, VeraToolsError
 from vera_tools.projections.recipe import Recipe
 
 BASE = base_of(KEPT)
@@ -52,6 +53,30 @@ def test_a_contradiction_is_refused_with_the_check_that_tells_of_it(make, change
     (report,) = vera_tools.verify(folder, base=BASE).checkpoints
     assert found.value.what in {one.message for one in report.checks if (one.id, one.status) == (check, "fail")}
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+@pytest.mark.parametrize("dtype", ["int32", "int64", "bool", "float8_e4m3fn"])
+def test_vectors_of_no_dtype_that_vera_computes_in_are_refused(make, dtype, checkpoint, tmp_path):
+    folder = checkpoint(KEPT)
+    edit(folder, lambda tensors: tensors.update({f"{LAYER}.vera_lambda_b": np.ones(32, np_dtype(dtype))}))
+    said = rf"not a floating-point dtype that VeRA computes in: {LAYER}.vera_lambda_b {dtype}; `vera-tools verify`"
+    with pytest.raises(FormatError, match=said):
+        make(folder, BASE, tmp_path / "out")
+    assert vera_tools.verify(folder).exit_code == 4
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+def test_a_saved_module_of_integers_is_refused_on_a_base_of_floats(make, checkpoint, tmp_path):
+    folder = checkpoint(KEPT)
+    set_config(folder, modules_to_save=["model.norm"])
+    edit(folder, lambda tensors: tensors.update({"base_model.model.model.norm.weight": np.ones(64, np.int32)}))
+    report = vera_tools.verify(folder, base=BASE)
+    said = {check.id: check.message for check in report.checkpoints[0].checks}["base.parameters"]
+    assert (report.exit_code, said) == (1, "model.norm.weight is int32, the base's float32")
+    with pytest.raises(VeraToolsError, match=r"int32|holds no biases and no saved modules"):
+        make(folder, BASE, tmp_path / "out")
 
 
 def test_without_a_base_the_config_alone_contradicts(checkpoint, tmp_path):

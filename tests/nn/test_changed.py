@@ -9,7 +9,7 @@ from tests.adapters import MANIFEST, edit, edit_json, set_config
 from tests.nn.models import adapted, fresh, llama
 from tests.peers import QUIET_PEERS, load_peft
 from vera_tools import record
-from vera_tools.errors import CheckFailedError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, FormatError, VeraToolsWarning
 from vera_tools.nn import VeraModel, save_adapter
 from vera_tools.nn.peft import restore_projections
 
@@ -47,6 +47,17 @@ def test_what_is_not_what_its_manifest_records_is_not_loaded(tmp_path, loader, d
     with pytest.warns(VeraToolsWarning):  # of what it vouches for
         record(tmp_path / "a")  # whoever meant it says so
     if damage != "a bit of the pair":
+        LOADERS[loader](tmp_path / "a")
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_vectors_of_integers_are_not_loaded(tmp_path, loader):
+    save_adapter(adapted(), tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).unlink()
+    edit(
+        tmp_path / "a", lambda tensors: tensors.update({k: v.astype(np.int32) for k, v in tensors.items() if "_d" in k})
+    )
+    with pytest.raises(FormatError, match="not a floating-point dtype that VeRA computes in"):
         LOADERS[loader](tmp_path / "a")
 
 

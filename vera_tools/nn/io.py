@@ -32,6 +32,7 @@ from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.recorded import refuse_changed
+from vera_tools.verifying.refusals import refuse_no_floats
 
 
 def load(
@@ -53,6 +54,7 @@ def load(
     there = adapter_name in model.peft_config
     with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
         refuse_changed(checkpoint)  # by the names that it was recorded with
+        refuse_no_floats(checkpoint)
         _map_names(checkpoint, key_mapping or getattr(model.model, "_checkpoint_conversion_mapping", None) or {})
         given = checkpoint.config if config is None else _given(config, checkpoint)
         if not there:

@@ -47,6 +47,7 @@ from vera_tools.platforms.names import PLATFORMS
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
 from vera_tools.verifying.recorded import refuse_changed
+from vera_tools.verifying.refusals import refuse_no_floats
 
 __all__ = ["Change", "PeftClass", "RestoreReport", "load", "record", "restore_projections", "save"]
 
@@ -160,6 +161,7 @@ def restore_projections(
         )
     with Checkpoint.open(checkpoint) as opened:
         refuse_changed(opened)
+        refuse_no_floats(opened)
         resolved, pair = projections(opened, [layer.base_layer for layer in layers], strict=strict)
     vectors: list[Tensor] = [
         getattr(layer, which)[adapter_name] for layer in layers for which in ("vera_lambda_b", "vera_lambda_d")

@@ -66,7 +66,7 @@ def structure(checkpoint: Checkpoint, base: BaseModel | None = None) -> Iterator
     yield shapes
     if shapes.status == "pass":
         yield _out_max(checkpoint)
-    yield _dtypes(checkpoint)
+    yield dtypes(checkpoint)
     yield _saved(checkpoint)
     yield _unexpected(checkpoint, base)
 
@@ -215,7 +215,8 @@ def _out_max(checkpoint: Checkpoint) -> Check:
     return Check("tensors.out_max", "pass", f"vera_B has {out_max} rows, as the longest vera_lambda_b has elements")
 
 
-def _dtypes(checkpoint: Checkpoint) -> Check:
+def dtypes(checkpoint: Checkpoint) -> Check:
+    """Whether the projections and the vectors have dtypes that VeRA computes in."""
     infos = checkpoint.weights.tensors
     ours = {info.name for info in checkpoint.projections.values()}
     ours |= {i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}

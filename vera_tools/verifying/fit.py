@@ -165,6 +165,8 @@ def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
             # A base saved without its head has none.
             free = free or (placement.architecture.is_known and placement.architecture.stores(place))
             wrong += [] if free else [f"{parameter} is none of the base's"]
+        elif info.dtype not in FLOATS and all(part.info.dtype in FLOATS for part in parts):
+            wrong.append(f"{parameter} is {info.dtype}, the base's {parts[0].info.dtype}")
         elif (there := shape_of(parts)) != info.shape:
             fits_otherwise = free and there[1:] == info.shape[1:]
             text = f"{parameter} {list(info.shape)}, the base has {list(there)}"

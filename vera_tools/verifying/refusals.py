@@ -12,7 +12,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import Checkpoint
 from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.checkpoints.resolution import Resolved
-from vera_tools.errors import CheckFailedError, LoadingWarning
+from vera_tools.errors import CheckFailedError, FormatError, LoadingWarning
 from vera_tools.files import local
 from vera_tools.projections.key import same_key
 from vera_tools.verifying import checks, fit
@@ -30,7 +30,9 @@ def refuse_contradictions(checkpoint: Checkpoint, base: BaseModel | None = None)
 
     Raises:
         CheckFailedError: a check failed; the message is its own.
+        FormatError: as for `refuse_no_floats`.
     """
+    refuse_no_floats(checkpoint)
     found = list(checks.structure(checkpoint, base))
     if base is not None:
         found += fit.against_base(checkpoint, base, digests=False)
@@ -42,6 +44,23 @@ def refuse_contradictions(checkpoint: Checkpoint, base: BaseModel | None = None)
                 where=checkpoint.label,
                 hint=f"this is {check.id} of `vera-tools {command}`: the config and the file contradict each other",
             )
+
+
+def refuse_no_floats(checkpoint: Checkpoint) -> None:
+    """Refuse projections and vectors of a dtype that VeRA does not compute in, which `verify` calls invalid.
+
+    PEFT casts integers to its own dtype without a word: what was cut off when they were made stays cut off.
+
+    Raises:
+        FormatError: there are such; the message is the check's.
+    """
+    check = checks.dtypes(checkpoint)
+    if check.status == "fail":
+        raise FormatError(
+            check.message,
+            where=checkpoint.label,
+            hint="`vera-tools verify` calls it invalid: save it again in float32, bfloat16 or float16",
+        )
 
 
 def refuse_another_base(checkpoint: Checkpoint, base: BaseModel | None) -> None:
