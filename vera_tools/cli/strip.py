@@ -74,10 +74,15 @@ def _show(report: StripReport, console: Console) -> None:
     exact = exact_in_peft(report.loads)
     console.print("  loads exactly")
     labelled(console, "", f"vera-tools {'nowhere' if report.forced else 'on any machine and base'}")
+    elsewhere: list[str] = []
     for rounding in rows.ROUNDINGS:
         bases = [BASE_KINDS[dtype] for (where, dtype), is_exact in exact.items() if where == rounding and is_exact]
-        text = f"on {' and '.join(bases)} bases" if bases else "on no base"
-        labelled(console, "", f"PEFT {text}: {', '.join(rows.places(rounding))}")
+        if bases:
+            labelled(console, "", f"PEFT on {' and '.join(bases)} bases: {', '.join(rows.places(rounding))}")
+        else:
+            elsewhere += rows.places(rounding)
+    if elsewhere:
+        labelled(console, "not", f"PEFT on {', '.join(elsewhere)}")
     labelled(console, "", f"({rows.caveat()})")
     if not all(exact.values()) and not report.forced:
         labelled(console, "elsewhere", report.remedy)
