@@ -60,7 +60,7 @@ def test_what_the_section_tells():
         "`101` (`projection_prng_key`)",
         "[16, 64], float32",
         "vera-tools verify hf://ann/x",
-        "vera-tools convert hf://ann/x --to lora",
+        "vera-tools convert hf://ann/x --to lora --base hf://meta/llama -o lora",
         'PeftModel.from_pretrained(base, "ann/x")',
         'VeraModel.from_pretrained(base, "hf://ann/x")',
         "load_adapter` refuses VeRA",
@@ -73,6 +73,7 @@ def test_what_the_section_tells():
         assert expected in text
     assert 'subfolder="en"' in rendered(reference="hf://ann/x/en")
     assert 'revision="v1"' in rendered(revision="v1")
+    assert "--to lora --base BASE -o lora" in rendered(base_model=None)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -16,20 +16,24 @@ from tests.adapters import (
     CHECKPOINTS,
     CONFIG,
     KEPT,
+    MANIFEST,
     PAIR,
     SEED_ONLY,
     WEIGHTS,
     base_of,
     edit,
     edit_manifest,
+    flip,
     set_config,
     take_as_live,
 )
 from tests.command import run_cli, run_json
-from tests.verifying.reports import message_of, one
+from tests.verifying.reports import failed, message_of, one
+from vera_tools.errors import AssumedRecipeWarning, CheckFailedError
 from vera_tools.projections.identification import share
 from vera_tools.projections.recipe import Recipe
-from vera_tools.verifying.advice import gate_step, safety
+from vera_tools.verifying.advice import gate_step, next_step, safety
+from vera_tools.verifying.findings import Check
 from vera_tools.verifying.loads import BASE_KINDS, OLD_PEFT, PEFT, Load, Trained, loader_table
 
 pytestmark = pytest.mark.filterwarnings("ignore::vera_tools.errors.LoadingWarning")
@@ -291,4 +295,91 @@ def test_what_passes_has_no_next_step_and_what_is_accepted_is_not_asked_for(tmp_
 )
 def test_what_is_embedded_is_what_a_newer_peft_draws_wrongly(exact, command):
     table = [Load(PEFT, {}, "fused", "float32", exact, "why"), Load(OLD_PEFT, {}, "fused", "float32", False, "why")]
-    assert gate_step("adapter", table, stored=False).command.startswith(f"vera-tools {command} adapter ")
+    step = gate_step("adapter", table, stored=False, base=None)
+    assert step.command.startswith(f"vera-tools {command} adapter ")
+
+
+BF16_SEEDS = "peft-0.21.2-llama-bf16-seedonly"
+
+
+class TestAssumedForAnotherDtype:
+    """What was recorded without its base, which is bfloat16, is recorded anew by what the next step says."""
+
+    @pytest.fixture
+    def guessed(self, checkpoint):
+        folder = checkpoint(BF16_SEEDS)
+        with pytest.warns(AssumedRecipeWarning):
+            vera_tools.record(folder, in_features=96)
+        return folder
+
+    @pytest.mark.parametrize("named", ["", WEIGHTS])
+    def test_the_next_step_replaces_the_record(self, guessed, named):
+        base = base_of(BF16_SEEDS)
+        forget, record = one(guessed / named, base=base).next_step.command.split(" && ")
+        assert shlex.split(forget) == ["rm", str(guessed / MANIFEST)]
+        (guessed / MANIFEST).unlink()
+        assert run_cli(*shlex.split(record)[1:]).returncode == 0
+        report = one(guessed, base=base)
+        assert (report.ok, report.verdict, report.recipe.rounded_through) == (True, "assumed", "bfloat16")
+
+    def test_recording_over_it_is_refused_and_writes_nothing(self, guessed):
+        before = (guessed / MANIFEST).read_bytes()
+        with pytest.raises(CheckFailedError, match=r"not rounded, while this base is bfloat16.* delete vera_manifest"):
+            vera_tools.record(guessed, base=base_of(BF16_SEEDS))
+        assert (guessed / MANIFEST).read_bytes() == before
+
+    def test_a_damaged_adapter_is_not_recorded_anew(self, guessed):
+        flip(guessed / WEIGHTS, -5)
+        report = one(guessed, base=base_of(BF16_SEEDS))
+        assert failed(report) == {"manifest.tensors", "base.dtype"}
+        assert report.next_step.command == shlex.join(["vera-tools", "verify", str(guessed)])
+
+    def test_a_record_that_the_weights_hold_is_not_deleted_with_the_manifest(self, guessed, tmp_path):
+        vera_tools.embed_projections(guessed, tmp_path / "embedded")
+        vera_tools.strip_projections(tmp_path / "embedded", tmp_path / "stripped")
+        step = one(tmp_path / "stripped", base=base_of(BF16_SEEDS)).next_step
+        assert "take it again from there" in step.words
+        assert "rm " not in step.command
+
+    def test_a_width_that_was_stated_wrongly_is_replaced_too(self, checkpoint):
+        folder = checkpoint(SEED_ONLY)
+        vera_tools.record(folder, in_features=128, recipe="mt19937-f32-fused")
+        report = one(folder, base=base_of(SEED_ONLY))
+        assert failed(report) == {"base.pair"}
+        assert "the width was stated wrongly" in message_of(report, "base.pair")
+        assert report.next_step.command.startswith(f"rm {shlex.quote(str(folder / MANIFEST))} && vera-tools record ")
+
+
+@pytest.mark.parametrize(
+    ("path", "command"),
+    [
+        (
+            "hf://a/b",
+            "vera-tools pull hf://a/b -o pulled && rm pulled/vera_manifest.json && vera-tools record pulled --base b",
+        ),
+        ("s3://bucket/one", "rm COPY/vera_manifest.json && vera-tools record COPY --base b"),
+        ("a {b}", "rm 'a {b}/vera_manifest.json' && vera-tools record 'a {b}' --base b"),
+    ],
+)
+def test_a_record_that_lies_elsewhere_is_replaced_in_a_copy(path, command):
+    checks = [Check("base.dtype", "fail", "...")]
+    assert next_step(path, "assumed", checks, stored=False, key=None, base="b").command == command
+
+
+def test_another_base_is_blamed_before_a_record_is_replaced_or_a_lora_made():
+    pair = Check("base.pair", "fail", "PEFT saved this adapter beside a first, wider one")
+    for first in (pair, Check("base.dtype", "fail", "...")):
+        checks = [first, Check("base.digests", "fail", "...")]
+        command = next_step("one", "assumed", checks, stored=False, key=None, base="b").command
+        assert command == "vera-tools verify one --base BASE"
+
+
+@pytest.mark.parametrize("base", [None, base_of(KEPT)])
+def test_the_lora_that_a_gate_proposes_has_the_base_for_its_widths(base, tmp_path, monkeypatch):
+    report = vera_tools.verify(CHECKPOINTS / KEPT, base=base, require_loads="peft<0.21:bfloat16:linux-x86_64")
+    command = report.next_of(report.checkpoints[0]).command
+    name = shlex.quote(str(base)) if base else "BASE"
+    assert command.endswith(f" --to lora --base {name} -o {KEPT}-lora")
+    monkeypatch.chdir(tmp_path)
+    result = run_cli(*shlex.split(command.replace("BASE", str(base_of(KEPT))))[1:])
+    assert (result.returncode, result.stderr) == (0, "")  # no width was assumed, of which a warning would tell

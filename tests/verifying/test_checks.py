@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import struct
 from xml.etree import ElementTree
@@ -12,6 +13,7 @@ import pytest
 
 import vera_tools
 from tests.adapters import BERT, CHECKPOINTS, GPT2, KEPT, base_of, drop_pair, edit, set_config, tensors_of
+from tests.command import run_cli
 from tests.verifying.reports import failed, message_of, one, statuses
 
 pytestmark = pytest.mark.capability
@@ -259,7 +261,7 @@ class TestSavedModules:
         assert statuses(one(folder))["tensors.layers"] == "pass"
 
     @pytest.mark.filterwarnings("ignore:.*trained where torch draws as on:vera_tools.errors.LoadingWarning")
-    def test_second_adapter_shares_the_first_ones_wider_pair(self, tmp_path):
+    def test_second_adapter_shares_the_first_ones_wider_pair(self, tmp_path, monkeypatch):
         peft = pytest.importorskip("peft")
         from transformers import AutoModelForCausalLM
 
@@ -276,6 +278,11 @@ class TestSavedModules:
         fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
         with pytest.raises(RuntimeError, match="size mismatch"):
             peft.PeftModel.from_pretrained(fresh, tmp_path / "second")
+        assert "save the adapter again, alone in its model" in report.next_step.words
+        monkeypatch.chdir(tmp_path)
+        assert run_cli(*shlex.split(report.next_step.command)[1:]).returncode == 0
+        fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
+        peft.PeftModel.from_pretrained(fresh, "second-lora")
         vera_tools.strip_projections(tmp_path / "second", tmp_path / "stripped")
         stripped = one(tmp_path / "stripped", base=base_of(KEPT))
         assert stripped.verdict == "reproducible"

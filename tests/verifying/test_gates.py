@@ -222,7 +222,9 @@ def test_a_guess_is_not_made_exact_by_embedding_it(verdict, tmp_path):
 )
 def test_many_are_told_what_to_do_as_one_is(stripped, options):
     """Two that are not exact, with one command for the first of them; the third passes."""
-    words = "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora`"
+    words = (
+        "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora --base BASE`"
+    )
     alone = run_cli("verify", "bf16", *options).stdout
     assert f"next:     {words}\n            vera-tools embed-projections bf16 -o bf16-embedded\n" in alone
     many = run_cli("verify", "-R", ".", *options, env={"COLUMNS": "200"}).stdout
@@ -236,6 +238,6 @@ def test_what_to_do_is_said_once_for_each_sort(stripped):
     shown = run_cli("verify", "-R", ".", "--require-loads", "peft<0.21", env={"COLUMNS": "200"}).stdout
     gate = shown[shown.index("NOT EXACT with") :]
     assert gate.count("next:") == 2
-    assert "vera-tools convert stored --to lora -o stored-lora" in gate
+    assert "vera-tools convert stored --to lora --base BASE -o stored-lora" in gate
     assert "vera-tools embed-projections bf16 -o bf16-embedded" in gate
     assert "--to lora -o damaged" not in gate

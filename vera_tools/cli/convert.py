@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     "convert",
     epilog=examples(
         "convert my-adapter --to lora --base my-base -o my-lora",
-        "convert my-adapter --to lora --dtype bfloat16 -o my-lora-bf16",
+        "convert my-adapter --to lora --base my-base --dtype bfloat16 -o my-lora-bf16",
     ),
 )
 @click.argument("checkpoint", type=REFERENCE)

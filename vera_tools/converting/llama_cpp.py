@@ -208,7 +208,8 @@ def _form(model: BaseModel) -> Form:
             where=model.label,
             expected=" or ".join(FORMS),
             found=f"architectures {named!r} in config.json",
-            hint="convert it --to lora, and that with llama.cpp's convert_lora_to_gguf.py, or merge it into its base",
+            hint="convert it --to lora with this --base, and that with llama.cpp's convert_lora_to_gguf.py, or "
+            "merge it into its base",
         )
     return form
 

@@ -21,6 +21,7 @@ from vera_tools.files.hub_reference import Reference
 from vera_tools.platforms import rows
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.report import printable
+from vera_tools.verifying.advice import lora_command
 from vera_tools.verifying.loads import BASE_KINDS, Load
 from vera_tools.verifying.report import CheckpointReport
 
@@ -177,7 +178,7 @@ def _section(
         "### Everywhere else",
         "transformers' own `load_adapter` refuses VeRA, and so do servers that know LoRA only. The adapter is exactly "
         f"a LoRA of rank {config.r}, which they take:",
-        markup.code_block(f"vera-tools convert {shlex.quote(reference)} --to lora -o lora", "sh"),
+        markup.code_block(lora_command(reference, base_model and f"hf://{base_model}", "lora"), "sh"),
         END,
     ]
     return "\n\n".join(part for part in parts if part)

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.files import opening
 from vera_tools.platforms import rows
 from vera_tools.report import Document
@@ -147,10 +148,15 @@ def _list(names: Sequence[str], *, last: str = "and") -> str:
 
 
 _OTHER_BASE = "name the base that it was trained on"
+#: Nothing that is proven is ever replaced so: these checks fail of a record that was assumed or stated.
+_REPLACED = (
+    f"only if it was trained on this base, replace its record, which nothing proves; if not, {_OTHER_BASE}",
+    "{anew} --base {base}",
+)
 _OR_DAMAGED = f"{_OTHER_BASE}; if this is it, copy the adapter again"
 #: Renewing a manifest vouches for whatever is there, so that nothing but these words ever proposes it for a damage.
 _MEANT = "only if you made the change yourself, `record` vouches for it from then on"
-#: What to do where a check failed, the first that applies. {path} stands for the checkpoint, {base} for its base.
+#: What to do where a check failed, the first that applies. `_step` says what stands in the places.
 REMEDIES: Mapping[str, tuple[str, str]] = {
     "config.kind": ("this is no VeRA adapter: leave it out, or let -R skip it", "vera-tools verify -R {path}"),
     "config.key": ("put the key of the recorded pair back into adapter_config.json", "{again}"),
@@ -187,12 +193,23 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
         "vera-tools verify {path} --base BASE",
     ),
     "base.digests": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
-    "base.dtype": ("record it anew for the base that it was trained on", "vera-tools record {path} --base {base}"),
+    "base.dtype": _REPLACED,
 }
 
 
-#: What a message of the file or of its shapes asks for, where it holds such words, instead of the usual remedy.
+#: What a message of the file, its shapes or its base asks for, where it holds such words, instead of the usual remedy.
 SAID: Mapping[str, tuple[str, str]] = {
+    "the weights file itself holds this record": (
+        f"if it was trained on this base, take it again from there and record that; if not, {_OTHER_BASE}",
+        "vera-tools verify {path} --base BASE",
+    ),
+    "of both half dtypes": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
+    "wrongly: if it was trained on this base": _REPLACED,
+    "beside a first, wider one": (
+        "if this is not the base that it was trained on, name that one; if it is, save the adapter again, alone in its "
+        "model, or take it as LoRA, which needs no pair",
+        "{lora}",
+    ),
     "--allow-pickle": ("read the pickle, if you trust it", "vera-tools verify --allow-pickle {path}"),
     "`vera-tools verify -R` finds": (
         "it holds no adapter itself: search what is below it",
@@ -208,7 +225,9 @@ SAID: Mapping[str, tuple[str, str]] = {
 }
 
 
-_SAYING = ("tensors.file", "tensors.shapes")
+_SAYING = ("tensors.file", "tensors.shapes", "base.pair", "base.dtype")
+#: What takes the adapter for right, and so is proposed last: nothing is renewed or exported that is damaged.
+_TRUSTING = ("{anew}", "{record}", "{lora}")
 
 
 def next_step(
@@ -225,9 +244,8 @@ def next_step(
         base: The base that its config names, or that it was checked against.
     """
     failed = [check for check in checks if check.status == "fail" and check.id in REMEDIES]
-    for check in sorted(failed, key=lambda check: check.id == "manifest.stale"):  # nothing is renewed that is damaged
-        said = [step for part, step in SAID.items() if check.id in _SAYING and part in check.message]
-        words, command = (said or [REMEDIES[check.id]])[0]
+    remedies = [_remedy(check) for check in failed]
+    for words, command in sorted(remedies, key=lambda remedy: any(part in remedy[1] for part in _TRUSTING)):
         return _step(words, command, path, base)
     if verdict == "drift":
         return _after_drift(path, checks, stored=stored, key=key, base=base)
@@ -244,19 +262,44 @@ def next_step(
     return None
 
 
-def gate_step(path: str, loads: Sequence[Load], *, stored: bool) -> Step:
-    """What to do with a checkpoint that a gate on loaders does not let pass."""
+def _remedy(check: Check) -> tuple[str, str]:
+    said = [step for part, step in SAID.items() if check.id in _SAYING and part in check.message]
+    return (said or [REMEDIES[check.id]])[0]
+
+
+def lora_command(path: str, base: str | None, output: str) -> str:
+    """The command that makes a LoRA which loads: without a base, PEFT refuses layers of another width than vera_A.
+
+    Args:
+        path: The adapter.
+        base: Its base: a BASE argument, or the name that its config has; None leaves a BASE to fill in.
+        output: The folder to write.
+    """
+    return (
+        f"vera-tools convert {shlex.quote(path)} --to lora --base {shlex.quote(_base(base))} -o {shlex.quote(output)}"
+    )
+
+
+def gate_step(path: str, loads: Sequence[Load], *, stored: bool, base: str | None) -> Step:
+    """What to do with a checkpoint that a gate on loaders does not let pass.
+
+    Args:
+        path: What the user called it.
+        loads: Its loader table.
+        stored: Whether the projections are in the file.
+        base: The base that its config names, or that it was checked against.
+    """
     if all(load.exact is None for load in loads):
         # Embedding or exporting a guess would make it exact for the loader, and no less a guess.
         words = "nothing proves which projections it was trained with: save it anew from the process that trained it"
         return _step(words, "{again}", path, None)
     refuses = [load for load in loads if load.loader == PEFT and not load.options and load.exact is not True]
-    target = shlex.quote(re.sub(r"[^\w.-]+", "-", path.rstrip("/").rsplit("/", 1)[-1]))
     if stored or not refuses:
-        words = "as LoRA every loader is exact"
-        return _step(words, f"vera-tools convert {{path}} --to lora -o {target}-lora", path, None)
-    words = "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora`"
-    return _step(words, f"vera-tools embed-projections {{path}} -o {target}-embedded", path, None)
+        return _step("as LoRA every loader is exact", "{lora}", path, base)
+    words = (
+        "with vera_A and vera_B in it, PEFT 0.21 or newer is exact; for older PEFT use `convert --to lora --base BASE`"
+    )
+    return _step(words, f"vera-tools embed-projections {{path}} -o {shlex.quote(_target(path))}-embedded", path, None)
 
 
 def _after_drift(path: str, checks: Sequence[Check], *, stored: bool, key: int | None, base: str | None) -> Step:
@@ -273,13 +316,33 @@ def _after_drift(path: str, checks: Sequence[Check], *, stored: bool, key: int |
 
 
 def _step(words: str, command: str, path: str, base: str | None) -> Step:
-    again, record = "vera-tools verify {path}", "vera-tools record {path}"
+    quoted = shlex.quote(path)
+    pull, forget, record = "", f"rm {shlex.quote(_manifest_beside(path))}", f"vera-tools record {quoted}"
     if opening.is_on_hub(path):
-        record = "vera-tools pull {path} -o pulled && vera-tools record pulled"
-    elif opening.is_remote(path):
-        record = "vera-tools record COPY"  # made by the store's own means
-    text = command.replace("{again}", again).replace("{record}", record)
-    return Step(words, text.format(path=shlex.quote(path), base=shlex.quote(_base(base))))
+        pull = f"vera-tools pull {quoted} -o pulled && "
+        forget, record = f"rm pulled/{MANIFEST_NAME}", "vera-tools record pulled"
+    elif opening.is_remote(path):  # a copy that was made by the store's own means
+        forget, record = f"rm COPY/{MANIFEST_NAME}", "vera-tools record COPY"
+    text = command.format(
+        again=f"vera-tools verify {quoted}",
+        record=f"{pull}{record}",
+        anew=f"{pull}{forget} && {record}",
+        lora=lora_command(path, base, f"{_target(path)}-lora"),
+        path=quoted,
+        base=shlex.quote(_base(base)),
+    )
+    return Step(words, text)
+
+
+def _target(path: str) -> str:
+    """A name for what is made of a checkpoint."""
+    return re.sub(r"[^\w.-]+", "-", path.rstrip("/").rsplit("/", 1)[-1])
+
+
+def _manifest_beside(path: str) -> str:
+    """The manifest of a local checkpoint, which may have been named by a file of it."""
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
+    return os.path.join(folder, MANIFEST_NAME)
 
 
 def _base(name: str | None) -> str:

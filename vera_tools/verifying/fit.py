@@ -8,6 +8,7 @@ from vera_tools.architectures import data
 from vera_tools.architectures.architecture import LINEAR
 from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
+from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
 from vera_tools.checkpoints.placement import Placement, shape_of
 from vera_tools.checkpoints.recorded_base import RecordedBase
@@ -15,8 +16,6 @@ from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
 from vera_tools.verifying.checks import some
 from vera_tools.verifying.findings import Check
-
-_ANEW = "delete the record and record it anew with --base"
 
 
 def against_base(checkpoint: Checkpoint, base: BaseModel, *, digests: bool) -> Iterator[Check]:
@@ -48,14 +47,21 @@ def against_base(checkpoint: Checkpoint, base: BaseModel, *, digests: bool) -> I
     if known and (known.in_max, known.out_max) != follows:
         message = (
             f"the base gives {dimensions}, the projections have in_max {known.in_max} and out_max {known.out_max}: "
-            "another base, or PEFT saved this adapter beside a first, wider one, whose pair it then shares"
+            "another base"
         )
+        record = checkpoint.recorded
+        if record is not None and record.assumed and not checkpoint.projections:
+            message += (
+                f", or the width was {record.origin} wrongly: if it was trained on this base, {_anew(checkpoint)}"
+            )
+        elif known.in_max >= follows[0] and known.out_max >= follows[1]:
+            message += ", or PEFT saved this adapter beside a first, wider one, whose pair it then shares"
         yield Check("base.pair", "fail", message)
     elif known:
         yield Check("base.pair", "pass", f"{dimensions} follow from the base")
     else:
         yield Check("base.pair", "pass", f"the projections can be regenerated: {dimensions} follow from the base")
-    yield from _dtype(checkpoint, base)
+    yield from dtype(checkpoint, base)
     yield _parameters(checkpoint, base)
     yield from _recorded_base(checkpoint, base, digests=digests)
 
@@ -77,7 +83,7 @@ def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
     return Check("base.class", "pass", f"{who} takes {len(base.tensors) - len(unexpected)} tensors of the base")
 
 
-def _dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
+def dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     """The base's dtype against a recipe that was stated or assumed, which nothing else can contradict.
 
     A recipe that was taken from the pair itself is not asked: what was trained on one dtype may be loaded on another.
@@ -103,9 +109,15 @@ def _dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
     then = f"rounded through {recipe.rounded_through}" if recipe.rounded_through else "not rounded"
     message = (
         f"{recipe.name} was {record.origin}, whose projections are {then}, while this base is "
-        f"{' and '.join(sorted(dtypes))}: if it was trained on this base, {_ANEW}"
+        f"{' and '.join(sorted(dtypes))}: if it was trained on this base, {_anew(checkpoint)}"
     )
     yield Check("base.dtype", "fail", message)
+
+
+def _anew(checkpoint: Checkpoint) -> str:
+    if checkpoint.embedded is not None:
+        return "record it anew where it was trained, since the weights file itself holds this record"
+    return f"delete {MANIFEST_NAME} and record it anew with --base"
 
 
 def _not_adapted(checkpoint: Checkpoint, base: BaseModel) -> list[str]:

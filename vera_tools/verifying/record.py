@@ -16,9 +16,10 @@ from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, Manifest
 from vera_tools.checkpoints.resolution import Assumptions, Resolved, refuse_other_base, resolve
 from vera_tools.checkpoints.writing import describe
-from vera_tools.errors import FormatError, UsageError, VeraToolsWarning
+from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsWarning
 from vera_tools.files import atomic, local, opening
 from vera_tools.report import Report
+from vera_tools.verifying import fit
 from vera_tools.verifying.checks import scan, some, structure, values
 from vera_tools.verifying.findings import Check
 
@@ -98,7 +99,8 @@ def record(
 
     Raises:
         FormatError: unreadable, malformed, not VeRA, without an adapted layer, or changed meanwhile.
-        CheckFailedError: the base does not fit, or an earlier record was changed or is wrong about the projections.
+        CheckFailedError: the base does not fit, has another dtype than an earlier, assumed record was made for, or that
+            record was changed or is wrong about the projections.
         UnprovenError: seed-only with nothing recorded, and `strict`.
         UsageError: a checkpoint on the Hub or in a store, or a seed-only one for which nothing says in_max.
     """
@@ -125,6 +127,8 @@ def record(
         )
         resolved = _as_stated(opened, resolve(opened, assumptions), assumptions)
         refuse_other_base(resolved.record, opened, model)
+        if model is not None and assumptions.method is None and resolved.record.assumed:
+            _refuse_other_dtype(opened, model)
         _warn_of_another_base(opened, model)
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
@@ -200,6 +204,18 @@ def _as_stated(checkpoint: Checkpoint, resolved: Resolved, stated: Assumptions) 
             hint="leave the recipe options out",
         )
     return replace(resolved, record=replace(record, origin="stated"))
+
+
+def _refuse_other_dtype(checkpoint: Checkpoint, base: BaseModel) -> None:
+    """Refuse a base on which PEFT would draw another pair than was assumed: a record of both contradicts itself.
+
+    Raises:
+        CheckFailedError: it is one.
+    """
+    for check in fit.dtype(checkpoint, base):
+        if check.status == "fail":
+            hint = "where this is another base, name the one that it was trained on"
+            raise CheckFailedError(check.message, where=checkpoint.label, hint=hint)
 
 
 def _warn_of_another_base(checkpoint: Checkpoint, base: BaseModel | None) -> None:

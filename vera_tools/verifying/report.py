@@ -252,7 +252,8 @@ class VerifyReport(Report):
             return step
         if not any(words for _, words in self.gates(checkpoint)):
             return None
-        return advice.gate_step(checkpoint.path, checkpoint.loads, stored=bool(checkpoint.projections_stored))
+        stored = bool(checkpoint.projections_stored)
+        return advice.gate_step(checkpoint.path, checkpoint.loads, stored=stored, base=checkpoint.base)
 
     def exit_code_of(self, checkpoint: CheckpointReport) -> int:
         """One checkpoint's code, gates included."""
