@@ -265,6 +265,8 @@ class TestSavedModules:
         peft = pytest.importorskip("peft")
         from transformers import AutoModelForCausalLM
 
+        from vera_tools.nn.peft import save
+
         base = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
         wide = peft.VeraConfig(r=4, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
         narrow = peft.VeraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -287,6 +289,8 @@ class TestSavedModules:
         stripped = one(tmp_path / "stripped", base=base_of(KEPT))
         assert stripped.verdict == "reproducible"
         assert {load.exact for load in stripped.loads if load.loader.startswith("peft")} == {False}
+        save(model, tmp_path / "live", adapter_name="second")
+        assert failed(one(tmp_path / "live" / "second")) == {"base.pair"}  # its manifest has the layers' shapes
         fresh = AutoModelForCausalLM.from_pretrained(base_of(KEPT))
         with pytest.warns(UserWarning, match="not (save|load) vera_A"):
             loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "stripped")

@@ -31,7 +31,7 @@ from vera_tools.verifying import acceptance, checks
 from vera_tools.verifying.checks import Scan
 from vera_tools.verifying.findings import BROKEN, DAMAGE, Check
 from vera_tools.verifying.loads import OLD_PEFT, PEFT, Load, Trained, loader_table
-from vera_tools.verifying.recorded import refuse_changed
+from vera_tools.verifying.recorded import refuse_changed, width
 
 _REMEDY = (
     "vera-tools loads it exactly everywhere; embedding makes it exact in PEFT >= 0.21 with default options, "
@@ -154,6 +154,7 @@ def strip_projections(
             refuse_miscopied(manifest, checked, where=opened.weights.label)
             size = (folder / WEIGHTS_NAME).stat().st_size
         fits = opened.widest == resolved.record.shape.out_max
+        fits = fits and all(check.status == "pass" for check in width(opened))
         dropped = acceptance.dropped(opened)
         loads = _loads(opened, resolved, fits=fits, whole=not damage, obstacles=dropped)
         remedy = _REMEDY_FOR_DROPPED_VECTORS if dropped else _REMEDY if fits else _REMEDY_FOR_A_SHARED_PAIR

@@ -205,6 +205,11 @@ SAID: Mapping[str, tuple[str, str]] = {
     ),
     "of both half dtypes": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
     "wrongly: if it was trained on this base": _REPLACED,
+    "the recorded base gives": (
+        "save it again, alone in its model, or take it as LoRA, which needs no pair; if another base was recorded than "
+        "it was trained on, record that one",
+        "{lora}",
+    ),
     "beside a first, wider one": (
         "if this is not the base that it was trained on, name that one; if it is, save the adapter again, alone in its "
         "model, or take it as LoRA, which needs no pair",

@@ -22,6 +22,7 @@ from vera_tools.report import Report
 from vera_tools.verifying import fit
 from vera_tools.verifying.checks import scan, some, structure, values
 from vera_tools.verifying.findings import Check
+from vera_tools.verifying.recorded import width
 
 
 @dataclass(frozen=True, repr=False)
@@ -133,7 +134,7 @@ def record(
         digest_base = base is not None and not opening.is_remote(base)
         manifest = describe(opened, resolved.record, base=model, digest_base=digest_base)
         data = manifest.to_json().encode()
-        warned = list(_doubts(opened, manifest))
+        warned = list(_doubts(opened, manifest, model))
         with atomic.errors(folder.path), atomic.alone(folder.path):  # nobody exchanges it meanwhile who asks for this
             opened.check_unchanged()
             if model is not None:
@@ -153,7 +154,7 @@ def record(
     return RecordReport(opened.label, str(path), manifest, resolved, before is not None, changed, tuple(warned))
 
 
-def _doubts(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
+def _doubts(checkpoint: Checkpoint, manifest: Manifest, base: BaseModel | None) -> Iterator[str]:
     """What a manifest would vouch for from now on that may be damaged."""
     earlier = checkpoint.manifest
     if checkpoint.manifest_error is not None:
@@ -168,7 +169,7 @@ def _doubts(checkpoint: Checkpoint, manifest: Manifest) -> Iterator[str]:
         if found:
             yield f"not what was recorded before: {' and '.join(found)}; the manifest vouches for this from now on"
     # A second look at every tensor, which also finds what a failing disk read otherwise when it was hashed.
-    found_now = [*_structure(checkpoint), *values(checkpoint, scan(checkpoint))]
+    found_now = [*_structure(checkpoint), *values(checkpoint, scan(checkpoint)), *width(checkpoint, base)]
     if failed := [f"{check.id} ({check.message})" for check in found_now if check.status == "fail"]:
         yield f"it fails {' and '.join(failed)}: it is recorded as it is"
 

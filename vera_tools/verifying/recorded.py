@@ -10,9 +10,11 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, Checkpoint
 from vera_tools.checkpoints.manifest import Manifest, ProjectionRecord
 from vera_tools.checkpoints.names import is_embedding
+from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsWarning
 from vera_tools.projections.identification import Identification
 from vera_tools.projections.pair import PROJECTIONS
@@ -84,6 +86,33 @@ def refuse_changed(checkpoint: Checkpoint) -> dict[str, str]:
             hint="take a sound copy, or renew the manifest with `vera-tools record`",
         )
     return {name: found.sha256 for name, found in scans.items()}
+
+
+def width(checkpoint: Checkpoint, base: BaseModel | None = None) -> Iterator[Check]:
+    """in_max against the adapted weights' recorded shapes; nothing where those do not tell it.
+
+    The vectors say nothing of it: a layer's vera_lambda_b is as long as its output.
+
+    Args:
+        checkpoint: The checkpoint.
+        base: The base that is about to be recorded.
+
+    Raises:
+        CheckFailedError: this base does not fit.
+    """
+    pair, widths = checkpoint.pair_shape(), checkpoint.in_features(base)
+    recorded = checkpoint.manifest.base.weights.values() if checkpoint.manifest and base is None else ()
+    if pair is None or not widths or any(record.dtype not in FLOATS for record in recorded):
+        return  # version 0.1.0 recorded quantised weights too, whose shapes may be packed
+    widest = max(widths.values())
+    if widest > pair.in_max or (widest < pair.in_max and len(widths) == len(checkpoint.layers)):
+        message = (
+            f"the recorded base gives in_max {widest}, the projections have in_max {pair.in_max}: another base, or "
+            "PEFT saved this adapter beside a first, wider one, whose pair it then shares"
+        )
+        yield Check("base.pair", "fail", message)
+    elif widest == pair.in_max:
+        yield Check("base.pair", "pass", f"in_max {widest} follows from the recorded base")
 
 
 def _unusable(checkpoint: Checkpoint) -> Iterator[Check]:

@@ -141,6 +141,8 @@ class Verifier:
         found += [*checks.values(checkpoint, scans), *recorded.against_manifest(checkpoint, scans)]
         if self._base:
             found += fit.against_base(checkpoint, self._base, digests=self.base_digests)
+        else:
+            found += recorded.width(checkpoint)
         pair = stored_pair(checkpoint)
         if pair:
             return self._stored(path, checkpoint, pair, scans, found, structure)
@@ -340,14 +342,20 @@ def _scope(checkpoint: Checkpoint, found: list[Check], verdict: Verdict) -> str:
 def _covered(checkpoint: Checkpoint, found: list[Check]) -> str:
     if checkpoint.manifest and not any(c.status == "fail" and c.id.startswith("manifest.") for c in found):
         covered = "projections, vectors and config are covered"
-        return covered if checkpoint.manifest.covered else f"{covered}; the manifest, which has no digest, is not"
+        covered += "" if checkpoint.manifest.covered else "; the manifest, which has no digest, is not"
+        return covered + _width(found)
     if checkpoint.manifest:
         return "the manifest does not hold for this checkpoint (see the failed checks)"
     if checkpoint.manifest_error:
         return "vectors not covered: the manifest cannot be used (see the failed checks)"
     if checkpoint.projections or checkpoint.recorded:
-        return "vectors not covered: no manifest"
+        return "vectors not covered: no manifest" + _width(found)
     return "nothing is covered: run `record` where it was trained, so that it can be proven from then on"
+
+
+def _width(found: list[Check]) -> str:
+    """What is to be said where nothing tells whether the pair is as wide as the layers, for which PEFT makes room."""
+    return "" if any(check.id == "base.pair" for check in found) else "; in_max not checked against a base"
 
 
 def _held_by(pair: Pair) -> frozenset[str]:
