@@ -50,4 +50,4 @@ def test_what_may_fail_has_a_remedy():
     assert set(REMEDIES) == set(CHECK_IDS) - never - {"tensors.lambda_b", "tensors.lambda_d"}
     for words, command in REMEDIES.values():
         assert not words.endswith(".")
-        assert command.split()[0] in ("vera-tools", "{again}", "{record}")
+        assert command.split()[0] in ("vera-tools", "{again}", "{record}", "{anew}")
