@@ -155,6 +155,30 @@ def test_what_an_earlier_run_wrote_is_replaced(registry):
             assert adapter in Path(name).read_text("utf-8")
 
 
+@pytest.mark.parametrize("when", ["listed", "begun", "one", "ending"])
+def test_an_interrupt_leaves_no_earlier_report(registry, monkeypatch, when):
+    """One that stayed would be published as this run's, which found nothing wrong."""
+    files = "--junit", "report.xml", "--report", "page.html"
+    assert run_cli("verify", "-R", "r/good", *files).returncode == 0
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    at = {"listed": "verify._search", "begun": "verify.Registry.run", "ending": "verify.Log.end"}
+    monkeypatch.setattr(f"vera_tools.verifying.{at.get(when, 'verifier.Verifier.verify')}", interrupted)
+    result = run_cli("verify", *(["r/good"] if when == "one" else ["-R", "r"]), "--json", *files)
+    assert result.returncode == 130
+    document = json.loads(result.stdout)
+    schema.validate(document, "verify.v1", where="stdout")
+    assert (document["partial"], len(document["checkpoints"])) == (True, 4 if when == "ending" else 0)
+    suites = ElementTree.parse("report.xml").getroot()
+    assert (suites.get("errors"), suites[-1].get("name")) == ("1", "interrupted")
+    assert "interrupted" in Path("page.html").read_text("utf-8")
+    result = run_cli("verify", "-R", "r", "--format", "github")
+    assert result.returncode == 130
+    assert "interrupted before all were verified" in result.stdout
+
+
 @pytest.mark.skipif(os.name != "posix", reason="needs named pipes")
 @pytest.mark.parametrize("option", ["--junit", "--report", "--attest", "--log"])
 def test_no_file_takes_the_place_of_a_pipe_or_a_device(registry, option):

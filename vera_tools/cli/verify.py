@@ -23,7 +23,7 @@ from vera_tools.cli.forms import (
     requirement_options,
 )
 from vera_tools.cli.shared import Output, base_option, examples, output_options, part_option, write_line
-from vera_tools.errors import UsageError
+from vera_tools.errors import UsageError, was_interrupt
 from vera_tools.parts import Part
 
 if TYPE_CHECKING:
@@ -99,8 +99,6 @@ def command(
     input, one a line, taken as it is.
     """
     blas.start_alone()
-    listed = _listed() if "-" in checkpoints else []
-    checkpoints = tuple(path for path in checkpoints if path != "-")
     if log == "-" and not output.json:
         form = form or "jsonl"
     shown = Form.of(output, form, junit, page, failed_only=failed_only)
@@ -114,8 +112,10 @@ def command(
         from vera_tools.cli import attest as attesting
 
         attesting.prepare(attest)
-    many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
     try:
+        listed = _listed() if "-" in checkpoints else []
+        checkpoints = tuple(path for path in checkpoints if path != "-")
+        many = recursive or len(checkpoints) + len(listed) > 1 or any("*" in path for path in checkpoints)
         bar = shown.output.progress("verifying") if many else contextlib.nullcontext()
         with executor_of(dask) as executor, bar as progress:
             report = vera_tools.verify(
@@ -133,15 +133,23 @@ def command(
                 file_digests=attest is not None,
                 executor=executor,
             )
-    except KeyboardInterrupt as error:
-        partial: VerifyReport | None = getattr(error, "report", None)
-        if partial is None:
+    except BaseException as error:
+        if not was_interrupt(error):
             raise
-        report = partial
-        write_line("interrupted" if log else "interrupted; with --log FILE, a later run goes on from where it stopped")
+        partial: VerifyReport | None = getattr(error, "report", None)
+        report = partial or _nothing(requirements)  # an earlier report that stays would pass for this run's
+        hint = "" if log or not partial else "; with --log FILE, a later run goes on from where it stopped"
+        write_line(f"interrupted{hint}")
     if attest:
         attesting.write(attest, report, quiet=output.quiet)
     return shown.show(report)
+
+
+def _nothing(requirements: Requirements) -> VerifyReport:
+    """The report of a run that was interrupted before it came to verify anything."""
+    from vera_tools.verifying.gathering import Gathered
+
+    return Gathered(**requirements).report(partial=True)
 
 
 def _listed() -> list[str]:

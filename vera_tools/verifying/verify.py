@@ -12,7 +12,7 @@ from typing import TextIO
 from vera_tools import parts
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.presence import WEIGHTS_NAME, find, in_order, nothing_found, sign_of
-from vera_tools.errors import UsageError
+from vera_tools.errors import UsageError, was_interrupt
 from vera_tools.files import opening, store
 from vera_tools.files.local import ByteSource
 from vera_tools.files.store_client import Address
@@ -84,7 +84,7 @@ def verify(
         UsageError: no checkpoint given, or one that is not there or has no name; an unknown `require`,
             `require_loads` or `against_loads`; no such `part`.
         RemoteError: the only checkpoint, or the base, cannot be reached; of several, that one is reported as failed.
-        Interrupted: a KeyboardInterrupt, with the report on what was done by then, where there are several.
+        Interrupted: a KeyboardInterrupt while several are verified, with the report on what was done by then.
     """
     gathered = Gathered(require, require_loads, against_loads, require_recorded=require_recorded)
     if part is not None:
@@ -132,17 +132,18 @@ def verify(
         )
         hands = jobs or min(cpus(), len(wanted.items)) or 1
         work = Registry(verifier, job, hands, lines, executor, whole=part is None)
-        try:
-            for place, result in work.run(wanted):
-                done = gathered.add(place, result.outcome)
-                if progress:
-                    progress(done, len(wanted.items), result.path)
-        except KeyboardInterrupt as error:
-            raise Interrupted(gathered.report(partial=True, from_log=lines.taken)) from error
+        for place, result in work.run(wanted):
+            done = gathered.add(place, result.outcome)
+            if progress:
+                progress(done, len(wanted.items), result.path)
         if model:
             model.check_unchanged()
         lines.end()
         return gathered.report(from_log=lines.taken)
+    except BaseException as error:
+        if many and was_interrupt(error):
+            raise Interrupted(gathered.report(partial=True, from_log=lines.taken)) from error
+        raise
     finally:
         lines.give_up()
         if model:
