@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -156,6 +157,60 @@ def test_what_a_run_took_from_lines_that_are_gone(root, tmp_path):
     vera_tools.summarize(log)
 
 
+def test_what_the_last_run_did_not_find_any_more(tmp_path, monkeypatch):
+    """An adapter that is gone is none of the report, and one that came back is, though nothing of it changed."""
+    root, log = tmp_path / "r", tmp_path / "log"
+    for name, source in (("a", KEPT), ("b", SEED_ONLY)):
+        shutil.copytree(CHECKPOINTS / source, root / name)
+    assert vera_tools.verify(root, recursive=True, log=log).exit_code
+    (root / "b").rename(tmp_path / "aside")
+    for _ in range(2):
+        assert vera_tools.summarize(log).exit_code
+        alone = vera_tools.verify(root, recursive=True, log=log)
+        assert vera_tools.summarize(log) == alone
+        assert (alone.exit_code, [one.path for one in alone.checkpoints]) == (0, [str(root / "a")])
+        size = log.stat().st_size
+        vera_tools.verify(root, recursive=True, log=log)
+        assert log.stat().st_size == size
+        (tmp_path / "aside").rename(root / "b")
+        both = vera_tools.verify(root, recursive=True, log=log)
+        assert (len(both.checkpoints), vera_tools.summarize(log)) == (2, both)
+        (root / "b").rename(tmp_path / "aside")
+    monkeypatch.setattr(logs, "_MOST_GONE", 1)
+    (root / "a").rename(root / "c")
+    vera_tools.verify(root, recursive=True, log=log)
+    assert [line["gone"] for line in lines_of(log)[-2:]] == [[str(root / "a")], [str(root / "b")]]
+    lines = log.read_bytes().splitlines(keepends=True)
+    (tmp_path / "cut").write_bytes(b"".join(lines[:-1]))
+    with pytest.raises(FormatError, match="did not end"):
+        vera_tools.summarize(tmp_path / "cut")
+
+
+def test_what_others_found_is_not_gone(tmp_path, monkeypatch):
+    """Other arguments, another folder, another part or another log: each run tells of its own."""
+    log = tmp_path / "log"
+    for name in ("x/r/a", "x/r/b", "y/r/c"):
+        shutil.copytree(CHECKPOINTS / KEPT, tmp_path / name)
+    for folder in "xy":
+        monkeypatch.chdir(tmp_path / folder)
+        vera_tools.verify("r", recursive=True, log=log)
+    monkeypatch.chdir(tmp_path / "x")
+    vera_tools.verify("r/b", log=log)  # which it takes from the line of the search
+    shutil.rmtree("r/b")
+    vera_tools.verify("r", recursive=True, log=log)
+    names = [os.path.join("r", name) for name in "abc"]
+    assert [one.path for one in vera_tools.summarize(log).checkpoints] == [names[0], "r/b", names[2]]
+    shutil.copytree("r/a", "r/b")
+    parts = [tmp_path / "one", tmp_path / "two"]
+    for _ in range(2):
+        for number, part in enumerate(parts, start=1):
+            vera_tools.verify("r", recursive=True, part=(number, 2), log=part)
+        left = sorted(os.listdir("r"))
+        found = [os.path.basename(one.path) for one in vera_tools.summarize(*parts).checkpoints]
+        assert found == left
+        shutil.rmtree("r/b", ignore_errors=True)
+
+
 def test_a_part_that_nobody_began(root, tmp_path):
     for n in (1, 2, 3):
         vera_tools.verify(root, recursive=True, part=(n, 3), log=tmp_path / f"{n}")
@@ -231,6 +286,24 @@ def test_a_disk_that_takes_less_than_it_is_given(root, tmp_path, monkeypatch):
     vera_tools.verify(root, recursive=True, log=tmp_path / "log")
     monkeypatch.undo()
     assert len(lines_of(tmp_path / "log")) == 4
+
+
+def test_a_full_disk_is_the_logs(root, tmp_path, monkeypatch):
+    """Nobody looks for it elsewhere, and what fits is taken up again."""
+    log, room = tmp_path / "log", [1, 2000]
+
+    class Full(io.FileIO):
+        def write(self, data):
+            if len(room) == 2:  # what a run notes at its beginning
+                return super().write(data[: len(data) if len(data) < 1000 else room.pop()])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(logs.io, "FileIO", Full)
+    result = run_cli("verify", "-R", root, "--jobs", "1", "--log", log)
+    monkeypatch.undo()
+    assert result.returncode == 1
+    assert f"error: {log}: could not be written: No space left on device" in result.stderr
+    assert vera_tools.verify(root, recursive=True, log=log) == vera_tools.summarize(log)
 
 
 def test_a_run_that_ended_over_nothing_is_no_pass(tmp_path):

@@ -7,14 +7,13 @@ no checkpoint to say it of, before the first and where the last was known, a lin
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import itertools
 import json
 import marshal
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -26,9 +25,10 @@ from vera_tools.checkpoints.checkpoint import PICKLE_NAME, WEIGHTS_NAME
 from vera_tools.checkpoints.config import CONFIG_NAME
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.errors import FormatError, UsageError, VeraToolsError, escaped
-from vera_tools.files import local, locking
+from vera_tools.files import local
 from vera_tools.files.store import StoreFolder
 from vera_tools.files.strict_json import parse_json
+from vera_tools.verifying.log_file import LogFile
 from vera_tools.verifying.report import CheckpointReport, Failed, Outcome, Skipped
 from vera_tools.verifying.runs import Run, Runs
 from vera_tools.verifying.sharing import Shared
@@ -37,8 +37,8 @@ from vera_tools.verifying.sharing import Shared
 _MEMBERS = {"verified": "checkpoint", "skipped": "kind", "failed": "error"}
 #: Bytes. A checkpoint's own line has some six thousand.
 _LONGEST_LINE = 16 << 20
-#: Of each line, in every version; what has another is not mended.
-_BEGINNING = b'{"schema": "vera-tools/verify-'
+#: Paths in one line that says what is gone.
+_MOST_GONE = 1000
 #: So many different reports are known again; in a log of more, hardly any is like another.
 _MOST_REPORTS = 4096
 #: What `verify` reads of a checkpoint.
@@ -163,7 +163,7 @@ class Reader:
         data = parse_json(line.decode("utf-8", "replace"), where=where, paths=True)
         if isinstance(data, dict) and data.get("schema") == "vera-tools/verify-run/v1":
             schema.validate(data, "verify-run.v1", where=where)
-            return Run.from_dict(data["run"])
+            return replace(Run.from_dict(data["run"]), gone=tuple(data.get("gone", ())))
         entry = data.get("checkpoint") if isinstance(data, dict) else None
         content = _content(entry) if isinstance(entry, dict) else None
         known = self._reports.get(content) if content else None
@@ -280,12 +280,12 @@ def _may_be_assumed(report: CheckpointReport) -> bool:
 
 
 class _Known(NamedTuple):
-    """What is kept of a line from which a later run may take: `has_run` is whether a run answers for it."""
+    """What is kept of a line from which a later run may take: `holds` is whether a run answers for it."""
 
     result: Result
     conditions: Conditions
     tool: tuple[str, str]
-    has_run: bool
+    holds: bool
 
 
 class Log:
@@ -313,9 +313,12 @@ class Log:
         self._taken: set[tuple[str, str | None]] = set()
         self._done = self._written = 0
         self._held: list[Result] = []
-        self._note = (0, b"")
+        #: Paths of which runs wrote that looked at the same, and that this one has not come upon.
+        self._unseen: set[str] = set()
+        #: Paths that a run did not come upon any more, and how many of `_lines` were before it said so.
+        self._gone: dict[str, int] = {}
         self._stream: TextIO | None = None
-        self._path: Path | None = None
+        self._file: LogFile | None = None
         #: How many results were taken from it.
         self.taken = 0
         if target is None:
@@ -326,38 +329,51 @@ class Log:
         path = Path(target)
         try:
             refuse_no_file(path)
-            with self._alone(path) as stream:
+            self._file = LogFile(path)
+            with self._file.alone() as stream:
                 for line in Reader(shared or Shared()).read_all(stream, where=path):
-                    if isinstance(line, Run):
-                        self._runs.add(line, where=str(path))
-                        continue
-                    if line.run:
-                        self._runs.add(line.run, where=str(path), key=line.key)
-                    if not (isinstance(line.result.outcome, Failed) or line.old):
-                        self._lines.append(_Known(line.result, line.conditions, line.tool, line.run is not None))
-            self._path = path
-            self._append([], run.to_line())
+                    self._read(line, where=str(path))
+            self._file.append(b"", run.to_line())
         except OSError as error:
             raise UsageError(f"cannot be written: {error.strerror}", where=path) from error
+
+    def _read(self, line: Line | Run, *, where: str) -> None:
+        """Take note of a line that is there."""
+        if isinstance(line, Run):
+            self._runs.add(line, where=where)
+            self._gone.update(dict.fromkeys(line.gone, len(self._lines)))
+            if self._run.looks_again(line):
+                self._unseen.difference_update(line.gone)
+            return
+        if line.run:
+            self._runs.add(line.run, where=where, key=line.key)
+            if self._run.looks_again(line.run):
+                self._unseen.add(line.result.path)
+        if not (isinstance(line.result.outcome, Failed) or line.old):
+            self._lines.append(_Known(line.result, line.conditions, line.tool, line.run is not None))
 
     @property
     def is_file(self) -> bool:
         """Whether a later run may take from it, so that states are worth writing down."""
-        return self._path is not None
+        return self._file is not None
 
     def begin(self, conditions: Conditions, *, total: int, whole: str) -> None:
         """Note what there is to do, and take up what is known under these conditions."""
         self._conditions = conditions
         self._run = replace(self._run, total=total, whole=whole)
-        for line in self._lines:
-            self._remember(line)
+        for number, line in enumerate(self._lines):
+            there = number >= self._gone.get(line.result.path, 0)
+            self._remember(line if there else line._replace(holds=False))
         self._lines = []
-        if self._path:
+        if self._file:
             self._append([], self._now().to_line())
 
     def end(self) -> None:
         """Note that the run did all that it had to do, and that nothing else is wrong."""
         held, self._held = self._held, []
+        if self._unseen and not self._runs.others_took(self._run):
+            self._append(held, gone=sorted(self._unseen))
+            return
         if held:
             self._append(held, ended=True)
             return
@@ -389,6 +405,8 @@ class Log:
 
     def write(self, results: Iterable[Result]) -> None:
         """Append what is new of the results of one thing that was to be done, and count it as done."""
+        results = list(results)
+        self._unseen.difference_update(result.path for result in results)
         fresh = [result for result in results if not self._take(result)]
         self._done += 1
         if self._done == self._run.total:  # with which the run ends, where nothing else is wrong
@@ -397,12 +415,12 @@ class Log:
             self._append(fresh)
 
     def _take(self, result: Result) -> bool:
-        """Count a result that comes from here; False where it is to be written, because no run answers for its line."""
+        """Count a result that comes from here; False where it is to be written, for this run to answer for it."""
         line = self._known.get((result.path, result.commit))
         if line is None or line.result is not result:
             return False
         self.taken += 1
-        if not line.has_run:
+        if not line.holds:
             return False
         self._taken.add((result.path, result.commit))
         return True
@@ -411,58 +429,35 @@ class Log:
         """The run as far as it is."""
         return replace(self._run, done=self._done, written=self._written, taken=len(self._taken), ended=ended)
 
-    def _append(self, results: list[Result], note: bytes | None = None, *, ended: bool = False) -> None:
-        """Append lines, the last of which may say that the run ended; or a note on the run, until the next line."""
-        if self._path is None and self._stream is None:
+    def _append(
+        self, results: list[Result], note: bytes | None = None, *, ended: bool = False, gone: Sequence[str] = ()
+    ) -> None:
+        """Append lines, the last of which may say that the run ended; or a note on the run, until the next line.
+
+        What is gone is said after the lines, by which the run ends.
+        """
+        if self._file is None and self._stream is None:
             return
         lines = []
         for number, result in enumerate(results, start=1):
             self._written += 1
             now = self._now(ended=ended and number == len(results))
             lines.append(json.dumps(result.to_dict(self._conditions, now), allow_nan=False) + "\n")
-        data = "".join(lines).encode() + (note or b"")
-        if self._path and (data or note is not None):
-            with self._alone(self._path) as stream:
-                self._put(stream, data)
-                self._note = (stream.tell() - len(note), note) if note else (0, b"")
+        for start in range(0, len(gone), _MOST_GONE):
+            some = tuple(gone[start : start + _MOST_GONE])
+            now = self._now(ended=start + _MOST_GONE >= len(gone))
+            lines.append(replace(now, gone=some).to_line().decode())
+        data = "".join(lines).encode()
+        if self._file and (data or note is not None):
+            try:
+                self._file.append(data, note or b"")
+            except OSError as error:
+                what = f"could not be written: {error.strerror or error}"
+                hint = "a later run goes on from what it holds"
+                raise VeraToolsError(what, where=self._file.path, hint=hint) from error
         elif self._stream and data:
             self._stream.write(data.decode())
             self._stream.flush()
-
-    def _put(self, stream: io.FileIO, data: bytes) -> None:
-        """Write at the end, in the place of this run's last note where that is still the last line."""
-        start, note = self._note
-        size = stream.seek(0, os.SEEK_END)
-        if note and size == start + len(note):
-            stream.seek(start)
-            size = start if stream.read(len(note)) == note else size
-        stream.seek(size)
-        rest = memoryview(data)
-        while rest:
-            rest = rest[stream.write(rest) :]
-        stream.truncate()
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _alone(path: Path) -> Iterator[io.FileIO]:
-        """The file, from its beginning and with whole lines only, for as long as no other run may touch it."""
-        with io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666), "r+") as stream:
-            locking.wait(stream.fileno())
-            size = stream.seek(0, os.SEEK_END)
-            if size:
-                stream.seek(size - 1)
-                if stream.read(1) != b"\n":  # nobody is writing it, so nobody will end this line
-                    stream.seek(0)
-                    content = stream.readall()
-                    if not content.startswith(_BEGINNING[: len(content)]):
-                        raise UsageError(
-                            "is there, and no log of `verify`, so nothing is written to it",
-                            where=path,
-                            hint="choose another file, or delete it yourself",
-                        )
-                    stream.truncate(content.rfind(b"\n") + 1)
-            stream.seek(0)
-            yield stream
 
     def _remember(self, line: _Known) -> None:
         result, mine = line.result, self._conditions

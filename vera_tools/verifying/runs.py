@@ -32,6 +32,8 @@ class Run:
         written: How many lines on checkpoints it wrote.
         taken: How many results it took from lines of earlier runs.
         ended: Whether it did all that it had to do, and nothing else was wrong.
+        at: A digest over what it was asked to look at, with absolute paths; None in lines of older versions.
+        gone: Paths that earlier runs wrote of that looked at the same, and that it did not come upon any more.
     """
 
     asked: str
@@ -43,10 +45,21 @@ class Run:
     written: int = 0
     taken: int = 0
     ended: bool = False
+    at: str | None = None
+    gone: tuple[str, ...] = ()
+
+    @property
+    def question(self) -> tuple[str, str | None]:
+        """What it was asked, and where: the same words name something else in another folder."""
+        return self.asked, self.at
 
     def repeats(self, other: Run) -> bool:
         """Whether it was asked all that the other one was asked."""
         return self.asked == other.asked and self.part in (None, other.part)
+
+    def looks_again(self, other: Run) -> bool:
+        """Whether it looks wherever the other one looked, so that what it does not come upon is gone."""
+        return self.repeats(other) and self.at is not None and self.at == other.at
 
     def to_dict(self) -> dict[str, Any]:
         """The member `run` of a line."""
@@ -60,6 +73,7 @@ class Run:
             "written": self.written,
             "taken": self.taken,
             "ended": self.ended,
+            **({"at": self.at} if self.at else {}),
         }
 
     @classmethod
@@ -69,7 +83,9 @@ class Run:
 
     def to_line(self) -> bytes:
         """The verify-run/v1 line."""
-        document = {"schema": "vera-tools/verify-run/v1", "tool": dict(TOOL), "run": self.to_dict()}
+        document: dict[str, Any] = {"schema": "vera-tools/verify-run/v1", "tool": dict(TOOL), "run": self.to_dict()}
+        if self.gone:
+            document["gone"] = list(self.gone)
         return (json.dumps(document) + "\n").encode()
 
 
@@ -124,6 +140,10 @@ class Runs:
             return False
         last = earlier[-1].run
         return last.ended and (last.whole, last.total) == (run.whole, run.total)
+
+    def others_took(self, run: Run) -> bool:
+        """Whether runs that looked elsewhere may rest on the lines of those that looked where this one does."""
+        return any(seen.run.taken and seen.run.question != run.question for seen in self._seen.values())
 
     def missing(self) -> list[str]:
         """What is missing for the lines to be all that the runs had to write, in words."""

@@ -16,6 +16,9 @@ from vera_tools.verifying.log import Line, Reader
 from vera_tools.verifying.report import VerifyReport
 from vera_tools.verifying.runs import Run, Runs
 
+#: A path, and the question of the run that wrote of it.
+_Seen = tuple[str, tuple[str, str | None] | None]
+
 _AGAIN = "run verify again with the same --log: it goes on from there"
 
 
@@ -29,7 +32,8 @@ def summarize(
     """Make one report of the lines that runs of `verify` wrote with ``log``.
 
     Of two lines on one path the later one holds: the one further down, in the log named last. Checkpoints come in the
-    order of their paths. Nothing is verified, and nothing but the logs is read.
+    order of their paths. Of what a run found, and one with the same arguments, folder and log did not find any more,
+    there is nothing. Nothing is verified, and nothing but the logs is read.
 
     Every run has to have ended, or one that was asked the same after it; of a run with ``part``, the runs of all other
     parts have to be there. What each run says of itself in its lines tells it.
@@ -56,17 +60,22 @@ def summarize(
     reader = Reader(gathered.shared)
     for log in logs:
         empty = True
+        here: dict[_Seen, Line] = {}
         for line in _lines(Path(log), reader):
             empty = False
             if isinstance(line, Run):
                 ran.add(line, where=os.fspath(log))
+                _drop(here, line)
                 continue
             if line.run:
                 ran.add(line.run, where=os.fspath(log), key=line.key)
-            found[line.result.path] = line
+            key = line.result.path, line.run.question if line.run else None
+            here.pop(key, None)  # the later one comes last
+            here[key] = line
         if empty:
             what = "nothing in it: the run that was to write it did not end"
             raise FormatError(what, where=log, hint=_AGAIN)
+        found.update((path, line) for (path, _), line in here.items())
     where = ", ".join(os.fspath(log) for log in logs)
     if missing := ran.missing():
         raise FormatError(f"incomplete: {'; '.join(missing)}", where=where, hint=_AGAIN)
@@ -80,6 +89,14 @@ def summarize(
             raise FormatError(f"its line in the log cannot be relied on: {why}", where=path, hint=hint)
         gathered.add(place, line.result.outcome)
     return gathered.report()
+
+
+def _drop(lines: dict[_Seen, Line], run: Run) -> None:
+    """Take out what a run that looked at the same did not come upon any more; what others saw stays."""
+    for path in run.gone:
+        line = lines.get((path, run.question))
+        if line is not None and line.run is not None and run.looks_again(line.run):
+            del lines[path, run.question]
 
 
 def _as_found(path: str) -> tuple[object, ...]:

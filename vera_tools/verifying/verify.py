@@ -100,7 +100,8 @@ def verify(
         raise UsageError("no checkpoint given")
     paths = [os.fspath(path) for path in checkpoints]
     asked = runs.digest([*paths, recursive, None if base is None else os.fspath(base)])
-    lines = Log(log, Run(asked, part), gathered.shared)
+    at = None if log is None else runs.digest([p if "://" in p else os.path.abspath(p) for p in paths])
+    lines = Log(log, Run(asked, part, at=at), gathered.shared)
     wanted = registry.items(_search(checkpoints) if recursive else _listed(checkpoints), part)
     model = BaseModel.open(base) if base is not None else None
     verifier = Verifier(
