@@ -381,5 +381,5 @@ def test_the_lora_that_a_gate_proposes_has_the_base_for_its_widths(base, tmp_pat
     name = shlex.quote(str(base)) if base else "BASE"
     assert command.endswith(f" --to lora --base {name} -o {KEPT}-lora")
     monkeypatch.chdir(tmp_path)
-    result = run_cli(*shlex.split(command.replace("BASE", str(base_of(KEPT))))[1:])
+    result = run_cli(*shlex.split(command.replace("BASE", shlex.quote(str(base_of(KEPT)))))[1:])
     assert (result.returncode, result.stderr) == (0, "")  # no width was assumed, of which a warning would tell
