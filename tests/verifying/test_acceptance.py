@@ -84,6 +84,8 @@ SPECIAL = {
     "biases of LoRA": changed(bias="lora_only"),
     "layers as floats": changed(layers_to_transform=[0, 1.0]),
     "layers and more": changed(layers_to_transform=[0, 1, "x", None, -3]),
+    "layers and what is no float": changed(layers_to_transform=[0, 1, 10**400]),
+    "a layer that is no float": changed(layers_to_transform=10**400),
     "one layer": changed(layers_to_transform=1),
     "one layer as true": changed(layers_to_transform=True),
     "patterns in an object": changed(layers_to_transform=[0, 1], layers_pattern={"layers": 1}),

@@ -92,11 +92,9 @@ def summarize(
 
 
 def _drop(lines: dict[_Seen, Line], run: Run) -> None:
-    """Take out what a run that looked at the same did not come upon any more; what others saw stays."""
+    """Take out what a run that was asked the same did not come upon any more; what others saw stays."""
     for path in run.gone:
-        line = lines.get((path, run.question))
-        if line is not None and line.run is not None and run.looks_again(line.run):
-            del lines[path, run.question]
+        lines.pop((path, run.question), None)
 
 
 def _as_found(path: str) -> tuple[object, ...]:
