@@ -43,13 +43,25 @@ from tests import FIXTURES
 from tests.nn.models import OPTIONS, llama, logits, peft_model, randomise, some_ids
 from tests.nn.quantised import base as quantised_base
 from tests.peers import load_peft
+from vera_tools import verify
 from vera_tools.drifting.environments import ask, this_interpreter
 from vera_tools.nn import VeraConfig, VeraModel, save_adapter
+from vera_tools.nn.projection import same_bits
 from vera_tools.platforms.streams import Draw, identify_stream
+from vera_tools.projections.pair import PairShape
+from vera_tools.projections.prng import generate
+from vera_tools.projections.recipe import Recipe
 
 STEPS = 6
 #: How far from PEFT logits and trained vectors may be, where PEFT itself comes out the same twice.
-LIMITS = {"float32": 1e-5, "bfloat16": 2e-2, "autocast": 2e-2, "bitsandbytes nf4": 1e-5}
+LIMITS = {
+    "float32": 1e-5,
+    "bfloat16": 2e-2,
+    "autocast": 2e-2,
+    "bitsandbytes nf4": 1e-5,
+    "bitsandbytes 8 bit": 2e-2,
+    "torchao int8": 1e-5,
+}
 
 Make = Callable[[], nn.Module]
 Result = dict[str, Any]
@@ -175,6 +187,66 @@ def single_process(device: str) -> Iterator[None]:
             distributed.destroy_process_group()
 
 
+def exactness(folder: Path, device: str) -> Result:
+    """What is promised to the bit, or follows from the definition, for adapters that live on the device."""
+    holds: dict[str, bool] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        model, on_cpu = adapted_on(device, dtype), adapted_on("cpu", dtype)
+        name = str(dtype).removeprefix("torch.")
+        before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        model.merge_adapter()
+        layer = next(iter(model.vera_layers()))
+        merged, on_cpus = (each.merge_and_unload().state_dict() for each in (adapted_on(device, dtype), on_cpu))
+        model.unmerge_adapter()
+        after = model.state_dict()
+        holds[f"{name}: unmerging gives back the bits"] = all(same_bits(before[key], after[key]) for key in before)
+        holds[f"{name}: merging changes the weights, by what it does on the CPU"] = not same_bits(
+            merged[f"{layer}.weight"], before[f"model.{layer}.base_layer.weight"]
+        ) and all(
+            torch.allclose(merged[key].float().cpu(), on_cpus[key].float(), rtol=2.0**-7, atol=1e-6) for key in on_cpus
+        )
+    model = adapted_on(device, torch.bfloat16, save_projection=False)
+    save_adapter(model, folder / "exact")
+    report = verify(folder / "exact")
+    holds["what is saved without projections verifies"] = report.exit_code == 0
+    again = VeraModel.from_pretrained(llama(torch.bfloat16).to(device), folder / "exact")
+    pair = again.vera_A["default"], again.vera_B["default"]
+    recipe = Recipe.parse("mt19937-f32-fused", prng_key=OPTIONS["projection_prng_key"])
+    drawn = generate(recipe, PairShape(*pair[0].shape, pair[1].shape[0]))
+    holds["the pair on the device is the recipe's, bit for bit"] = all(
+        held.device.type == device and same_bits(held.cpu(), torch.from_numpy(array))
+        for held, array in zip(pair, drawn, strict=True)
+    )
+    loras = [each.to_lora().state_dict for each in (model, adapted_on("cpu", torch.bfloat16, save_projection=False))]
+    holds["its LoRA is the CPU's, bit for bit"] = loras[0].keys() == loras[1].keys() and all(
+        same_bits(loras[0][key], loras[1][key]) for key in loras[0]
+    )
+    holds["rows of a batch with different adapters are as each alone"] = mixed(device) <= 1e-5
+    return {"holds": holds, "ok": all(holds.values())}
+
+
+def adapted_on(device: str, dtype: torch.dtype, **options: Any) -> VeraModel:
+    """A Llama on the device with an adapter that does something, the same one everywhere."""
+    model = VeraModel(llama(dtype).to(device), VeraConfig(**{**OPTIONS, **options}))
+    randomise(model)
+    return model
+
+
+def mixed(device: str) -> float:
+    """How far the rows of one batch, each with an adapter of its own, are from each adapter alone."""
+    model = adapted_on(device, torch.float32)
+    model.add_adapter("second", VeraConfig(**OPTIONS))
+    model.add_adapter("narrow", VeraConfig(**{**OPTIONS, "r": 8}))
+    randomise(model)
+    names, ids = ["second", "narrow", "default", "second"], some_ids(4).to(device)
+    together = logits(model, ids, adapter_names=names)
+    alone = []
+    for name, row in zip(names, ids, strict=True):
+        model.set_adapter(name)
+        alone.append(logits(model, row[None]))
+    return float((together - torch.cat(alone)).abs().max())
+
+
 def generator(device: str) -> Result:
     """What the device's own generator draws for the golden keys, and what makes that."""
     cases = json.loads((FIXTURES / "golden" / "streams.json").read_text("utf-8"))["cases"]
@@ -207,7 +279,7 @@ def performance(device: str, args: argparse.Namespace) -> Result:
     import peft
 
     results = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, autocast in ((torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)):
 
         def new(kind: Any, config: Any, dtype: torch.dtype = dtype) -> Any:
             base = stack(args.width, args.layers).to(device, dtype)
@@ -230,14 +302,16 @@ def performance(device: str, args: argparse.Namespace) -> Result:
         forward: dict[str, Callable[[], object]] = {"products alone": products}
         forward |= {name: lambda model=model, x=x: model(x) for name, model in models.items()}
         steps = {name: lambda model=model, x=inputs: model(x).sum().backward() for name, model in models.items()}
-        with torch.no_grad():
-            forward_ms = milliseconds(forward, device, args.repeats)
-        results[str(dtype).removeprefix("torch.")] = {
-            "forward, ms": forward_ms,
-            "training step, ms": milliseconds(steps, device, args.repeats),
-            "kept for the backward pass, MB": {name: kept_bytes(model, x) / 1e6 for name, model in models.items()},
-            "peak of a step, MB": {name: peak(step, device) for name, step in steps.items()},
-        }
+        name = str(dtype).removeprefix("torch.")
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            with torch.no_grad():
+                forward_ms = milliseconds(forward, device, args.repeats)
+            results[f"{name}, autocast" if autocast else name] = {
+                "forward, ms": forward_ms,
+                "training step, ms": milliseconds(steps, device, args.repeats),
+                "kept for the backward pass, MB": {who: kept_bytes(model, x) / 1e6 for who, model in models.items()},
+                "peak of a step, MB": {who: peak(step, device) for who, step in steps.items()},
+            }
     return {"sizes": {key: getattr(args, key) for key in ("width", "layers", "rank", "positions")}, "figures": results}
 
 
@@ -277,14 +351,16 @@ def synchronize(device: str) -> None:
 def measure(device: str, args: argparse.Namespace, folder: Path) -> Result:
     """All of it, by section; one that fails says why, and the others go on."""
 
-    def nf4() -> nn.Module:
-        return quantised_base("bitsandbytes nf4", folder, device=device)
+    def quantised(kind: str) -> Make:
+        return lambda: quantised_base(kind, folder, device=device)
 
     bases: dict[str, Make] = {
         "float32": lambda: llama().to(device),
         "bfloat16": lambda: llama(torch.bfloat16).to(device),
         "autocast": lambda: llama().to(device),
-        "bitsandbytes nf4": nf4,
+        "bitsandbytes nf4": quantised("bitsandbytes nf4"),
+        "bitsandbytes 8 bit": quantised("bitsandbytes 8 bit"),
+        "torchao int8": quantised("torchao int8"),
     }
     sections: dict[str, Callable[[], Result]] = {
         kind: lambda kind=kind, make=make: beside_peft(kind, make, folder, device)  # type: ignore[misc]
@@ -293,6 +369,7 @@ def measure(device: str, args: argparse.Namespace, folder: Path) -> Result:
     sections |= {
         "torch.compile": lambda: compiled(device),
         "FSDP2 on one device": lambda: sharded(folder, device),
+        "exactness": lambda: exactness(folder, device),
         "generator": lambda: generator(device),
         "performance": lambda: performance(device, args),
     }
@@ -318,7 +395,7 @@ def facts(device: str) -> Result:
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device == "cuda" else None,
     }
-    for package in ("peft", "transformers", "bitsandbytes", "vera-tools"):
+    for package in ("peft", "transformers", "bitsandbytes", "torchao", "vera-tools"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
     return found
@@ -341,6 +418,8 @@ def markdown(report: Result) -> str:
             lines.append(
                 f"| {name} | {section['difference']:.1e} (from itself) | | {section['limit']:.1e} | {verdict} |"
             )
+    holds = report["sections"]["exactness"].get("holds", {})
+    lines += ["", *(f"- {statement}: {'yes' if is_so else '**no**'}" for statement, is_so in holds.items())]
     streams = report["sections"]["generator"].get("streams", {})
     makers = sorted({stream["made by"] for stream in streams.values()})
     lines += ["", f"Drawn on the device for the golden keys: {'; '.join(makers) or 'nothing'}.", ""]

@@ -11,14 +11,25 @@ import torch
 from tests.gpu import measure
 from tests.peers import QUIET_PEERS
 
-pytestmark = [*QUIET_PEERS, pytest.mark.slow]
+pytestmark = QUIET_PEERS
+
+RESULTS = sorted((Path(__file__).parent / "results").glob("*.json"))
 
 
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_what_was_measured_is_right_and_its_page_says_so(file):
+    report = json.loads(file.read_text("utf-8"))
+    assert all(section.get("ok", True) and "error" not in section for section in report["sections"].values())
+    assert file.with_suffix(".md").read_text("utf-8") == measure.markdown(report)
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device here")
 def test_everything_is_pefts_on_cuda(tmp_path):
     assert measure.main(["-o", str(tmp_path)]) == 0
 
 
+@pytest.mark.slow
 def test_the_script_measures_what_it_says(tmp_path, capsys):
     pytest.importorskip("bitsandbytes")
     assert measure.main(["-o", str(tmp_path), "--device", "cpu"]) == 0
@@ -38,6 +49,7 @@ def test_the_script_measures_what_it_says(tmp_path, capsys):
     assert "not ok" not in page
 
 
+@pytest.mark.slow
 def test_what_differs_is_seen(tmp_path, monkeypatch):
     """An adapter that is not loaded as it was saved; the others of the sections take no part."""
     monkeypatch.setattr(measure, "save_adapter", lambda model, folder: _spoilt(model, folder))

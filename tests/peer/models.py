@@ -35,6 +35,17 @@ _GPT: dict[str, Any] = {
     "eos_token_id": 0,
     "pad_token_id": 0,
 }
+_T5: dict[str, Any] = {
+    "vocab_size": 1000,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 37,
+    "num_layers": 5,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
 
 #: Each repository that a test about VeRA names: the class that it was saved from, and the config of ours.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -66,17 +77,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "peft-internal-testing/tiny-random-T5ForConditionalGeneration-calibrated": (
         "T5ForConditionalGeneration",
         "T5Config",
-        {
-            "vocab_size": 1000,
-            "d_model": 32,
-            "d_kv": 8,
-            "d_ff": 37,
-            "num_layers": 5,
-            "num_heads": 4,
-            "decoder_start_token_id": 0,
-            "pad_token_id": 0,
-            "eos_token_id": 1,
-        },
+        _T5,
     ),
     "peft-internal-testing/tiny-random-BartForConditionalGeneration": (
         "BartForConditionalGeneration",
@@ -95,6 +96,29 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "bos_token_id": 0,
             "eos_token_id": 2,
             "decoder_start_token_id": 2,
+        },
+    ),
+    "facebook/opt-350m": ("OPTForCausalLM", "OPTConfig", {**_TEXT, "ffn_dim": 64, "word_embed_proj_dim": 32}),
+    "google/flan-t5-base": ("T5ForConditionalGeneration", "T5Config", _T5),
+    "openai/whisper-large": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            "vocab_size": 1000,
+            "d_model": 32,
+            "num_mel_bins": 8,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            "max_source_positions": 20,
+            "max_target_positions": 20,
+            "pad_token_id": 0,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+            "decoder_start_token_id": 1,
         },
     ),
     "peft-internal-testing/tiny-random-BertModel": ("BertModel", "BertConfig", _TEXT),

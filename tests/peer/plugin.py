@@ -6,6 +6,7 @@ The environment says how: ``PEER_OURS=1`` swaps the model, ``PEER_OUTCOMES`` nam
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 #: What a test about VeRA has in its name. (PVeRA, "average", "coverage" and "several" are something else.)
 ABOUT_VERA = re.compile(r"(?<![A-Za-z])vera(?![a-z])|(?<![Pp])V[Ee]RA|(?<![Pp])Vera")
-#: Libraries that modules of the suite import for tests about other methods.
+#: Libraries that modules of the suite import for tests about other methods, for the most part.
 _NOT_NEEDED = {"diffusers": "StableDiffusionPipeline", "parameterized": "parameterized"}
 
 _outcomes: dict[str, dict[str, str]] = {}
@@ -38,9 +39,9 @@ def pytest_configure(config):
     for marker in ("bitsandbytes", "single_gpu_tests", "multi_gpu_tests", "regression"):
         config.addinivalue_line("markers", f"{marker}: one of PEFT's")
     for library, name in _NOT_NEEDED.items():
-        stand_in = types.ModuleType(library)
-        stand_in.__dict__.update({name: _Absent, "__version__": "0"})
-        sys.modules.setdefault(library, stand_in)
+        if importlib.util.find_spec(library) is None:
+            sys.modules[library] = stand_in = types.ModuleType(library)
+            stand_in.__dict__.update({name: _Absent, "__version__": "0"})
     if os.environ.get("PEER_OURS"):
         from tests.peer import swap
 

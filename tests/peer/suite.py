@@ -18,7 +18,7 @@ _SHA256 = "b803ccfb3f3f316004d850284306687833a2235ea278fb56abc856203456142e"
 _MODULES = [
     *("config", "custom_models", "decoder_models", "encoder_decoder_models", "feature_extraction_models", "helpers"),
     *("initialization", "low_level_api", "other", "quantization", "seq_classifier", "token_classification_qa"),
-    *("torch_compile", "tuners_utils", "vera"),
+    *("torch_compile", "tuners_utils", "vera", "common_gpu"),
 ]
 #: Those whose tests are collected and run in a moment.
 FAST = ["config", "custom_models", "initialization", "low_level_api", "other", "vera"]
@@ -70,7 +70,7 @@ def run(tests: Path, hub: Path, *, ours: bool, fast: bool) -> Outcomes:
     outcomes.unlink(missing_ok=True)
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_CACHE": str(hub),

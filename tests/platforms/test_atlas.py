@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 
 import pytest
 
@@ -12,6 +13,8 @@ from tests import FIXTURES, ROOT
 from vera_tools import schema
 from vera_tools.dtypes import FLOATS, HALVES
 from vera_tools.platforms import atlas
+from vera_tools.platforms.streams import identify_stream
+from vera_tools.projections import philox
 from vera_tools.projections.prng import digests
 from vera_tools.projections.recipe import Recipe
 
@@ -95,6 +98,40 @@ def test_look_up_tells_windows_from_linux():
         agrees = row.cpu_capability == "default"
         assert atlas.look_up(as_linux, windows.draws) == {"entry": linux.name, "agrees": agrees}
     assert atlas.look_up(dataclasses.replace(here, system="Darwin"), linux.draws) is None
+
+
+DEVICES = sorted((FIXTURES / "atlas" / "devices").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", DEVICES, ids=lambda file: file.stem)
+def test_what_a_device_drew_is_what_the_reference_for_cuda_gives(file):
+    """The card itself drew this: `philox` computes it from the number of the card's threads alone."""
+    document = json.loads(file.read_text("utf-8"))
+    schema.validate(document, "drift.v1", where=file.name)
+    entry = atlas.Entry.from_document(document, name=file.stem)
+    (row,) = entry.environments
+    assert file.stem == f"torch-{atlas.release(row.torch)}-{re.sub(r'[^a-z0-9]+', '-', row.device_name.lower())}"
+    assert (row.device, row.exact, set(row.streams)) == ("cuda", False, set(FLOATS))
+    for dtype, stream in row.streams.items():
+        drawn = [dict(pair) for pair in stream.digests]
+        for enough, multiprocessors in (
+            (True, 132),
+            (False, 127),
+        ):  # fewer than 128 would draw the larger pair in turns
+            made = identify_stream(dtype, drawn, entry.draws, threads=[multiprocessors, 2048])
+            assert (made.label == stream.label == f"{philox.NAME}, 132 multiprocessors of 2048 threads") is enough
+
+
+def test_look_up_of_a_device():
+    entry = atlas.device_entries()[0]
+    row, draws = entry.environments[0], entry.draws
+    assert atlas.look_up(row, draws) == {"entry": entry.name, "agrees": True}
+    second = dataclasses.replace(row, device="cuda:1", cpu_capability="avx2", cpu_model="another")
+    assert atlas.look_up(second, draws) == {"entry": entry.name, "agrees": True}
+    other = dataclasses.replace(row, streams={**row.streams, "float32": row.streams["float64"]})
+    assert atlas.look_up(other, draws) == {"entry": entry.name, "agrees": False}
+    for change in ({"torch": "2.12.1"}, {"device_name": "another"}, {"device": "cpu"}, {"device": "xpu"}):
+        assert (atlas.look_up(dataclasses.replace(row, **change), draws) or {}).get("entry") != entry.name
 
 
 def test_it_ships_with_the_package():

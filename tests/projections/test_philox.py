@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from vera_tools.dtypes import np_dtype
+from tests import ROOT
+from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.projections import philox
 from vera_tools.projections.pair import PairShape
 from vera_tools.projections.prng import bound
@@ -114,3 +117,24 @@ def test_a_double_is_made_of_53_bits_and_half_a_step(words):
     unit = float(Fraction(2 * (first ^ (second << 21)) + 1, 2**54))
     expected = float(Fraction(unit) * Fraction(0.75) + Fraction(-0.5))
     assert philox._double(np.array([words], np.uint64), -0.5, 0.25)[0, 0] == expected
+
+
+RESULTS = sorted((ROOT / "tests" / "gpu" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("file", RESULTS, ids=lambda file: file.stem)
+def test_gives_what_a_gpu_drew(file, dtype):
+    """Digests that the card itself made, of pairs that fill it and of others."""
+    stream = json.loads(file.read_text("utf-8"))["sections"]["generator"]["streams"][dtype]
+    multiprocessors, threads = map(int, re.findall(r" (\d+) ", stream["made by"]))
+    for pair in stream["drawn"]:
+        shape = PairShape(pair["r"], pair["in_max"], pair["out_max"])
+        found = philox.digests(pair["prng_key"], shape, dtype=dtype, multiprocessors=multiprocessors, threads=threads)
+        assert found == {name: pair[name] for name in ("vera_A", "vera_B")}
+    largest = max(stream["drawn"], key=lambda pair: pair["r"] * (pair["in_max"] + pair["out_max"]))
+    shape = PairShape(largest["r"], largest["in_max"], largest["out_max"])
+    other = philox.digests(
+        largest["prng_key"], shape, dtype=dtype, multiprocessors=multiprocessors - 1, threads=threads
+    )
+    assert other["vera_B"] != largest["vera_B"]

@@ -310,6 +310,11 @@ class VeraLinear(AdaptedModule):
         """How the base layer holds its weight, as it is now."""
         return kind_of(self.base_layer, self._torchao_config)
 
+    @property
+    def quantization_backend(self) -> str | None:
+        """What the base layer's weight is quantised with, by PEFT's name; None where it is held as it is."""
+        return self.kind.name
+
     def get_base_layer(self) -> nn.Module:
         """The base layer."""
         return self.base_layer

@@ -144,7 +144,7 @@ def _status(name: str, module: AdaptedModule) -> LayerStatus:
             name: sorted({tensor.device.type for tensor in [*own, *(pair[name] for pair in held)]})
             for name, own in parameters.items()
         },
-        quantization_backend=module.kind.name if isinstance(module, VeraLinear) else None,
+        quantization_backend=module.quantization_backend if isinstance(module, VeraLinear) else None,
     )
 
 

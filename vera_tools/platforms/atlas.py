@@ -66,6 +66,13 @@ def platform_entries() -> tuple[Entry, ...]:
     return _sorted(Entry.from_document(one["report"], name=name) for name, one in documents if "report" in one)
 
 
+@functools.cache
+def device_entries() -> tuple[Entry, ...]:
+    """What accelerators' own generators have drawn, oldest release first. PEFT does not draw there."""
+    documents = _documents("fixtures/atlas/devices").items()
+    return _sorted(Entry.from_document(document, name=name) for name, document in documents)
+
+
 def _documents(folder: str) -> dict[str, dict[str, Any]]:
     files = [file for file in schema.packaged(folder).iterdir() if file.name.endswith(".json")]
     return {file.name.removesuffix(".json"): json.loads(file.read_text("utf-8")) for file in files}
@@ -76,7 +83,7 @@ def _sorted(found: Iterable[Entry]) -> tuple[Entry, ...]:
 
 
 def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] | None:
-    """Whether this release is known with these kernels on this platform, and whether it draws the same here.
+    """Whether this release is known with these kernels, or this device, and whether it draws the same here.
 
     Args:
         environment: A row of a report.
@@ -85,9 +92,9 @@ def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] |
     Returns:
         {"entry": name, "agrees": bool}, or None where the atlas has no such build.
     """
-    if environment.torch is None or environment.device != "cpu":
+    if environment.torch is None:
         return None
-    for entry in entries() if environment.system == "Linux" else platform_entries():
+    for entry in _candidates(environment):
         common = [draw for draw in entry.draws if draw in draws]
         for row in entry.environments:
             if common and _build(row) == _build(environment):
@@ -97,10 +104,17 @@ def look_up(environment: Environment, draws: Sequence[Draw]) -> dict[str, Any] |
     return None
 
 
-def _build(environment: Environment) -> tuple[str | None, str, str, str | None]:
+def _candidates(environment: Environment) -> tuple[Entry, ...]:
+    if environment.device != "cpu":
+        return device_entries()
+    return entries() if environment.system == "Linux" else platform_entries()
+
+
+def _build(environment: Environment) -> tuple[str | None, ...]:
     """What tells builds and their kernels apart: Windows' and Linux' are others on one and the same machine."""
-    name = machine_name(environment.machine)
-    return environment.system, release(environment.torch), name, environment.cpu_capability
+    kind = environment.device.split(":")[0]
+    kernels = environment.cpu_capability if kind == "cpu" else environment.device_name
+    return environment.system, release(environment.torch), machine_name(environment.machine), kind, kernels
 
 
 def release(torch: str | None) -> str:
