@@ -31,6 +31,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -299,19 +300,25 @@ def performance(device: str, args: argparse.Namespace) -> Result:
                 nn.functional.linear(x, layer.weight, layer.bias)
                 nn.functional.linear(nn.functional.linear(x, A), B)
 
+        def computed(model: Any, x: torch.Tensor, autocast: bool = autocast) -> torch.Tensor:
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
+                return model(x)  # type: ignore[no-any-return]
+
         forward: dict[str, Callable[[], object]] = {"products alone": products}
-        forward |= {name: lambda model=model, x=x: model(x) for name, model in models.items()}
-        steps = {name: lambda model=model, x=inputs: model(x).sum().backward() for name, model in models.items()}
-        name = str(dtype).removeprefix("torch.")
+        forward |= {who: partial(computed, model, x) for who, model in models.items()}
+        steps = {
+            who: lambda model=model, x=inputs: computed(model, x).sum().backward() for who, model in models.items()
+        }
+        with torch.no_grad():
+            forward_ms = milliseconds(forward, device, args.repeats)
         with torch.autocast(device, torch.bfloat16, enabled=autocast):
-            with torch.no_grad():
-                forward_ms = milliseconds(forward, device, args.repeats)
-            results[f"{name}, autocast" if autocast else name] = {
-                "forward, ms": forward_ms,
-                "training step, ms": milliseconds(steps, device, args.repeats),
-                "kept for the backward pass, MB": {who: kept_bytes(model, x) / 1e6 for who, model in models.items()},
-                "peak of a step, MB": {who: peak(step, device) for who, step in steps.items()},
-            }
+            kept = {who: kept_bytes(model, x) / 1e6 for who, model in models.items()}
+        results[str(dtype).removeprefix("torch.") + autocast * ", autocast"] = {
+            "forward, ms": forward_ms,
+            "training step, ms": milliseconds(steps, device, args.repeats),
+            "kept for the backward pass, MB": kept,
+            "peak of a step, MB": {who: peak(step, device) for who, step in steps.items()},
+        }
     return {"sizes": {key: getattr(args, key) for key in ("width", "layers", "rank", "positions")}, "figures": results}
 
 

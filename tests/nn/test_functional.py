@@ -128,6 +128,38 @@ def test_autocast_chooses_the_dtype_of_the_products():
         assert (rounded - autograd).norm() <= 0.02 * autograd.norm()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("how", ["alone", "in a gradient", "under torch.func"])
+def test_the_sum_is_rounded_once(autocast, how):
+    trained, frozen = operands(rows=(4, 33), n_in=48, n_out=40, r=16, dtype=torch.float32)
+    trained["result"] = trained["result"].detach().bfloat16()
+    with torch.set_grad_enabled(how != "alone"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        wide = add_vera(**trained, **frozen)
+        if how == "under torch.func":
+            rounded = torch.func.vmap(
+                lambda x, r: add_vera(**{**trained, "x": x, "result": r}, **frozen, dtype=r.dtype)
+            )(trained["x"], trained["result"])
+        else:
+            rounded = add_vera(**trained, **frozen, dtype=torch.bfloat16)
+    assert wide.dtype == torch.float32
+    assert rounded.dtype == torch.bfloat16
+    assert torch.equal(rounded, wide.bfloat16())
+
+
+def test_going_back_under_autocast_rounds_no_vectors_gradient():
+    trained, frozen = operands(rows=(4, 33), n_in=48, n_out=40, r=16, dtype=torch.float32)
+    wanted = [trained["d"], trained["b"], trained["x"], trained["result"]]
+    found = []
+    for inside in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = add_vera(**trained, **frozen, dtype=torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            found.append(torch.autograd.grad(ours.float().square().sum(), wanted))
+    assert all(torch.equal(inside, outside) for inside, outside in zip(*found, strict=True))
+    assert found[0][1].dtype == torch.float32
+    assert not torch.equal(found[0][1], found[0][1].bfloat16().float())
+
+
 def test_rows_with_vectors_of_their_own():
     trained, frozen = operands(rows=(3, 5))
     d, b = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 7, dtype=torch.float64)

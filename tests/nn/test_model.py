@@ -112,6 +112,13 @@ def test_adapters_with_the_same_pair_share_one_buffer():
         assert layer.vera_A["second"] is model.vera_A["default"]
 
 
+def test_other_values_stay_where_they_are():
+    model = two_adapters()
+    model.vera_A["second"] = model.vera_A["second"].to("meta")  # the one other device that every machine has
+    assert model.get_model_status().devices == {"default": ["cpu"], "second": ["cpu", "meta"]}
+    assert model.get_layer_status()[0].devices["second"] == ["cpu", "meta"]
+
+
 @pytest.mark.parametrize("options", [{"r": 8}, {"target_modules": ["q_proj"]}])
 def test_an_adapter_with_another_pair_gets_its_own(options, tmp_path):
     model = two_adapters(**options)

@@ -195,17 +195,17 @@ class Adapters(nn.Module):
     ) -> None:
         """Hold an adapter's projections, or share those of an adapter that has the same; as `attach` takes them."""
         persistent = plan.config.save_projection
+        weights = [weight_like(layer) for layer in plan.bases.values()]
+        first = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
         for other, known in self._records.items():
             if (known.sha256, known.dtype) == (record.sha256, record.dtype) and self.record_of(other) is known:
-                self.vera_A.share(adapter_name, other, persistent=persistent)
-                self.vera_B.share(adapter_name, other, persistent=persistent)
+                self.vera_A.share(adapter_name, other, persistent=persistent, like=first)
+                self.vera_B.share(adapter_name, other, persistent=persistent, like=first)
                 break
         else:
             if pair is None:  # the buffers of the adapter that had this record have been overwritten since
                 assert record.recipe is not None
                 pair = generate(record.recipe, record.shape, stored_dtype=record.dtype)
-            weights = [weight_like(layer) for layer in plan.bases.values()]
-            first = next((weight for weight in weights if weight.dtype == torch.float64), weights[0])
             for held, values in zip((self.vera_A, self.vera_B), pair, strict=True):
                 held.add(adapter_name, to_tensor(values), persistent=persistent, like=first)
         self._records[adapter_name] = record
@@ -230,7 +230,7 @@ class Adapters(nn.Module):
                     found=str(list(values.shape)),
                 )
         for own, values in zip(held, pair, strict=True):
-            own[adapter_name] = values.detach().clone()
+            own[adapter_name] = values.detach().to(own[adapter_name].device, copy=True)
 
     def record_of(self, adapter_name: str) -> ProjectionRecord:
         """Recipe, shapes and digests of an adapter's projections, as they are now.

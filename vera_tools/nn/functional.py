@@ -10,6 +10,7 @@ with A and B frozen, random and shared by all layers, and the vectors d (r,) and
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,16 +31,16 @@ class _AddVera(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor
+        ctx: Any, result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype | None
     ) -> tuple[Tensor, Tensor]:
-        total, u = _forward(result, x, A, B, d, b)
-        _AddVera.keep(ctx, (result, x, A, B, d, b), (total, u))
+        total, u = _forward(result, x, A, B, d, b, dtype)
+        _AddVera.keep(ctx, (result, x, A, B, d, b, dtype), (total, u))
         return total, u
 
     @staticmethod
-    def keep(ctx: Any, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Tensor]) -> None:
+    def keep(ctx: Any, inputs: tuple[Any, ...], outputs: tuple[Tensor, Tensor]) -> None:
         """Save what `backward` needs."""
-        result, x, A, B, d, b = inputs
+        result, x, A, B, d, b, _ = inputs
         ctx.save_for_backward(outputs[1], A, B, d, b)
         ctx.x_dtype, ctx.result_dtype = x.dtype, result.dtype
         ctx.set_materialize_grads(False)
@@ -47,21 +48,24 @@ class _AddVera(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, grad_u: Tensor | None) -> tuple[Tensor | None, ...]:
         u, A, B, d, b = ctx.saved_tensors
-        needs_result, needs_x, _, _, needs_d, needs_b = ctx.needs_input_grad
+        needs_result, needs_x, _, _, needs_d, needs_b, _ = ctx.needs_input_grad
         grad_result = grad_x = grad_d = grad_b = None
-        if g is not None:
-            rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
-            if needs_result:
-                grad_result = g.to(ctx.result_dtype)
-            if needs_x:
-                # Scaling B costs out_features * r products; scaling the gradient would cost out_features for every row.
-                through = (rows @ (b.unsqueeze(1) * B * d).to(B.dtype)).reshape(u.shape)
-                grad_u = through if grad_u is None else grad_u + through
-            if needs_d or needs_b:
-                grad_d, grad_b = _of_vectors(rows, u, B, d, b)
-        if needs_x and grad_u is not None:
-            grad_x = (grad_u @ A).to(ctx.x_dtype)
-        return grad_result, grad_x, None, None, grad_d, grad_b
+        with _products_in(
+            B.device.type
+        ):  # where somebody goes back under autocast, it would round what sums up d's and b's
+            if g is not None:
+                rows = g.reshape(-1, g.shape[-1]).to(B.dtype)
+                if needs_result:
+                    grad_result = (rows.reshape(g.shape) if B.dtype == ctx.result_dtype else g).to(ctx.result_dtype)
+                if needs_x:
+                    # Scaling B costs out_features * r products; scaling the gradient, out_features for every row.
+                    through = (rows @ (b.unsqueeze(1) * B * d).to(B.dtype)).reshape(u.shape)
+                    grad_u = through if grad_u is None else grad_u + through
+                if needs_d or needs_b:
+                    grad_d, grad_b = _of_vectors(rows, u, B, d, b)
+            if needs_x and grad_u is not None:
+                grad_x = (grad_u @ A).to(ctx.x_dtype)
+        return grad_result, grad_x, None, None, grad_d, grad_b, None
 
 
 class _LinearVera(torch.autograd.Function):
@@ -109,17 +113,21 @@ class _AddVeraTransformed(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        return _forward(result, x, A, B, d, b)
+    def forward(
+        result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(result, x, A, B, d, b, dtype)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         _AddVera.keep(ctx, inputs, output)
 
     backward = staticmethod(_AddVera.backward)
 
 
-def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
+def add_vera(
+    result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> Tensor:
     """The base layer's output with the adapter's update added.
 
     The matrix products run in A's and B's dtype, or in autocast's where autocast is on. The vectors stay in their own,
@@ -132,16 +140,17 @@ def add_vera(result: Tensor, x: Tensor, *, A: Tensor, B: Tensor, d: Tensor, b: T
         B: (out_features, r), a slice of the shared vera_B.
         d: vera_lambda_d, (r,).
         b: vera_lambda_b, (out_features,).
+        dtype: What to round the sum to. Default: that which `result` and the vectors promote to.
 
     Returns:
-        (..., out_features), in the dtype that `result` and the vectors promote to.
+        (..., out_features).
     """
-    with _products_in(x.device.type) as dtype:
-        A, B, d, b = _cast(A, B, d, b, dtype=dtype)
+    with _products_in(x.device.type) as products:
+        A, B, d, b = _cast(A, B, d, b, dtype=products)
         if not torch.is_grad_enabled():
-            return _forward(result, x, A, B, d, b)[0]
+            return _forward(result, x, A, B, d, b, dtype)[0]
         function = _AddVeraTransformed if _is_functional() else _AddVera
-        total: Tensor = function.apply(result, x, A, B, d, b)[0]  # type: ignore[no-untyped-call]
+        total: Tensor = function.apply(result, x, A, B, d, b, dtype)[0]  # type: ignore[no-untyped-call]
         return total
 
 
@@ -211,15 +220,20 @@ def delta_weight(*, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> Tensor:
     return (b.unsqueeze(1) * B) @ (d.unsqueeze(1) * A)
 
 
-def _forward(result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The sum, and ``u = A x``."""
+def _forward(
+    result: Tensor, x: Tensor, A: Tensor, B: Tensor, d: Tensor, b: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """The sum, rounded to a dtype once, and ``u = A x``."""
     u = F.linear(x.to(A.dtype), A)
     update = F.linear((u * d).to(B.dtype), B)
-    if not result.dtype == update.dtype == b.dtype:
-        return result + update * b, u
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_functional():  # the others do not take out=
-        return torch.addcmul(result, update, b), u
-    return torch.addcmul(result, update, b, out=update), u  # the only reference to it is here
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or _is_functional():  # these do not take out=
+        alike = result.dtype == update.dtype == b.dtype
+        total = torch.addcmul(result, update, b) if alike else result + update * b
+        return total if dtype is None else total.to(dtype), u
+    dtype = dtype or functools.reduce(torch.promote_types, (result.dtype, update.dtype, b.dtype))
+    # The only reference to the update is here.
+    out = update if update.dtype == dtype else torch.empty_like(update, dtype=dtype)
+    return torch.addcmul(result, update, b, out=out), u
 
 
 def _is_functional() -> bool:

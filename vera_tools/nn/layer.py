@@ -88,12 +88,14 @@ class VeraLinear(AdaptedModule):
         dtype = result.dtype
         if self.rows is not None:
             return self._by_row(self.rows, x, result).to(dtype)
-        for name in self.active_adapters:
-            if name in self.r:
-                A, B = self.projections(name, x.device)
-                d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
-                result = add_vera(result, self.vera_dropout[name](x), A=A, B=B, d=d, b=b)
-        return result.to(dtype)
+        names = [name for name in self.active_adapters if name in self.r]
+        for name in names:
+            A, B = self.projections(name, x.device)
+            d, b = self.vera_lambda_d[name], self.vera_lambda_b[name]
+            # Several are added up in the dtype of the vectors, and rounded once.
+            last = dtype if name == names[-1] else None
+            result = add_vera(result, self.vera_dropout[name](x), A=A, B=B, d=d, b=b, dtype=last)
+        return result
 
     def _in_one(self, x: Tensor) -> Tensor | None:
         """The output, where base layer and update can be computed together and that is faster in training."""

@@ -53,9 +53,12 @@ class ProjectionDict(nn.Module):
         dtype = torch.promote_types(like.dtype, self._narrowest[name])
         self.register_buffer(name, values.to(device=device, dtype=dtype), persistent=persistent)
 
-    def share(self, name: str, other: str, *, persistent: bool) -> None:
-        """Hold under `name` the very tensor that the adapter `other` has."""
-        self.register_buffer(name, self[other], persistent=persistent)
+    def share(self, name: str, other: str, *, persistent: bool, like: Tensor) -> None:
+        """Hold under `name` the very tensor that the adapter `other` has; a copy, where `like` is elsewhere."""
+        tensor = self[other]
+        self.register_buffer(
+            name, tensor if like.device.type == "meta" else tensor.to(like.device), persistent=persistent
+        )
         self._narrowest[name] = self._narrowest[other]
 
     def on(self, name: str, device: torch.device) -> Tensor:
@@ -74,7 +77,7 @@ class ProjectionDict(nn.Module):
         return tensor
 
     def __setitem__(self, name: str, values: Tensor) -> None:
-        """Let an adapter that is here have other values, on the device where its own are, and never rounded.
+        """Let an adapter that is here have other values, on the device where they are, and never rounded.
 
         Raises:
             KeyError: there is no such adapter.
@@ -82,7 +85,7 @@ class ProjectionDict(nn.Module):
         before = self[name]
         self._narrowest[name] = torch.promote_types(values.dtype, torch.float32)
         dtype = torch.promote_types(before.dtype, self._narrowest[name])
-        self._buffers[name] = values.detach().to(device=before.device, dtype=dtype)
+        self._buffers[name] = values.detach().to(dtype)
         self._elsewhere.clear()
 
     def __delitem__(self, name: str) -> None:
