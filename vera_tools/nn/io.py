@@ -1,4 +1,7 @@
-"""Checkpoints to and from a live model: PEFT's format, always with the projections that were trained with."""
+"""Checkpoints to and from a live model: PEFT's format, always with the projections that were trained with.
+
+`VeraModel` is built on `StoredAdapters`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import distributed, nn
 
-from vera_tools.checkpoints import card
+from vera_tools.checkpoints import card, peft_arguments
 from vera_tools.checkpoints.base import rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, ROOT, Checkpoint
 from vera_tools.checkpoints.config import VeraConfig
@@ -28,6 +31,7 @@ from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.base_layers import cast_dtype, features, whole_shape
 from vera_tools.nn.live import base_record
 from vera_tools.nn.projection import dtype_name, to_array, to_tensor
+from vera_tools.nn.state_dicts import LoadResult
 from vera_tools.nn.targets import Plan
 from vera_tools.projections.pair import PROJECTIONS
 from vera_tools.projections.recipe import Recipe
@@ -35,50 +39,161 @@ from vera_tools.verifying.recorded import refuse_changed
 from vera_tools.verifying.refusals import refuse_no_floats
 
 
-def load(
-    model: Adapters,
-    reference: str | os.PathLike[str],
-    adapter_name: str,
-    *,
-    config: Any = None,
-    key_mapping: Mapping[str, str] | None = None,
-    is_trainable: bool = False,
-    autocast_adapter_dtype: bool = True,
-    strict: bool = False,
-    allow_pickle: bool = False,
-) -> None:
-    """Put a checkpoint's adapter on the model, as `VeraModel.load_adapter` says.
+class StoredAdapters(Adapters):
+    """A model's adapters, loaded from checkpoints and saved to them."""
 
-    Everything is checked before anything is changed: a checkpoint that does not fit is refused.
-    """
-    there = adapter_name in model.peft_config
-    with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
-        refuse_changed(checkpoint)  # by the names that it was recorded with
-        refuse_no_floats(checkpoint)
-        _map_names(checkpoint, key_mapping or getattr(model.model, "_checkpoint_conversion_mapping", None) or {})
-        given = checkpoint.config if config is None else _given(config, checkpoint)
-        if not there:
-            model.check_new(adapter_name, given)
-        plan = targets.plan(given, model.model)
-        plan.config.inference_mode = not is_trainable
-        _check_fits(checkpoint, model, adapter_name, plan)
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        config: VeraConfig | None = None,
+        strict: bool = False,
+        allow_pickle: bool = False,
+        revision: str | None = None,
+        subfolder: str | None = None,
+        **options: Any,
+    ) -> LoadResult:
+        """Load another adapter beside those that are there; it is not made active. As `VeraModel.from_pretrained`.
+
+        A name that is there stands for that adapter, which gets the checkpoint's values: the same parameters, so that
+        an optimizer goes on with them.
+
+        Args:
+            model_id: As there.
+            adapter_name: The adapter's name here.
+            is_trainable: Let it be trained, active or not; else the model is put into evaluation mode.
+            torch_device: Taken as PEFT takes it; vectors go to the device of their layer.
+            autocast_adapter_dtype: As there.
+            ephemeral_gpu_offload: As there.
+            low_cpu_mem_usage: As there.
+            key_mapping: Regular expressions for the names of tensors below ``base_model.model.``, with what to put in
+                their place; the first that is found counts. Default: `model._checkpoint_conversion_mapping`, by which
+                a class of transformers takes checkpoints of an older layout of its modules.
+            config: As there.
+            strict: As there.
+            allow_pickle: As there.
+            revision: A branch, tag or commit, where `model_id` is on the Hub.
+            subfolder: A folder below `model_id`.
+            **options: As there.
+
+        Returns:
+            No missing and no unexpected keys: a checkpoint that does not fit is refused.
+
+        Raises:
+            As `VeraModel.from_pretrained`; and UsageError where the adapter of that name is another one.
+        """
+        peft_arguments.check({**options, "ephemeral_gpu_offload": ephemeral_gpu_offload}, peft_arguments.LOADING)
+        reference = peft_arguments.located(model_id, revision=revision, subfolder=subfolder)
+        there = adapter_name in self.peft_config
+        with Checkpoint.open(reference, allow_pickle=allow_pickle) as checkpoint:
+            refuse_changed(checkpoint)  # by the names that it was recorded with
+            refuse_no_floats(checkpoint)
+            _map_names(checkpoint, key_mapping or getattr(self.model, "_checkpoint_conversion_mapping", None) or {})
+            given = checkpoint.config if config is None else _given(config, checkpoint)
+            if not there:
+                self.check_new(adapter_name, given)
+            plan = targets.plan(given, self.model)
+            plan.config.inference_mode = not is_trainable
+            _check_fits(checkpoint, self, adapter_name, plan)
+            if there:
+                _check_same(self, adapter_name, plan)
+            resolved, pair = projections(checkpoint, list(plan.bases.values()), strict=strict)
+            tensors = {
+                name: to_tensor(checkpoint.weights.read(name))
+                for name in checkpoint.weights.tensors
+                if name.startswith(MODULES)
+            }
+        if plan.config.ensure_weight_tying:
+            tying.check(self.model, tensors, prefix=MODULES, label=checkpoint.label)
         if there:
-            _check_same(model, adapter_name, plan)
-        resolved, pair = projections(checkpoint, list(plan.bases.values()), strict=strict)
-        tensors = {
-            name: to_tensor(checkpoint.weights.read(name))
-            for name in checkpoint.weights.tensors
-            if name.startswith(MODULES)
-        }
-    if plan.config.ensure_weight_tying:
-        tying.check(model.model, tensors, prefix=MODULES, label=checkpoint.label)
-    if there:
-        model.hold_pair(adapter_name, model.plan_of(adapter_name), resolved.record, pair)
-    else:
-        options = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": autocast_adapter_dtype}
-        model.attach(adapter_name, plan, resolved.record, pair, **options)
-    state_dicts.put(model, state_dicts.places(model, adapter_name), tensors)
-    model.tie(adapter_name)
+            self.hold_pair(adapter_name, self.plan_of(adapter_name), resolved.record, pair)
+        else:
+            chosen = {"low_cpu_mem_usage": True, "autocast_adapter_dtype": autocast_adapter_dtype}
+            self.attach(adapter_name, plan, resolved.record, pair, **chosen)
+        state_dicts.put(self, state_dicts.places(self, adapter_name), tensors)
+        self.tie(adapter_name)
+        if is_trainable:
+            self.set_requires_grad(adapter_name)
+        else:
+            self.eval()
+        return LoadResult([], [])
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool | None = None,
+        path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        state_dict: Mapping[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        """Write adapters in PEFT's format, with a manifest.
+
+        The adapter "default" goes into the folder itself, others into subfolders with their names, as PEFT has it.
+        Files of other names are left alone. Under FSDP every process has to call this; one writes.
+
+        Args:
+            save_directory: Where to.
+            safe_serialization: True: adapters are written as safetensors only.
+            selected_adapters: Which adapters. Default: all.
+            is_main_process: Whether this process writes. Default: the process of rank 0.
+            path_initial_model_for_weight_conversion: None: VeRA does not change the base when it begins.
+            state_dict: The model's state dict, where it was gathered already (under DeepSpeed's ZeRO-3, for instance):
+                its vectors, biases and saved modules are written.
+            save_embedding_layers: Write the base's embedding and output layer too. "auto": where the vocabulary is not
+                as large as in the base's own config, or one of them is adapted.
+            **options: PEFT's further arguments, `peft_arguments.SAVING`, with the values for which nothing is done
+                otherwise.
+
+        Raises:
+            UsageError: no such adapter, save_projection is off for projections that no recipe makes, a tensor has no
+                values here or is not in `state_dict`, or an option that is not supported.
+        """
+        options["safe_serialization"] = safe_serialization
+        options["path_initial_model_for_weight_conversion"] = path_initial_model_for_weight_conversion
+        peft_arguments.check(options, peft_arguments.SAVING)
+        if os.path.isfile(save_directory):
+            raise UsageError("should be a directory, not a file", where=f"Provided path ({os.fspath(save_directory)})")
+        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
+        for name in self.check_known(names):
+            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
+            save(
+                self,
+                folder,
+                name,
+                is_main_process=is_main_process,
+                state_dict=state_dict,
+                save_embedding_layers=save_embedding_layers,
+            )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Write README.md into a folder, or add the metadata that it lacks: what `save_pretrained` does beside it.
+
+        `transformers.Trainer` calls it, where it finds such a card.
+        """
+        name = self.active_adapters[0] if self.active_adapters else next(iter(self.peft_config))
+        write_card(Path(output_dir), self, self.peft_config[name])
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the base model's own would upload the base.
+
+        Raises:
+            UsageError: always; it names the command that does it.
+        """
+        raise UsageError(
+            "an adapter is uploaded from a saved checkpoint",
+            hint="save_pretrained(folder), then `vera-tools push folder owner/name`",
+        )
 
 
 def _map_names(checkpoint: Checkpoint, mapping: Mapping[str, str]) -> None:

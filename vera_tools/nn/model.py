@@ -9,27 +9,23 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
-from vera_tools.checkpoints import peft_arguments
 from vera_tools.checkpoints.config import PeftType, VeraConfig
 from vera_tools.errors import UsageError, warn
-from vera_tools.nn import io
-from vera_tools.nn.adapters import Adapters
 from vera_tools.nn.forwarding import by_row, with_signature_of_base
 from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
+from vera_tools.nn.io import StoredAdapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.lora import Lora, to_lora
-from vera_tools.nn.state_dicts import LoadResult
 from vera_tools.nn.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from vera_tools.nn.tying import note_untied
 from vera_tools.projections.pair import PROJECTIONS
 
 
-class VeraModel(Adapters):
+class VeraModel(StoredAdapters):
     """A model and the VeRA adapters on it.
 
     The model's layers are changed in place. Its own parameters are frozen; the active adapter's are trainable.
@@ -115,7 +111,7 @@ class VeraModel(Adapters):
             UsageError: an option that is not supported, or the model carries adapters already.
         """
         self = cls.__new__(cls)
-        Adapters.__init__(self, model)
+        StoredAdapters.__init__(self, model)
         self.load_adapter(
             model_id,
             adapter_name,
@@ -133,141 +129,6 @@ class VeraModel(Adapters):
         self.set_adapter(adapter_name, inference_mode=not is_trainable)
         require_where_checkpointing(model)
         return self
-
-    def load_adapter(
-        self,
-        model_id: str | os.PathLike[str],
-        adapter_name: str,
-        is_trainable: bool = False,
-        torch_device: str | None = None,
-        autocast_adapter_dtype: bool = True,
-        ephemeral_gpu_offload: bool = False,
-        low_cpu_mem_usage: bool = False,
-        key_mapping: Mapping[str, str] | None = None,
-        *,
-        config: VeraConfig | None = None,
-        strict: bool = False,
-        allow_pickle: bool = False,
-        revision: str | None = None,
-        subfolder: str | None = None,
-        **options: Any,
-    ) -> LoadResult:
-        """Load another adapter beside those that are there; it is not made active. As `from_pretrained`.
-
-        A name that is there stands for that adapter, which gets the checkpoint's values: the same parameters, so that
-        an optimizer goes on with them.
-
-        Args:
-            model_id: As there.
-            adapter_name: The adapter's name here.
-            is_trainable: Let it be trained, active or not; else the model is put into evaluation mode.
-            torch_device: Taken as PEFT takes it; vectors go to the device of their layer.
-            autocast_adapter_dtype: As there.
-            ephemeral_gpu_offload: As there.
-            low_cpu_mem_usage: As there.
-            key_mapping: Regular expressions for the names of tensors below ``base_model.model.``, with what to put in
-                their place; the first that is found counts. Default: `model._checkpoint_conversion_mapping`, by which
-                a class of transformers takes checkpoints of an older layout of its modules.
-            config: As there.
-            strict: As there.
-            allow_pickle: As there.
-            revision: A branch, tag or commit, where `model_id` is on the Hub.
-            subfolder: A folder below `model_id`.
-            **options: As there.
-
-        Returns:
-            No missing and no unexpected keys: a checkpoint that does not fit is refused.
-
-        Raises:
-            As `from_pretrained`; and UsageError where the adapter of that name is another one.
-        """
-        peft_arguments.check({**options, "ephemeral_gpu_offload": ephemeral_gpu_offload}, peft_arguments.LOADING)
-        io.load(
-            self,
-            peft_arguments.located(model_id, revision=revision, subfolder=subfolder),
-            adapter_name,
-            config=config,
-            key_mapping=key_mapping,
-            is_trainable=is_trainable,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            strict=strict,
-            allow_pickle=allow_pickle,
-        )
-        if is_trainable:
-            self.set_requires_grad(adapter_name)
-        else:
-            self.eval()
-        return LoadResult([], [])
-
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,
-        selected_adapters: Sequence[str] | None = None,
-        save_embedding_layers: bool | Literal["auto"] = "auto",
-        is_main_process: bool | None = None,
-        path_initial_model_for_weight_conversion: str | None = None,
-        *,
-        state_dict: Mapping[str, Any] | None = None,
-        **options: Any,
-    ) -> None:
-        """Write adapters in PEFT's format, with a manifest.
-
-        The adapter "default" goes into the folder itself, others into subfolders with their names, as PEFT has it.
-        Files of other names are left alone. Under FSDP every process has to call this; one writes.
-
-        Args:
-            save_directory: Where to.
-            safe_serialization: True: adapters are written as safetensors only.
-            selected_adapters: Which adapters. Default: all.
-            is_main_process: Whether this process writes. Default: the process of rank 0.
-            path_initial_model_for_weight_conversion: None: VeRA does not change the base when it begins.
-            state_dict: The model's state dict, where it was gathered already (under DeepSpeed's ZeRO-3, for instance):
-                its vectors, biases and saved modules are written.
-            save_embedding_layers: Write the base's embedding and output layer too. "auto": where the vocabulary is not
-                as large as in the base's own config, or one of them is adapted.
-            **options: PEFT's further arguments, `peft_arguments.SAVING`, with the values for which nothing is done
-                otherwise.
-
-        Raises:
-            UsageError: no such adapter, save_projection is off for projections that no recipe makes, a tensor has no
-                values here or is not in `state_dict`, or an option that is not supported.
-        """
-        options["safe_serialization"] = safe_serialization
-        options["path_initial_model_for_weight_conversion"] = path_initial_model_for_weight_conversion
-        peft_arguments.check(options, peft_arguments.SAVING)
-        if os.path.isfile(save_directory):
-            raise UsageError("should be a directory, not a file", where=f"Provided path ({os.fspath(save_directory)})")
-        names = list(self.peft_config) if selected_adapters is None else list(selected_adapters)
-        for name in self.check_known(names):
-            folder = os.fspath(save_directory) if name == "default" else os.path.join(save_directory, name)
-            io.save(
-                self,
-                folder,
-                name,
-                is_main_process=is_main_process,
-                state_dict=state_dict,
-                save_embedding_layers=save_embedding_layers,
-            )
-
-    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
-        """Write README.md into a folder, or add the metadata that it lacks: what `save_pretrained` does beside it.
-
-        `transformers.Trainer` calls it, where it finds such a card.
-        """
-        name = self.active_adapters[0] if self.active_adapters else next(iter(self.peft_config))
-        io.write_card(Path(output_dir), self, self.peft_config[name])
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the base model's own would upload the base.
-
-        Raises:
-            UsageError: always; it names the command that does it.
-        """
-        raise UsageError(
-            "an adapter is uploaded from a saved checkpoint",
-            hint="save_pretrained(folder), then `vera-tools push folder owner/name`",
-        )
 
     # Adapters: add, choose, delete.
 
