@@ -291,12 +291,12 @@ def save(
     together = distributed.is_available() and distributed.is_initialized()
     if is_main_process is None:
         is_main_process = not together or distributed.get_rank() == 0
-    parameters = state_dicts.named(model, adapter_name, save_embedding_layers=save_embedding_layers)
+    named = state_dicts.named(model, adapter_name, save_embedding_layers=save_embedding_layers)
+    keys = dict(sorted(named.items()))
     try:
         if is_main_process:
             _check_pair(model, adapter_name, state_dict or {})
-            values = {name: state_dicts.values(name, own, state_dict) for name, own in sorted(parameters.items())}
-            tensors = {name: to_array(state_dicts.whole(tensor)) for name, tensor in values.items()}
+            tensors = {name: to_array(tensor) for name, tensor in state_dicts.gathered(model, keys, state_dict)}
             record = model.record_of(adapter_name)
             if config.save_projection:
                 pair = model.stored_pair(adapter_name, record.dtype)
@@ -306,9 +306,9 @@ def save(
             base = base_record(model.plan_of(adapter_name).bases, config)
             _write(Path(folder), model, config, tensors, record, base)
         elif state_dict is None:  # to gather what FSDP2 has spread takes all processes
-            spread = [(name, own) for name, own in sorted(parameters.items()) if hasattr(own.tensor, "full_tensor")]
-            for tensor in [state_dicts.values(name, own, None) for name, own in spread]:
-                state_dicts.whole(tensor)
+            spread = {n: key for n, key in keys.items() if hasattr(state_dicts.tensor_at(model, key), "full_tensor")}
+            for _ in state_dicts.gathered(model, spread):
+                pass
     finally:
         # Also where the process that writes has failed: the others wait for it, or would for ever.
         if together:

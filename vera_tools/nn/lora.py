@@ -73,9 +73,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
     record = model.record_of(adapter_name)
     pair = dict(zip(("vera_A", "vera_B"), model.stored_pair(adapter_name, record.dtype), strict=True))
     named = state_dicts.named(model, adapter_name, save_embedding_layers="auto")
-    arrays = {
-        name: to_array(state_dicts.whole(state_dicts.values(name, own, None))) for name, own in sorted(named.items())
-    }
+    arrays = {name: to_array(tensor) for name, tensor in state_dicts.gathered(model, dict(sorted(named.items())))}
     work = computed_in({record.dtype, *(array.dtype.name for array in arrays.values())})
     factors = Factors(label, record.shape, lambda name, start, stop: pair[name][start:stop], work, dtype or work)
     made: dict[str, Deferred] = {}

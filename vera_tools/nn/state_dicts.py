@@ -5,7 +5,7 @@ The four public functions bear the names of PEFT's, and take and return what PEF
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -34,18 +34,6 @@ class LoadResult(NamedTuple):
     unexpected_keys: list[str]
 
 
-class Named(NamedTuple):
-    """A tensor of the model's.
-
-    Attributes:
-        key: Its name in the model's state dict.
-        tensor: It.
-    """
-
-    key: str
-    tensor: Tensor
-
-
 def get_peft_model_state_dict(
     model: nn.Module,
     state_dict: Mapping[str, Any] | None = None,
@@ -68,7 +56,7 @@ def get_peft_model_state_dict(
     own = adapters_of(model)
     own.check_known([adapter_name])
     wanted = named(own, adapter_name, save_embedding_layers=save_embedding_layers)
-    tensors = {name: whole(values(name, one, state_dict)) for name, one in wanted.items()}
+    tensors = dict(gathered(own, wanted, state_dict))
     if own.peft_config[adapter_name].save_projection:
         tensors |= {ROOT + "vera_A": own.vera_A[adapter_name], ROOT + "vera_B": own.vera_B[adapter_name]}
     return tensors
@@ -102,7 +90,7 @@ def set_peft_model_state_dict(
         raise UsageError("Specified to load vera_A and vera_B from state dictionary however they were not present!")
     expected, targets = named(own, adapter_name), places(own, adapter_name)
     for name in [name for name in given if name in targets]:
-        shape = tuple(whole_shape(targets[name].tensor))
+        shape = tuple(whole_shape(tensor_at(own, targets[name])))
         if tuple(given[name].shape) != shape:
             text = f"found shape {list(given[name].shape)} in the checkpoint and {list(shape)} in the model"
             if not ignore_mismatched_sizes:
@@ -114,7 +102,7 @@ def set_peft_model_state_dict(
         tying.check(own.model, given, prefix=MODULES, label="the state dict")
     if pair[0] is not None and pair[1] is not None:
         own.set_pair(adapter_name, (pair[0], pair[1]))
-    missing = [one.key for name, one in expected.items() if name not in given]
+    missing = [key for name, key in expected.items() if name not in given]
     put(own, targets, given)
     own.tie(adapter_name)
     return LoadResult(missing, list(given))
@@ -156,46 +144,62 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Any], s
 
 def named(
     model: Adapters, adapter_name: str, *, save_embedding_layers: bool | Literal["auto"] = False
-) -> dict[str, Named]:
-    """Every tensor of an adapter but the projections, by its name on disk."""
+) -> dict[str, str]:
+    """Every tensor of an adapter but the projections: its key in the model's state dict, by its name on disk."""
     plan = model.plan_of(adapter_name)
-    found = {name: _at(model, held.key) for name, held in plan.tensors(model.model, adapter_name).items()}
-    saved = embeddings.saved(model.model, plan.config, save_embedding_layers)
-    return found | {MODULES + name: Named(f"model.{name}", tensor) for name, tensor in saved.items()}
+    found = {name: held.key for name, held in plan.tensors(model.model, adapter_name).items()}
+    return found | _of_base(embeddings.saved(model.model, plan.config, save_embedding_layers))
 
 
-def places(model: Adapters, adapter_name: str) -> dict[str, Named]:
-    """What a checkpoint of the adapter may hold: the base's embedding, output layer and biases too."""
+def places(model: Adapters, adapter_name: str) -> dict[str, str]:
+    """What a checkpoint of the adapter may hold, likewise: the base's embedding, output layer and biases too."""
     everything = Plan(VeraConfig(bias="all"), model.vera_layers(), model.saved_modules())
     base = embeddings.parameters(model.model) | everything.biases(model.model)
-    found = {MODULES + name: Named(f"model.{name}", tensor) for name, tensor in base.items()}
-    return found | named(model, adapter_name)
+    return _of_base(base) | named(model, adapter_name)
 
 
-def _at(model: nn.Module, key: str) -> Named:
+def _of_base(names: Iterable[str]) -> dict[str, str]:
+    return {MODULES + name: f"model.{name}" for name in names}
+
+
+def tensor_at(model: nn.Module, key: str) -> Tensor:
+    """A parameter or buffer by its key in the model's state dict."""
     where, _, last = key.rpartition(".")
-    return Named(key, getattr(model.get_submodule(where), last))
+    tensor: Tensor = getattr(model.get_submodule(where), last)
+    return tensor
 
 
-def values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
-    """The values to write for a tensor: the model's, or those of a state dict."""
-    tensor: Tensor = own.tensor if given is None else given.get(own.key)  # type: ignore[assignment]
+def gathered(
+    model: Adapters, keys: Mapping[str, str], given: Mapping[str, Any] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The values to write for keys by name on disk: the model's, or a state dict's; whole, one after another.
+
+    Raises:
+        UsageError: a tensor has no values here, or is not in `given`; nothing was gathered.
+    """
+    for name, tensor in [(name, _values(model, name, key, given)) for name, key in keys.items()]:
+        yield name, (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach()  # FSDP2 spreads it
+
+
+def _values(model: Adapters, name: str, key: str, given: Mapping[str, Any] | None) -> Tensor:
+    own = tensor_at(model, key)
+    tensor: Tensor = own if given is None else given.get(key)  # type: ignore[assignment]
     if tensor is None:
         raise UsageError(
             "is not in state_dict",
-            where=own.key,
+            where=key,
             hint="pass the whole state dict of this model; without frozen parameters, name the trained adapter in "
             "selected_adapters",
         )
     if tensor.device.type == "meta":
         raise UsageError("is on the meta device: there are no values to save", where=name.removeprefix(MODULES))
     if given is not None and hasattr(tensor, "full_tensor"):
-        raise UsageError("is spread over processes", where=f"state_dict: {own.key}", hint="gather it first")
-    if tensor.shape != whole_shape(own.tensor):
+        raise UsageError("is spread over processes", where=f"state_dict: {key}", hint="gather it first")
+    if tensor.shape != whole_shape(own):
         raise UsageError(
             "has no values here: another process holds them" if tensor.numel() == 0 else "has another shape",
-            where=name.removeprefix(MODULES) if given is None else f"state_dict: {own.key}",
-            expected=str(list(whole_shape(own.tensor))),
+            where=name.removeprefix(MODULES) if given is None else f"state_dict: {key}",
+            expected=str(list(whole_shape(own))),
             found=str(list(tensor.shape)),
             hint="pass state_dict=accelerator.get_state_dict(model), called by all processes",
         )
@@ -203,16 +207,17 @@ def values(name: str, own: Named, given: Mapping[str, Any] | None) -> Tensor:
 
 
 @torch.no_grad()
-def put(model: Adapters, targets: Mapping[str, Named], tensors: dict[str, Tensor]) -> None:
-    """Give tensors their values, by their names on disk, and take those off `tensors`.
+def put(model: Adapters, targets: Mapping[str, str], tensors: dict[str, Tensor]) -> None:
+    """Give tensors their values, by their names on disk, and take those off `tensors`; `targets` has their keys.
 
     What holds values is written in place, so that an optimizer goes on training it. What is on the meta device is
     replaced: it would take a copy without a word, and hold nothing.
     """
-    for name, (key, tensor) in targets.items():
+    for name, key in targets.items():
         given = tensors.pop(name, None)
         if given is None:
             continue
+        tensor = tensor_at(model, key)
         if tensor.device.type != "meta":
             tensor.copy_(given)
             continue
@@ -227,13 +232,6 @@ def put(model: Adapters, targets: Mapping[str, Named], tensors: dict[str, Tensor
             module._buffers[last] = given.to(dtype)
         else:
             setattr(module, last, nn.Parameter(given.to(dtype), requires_grad=tensor.requires_grad))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that FSDP2 may have spread over processes."""
-    gather: Any = getattr(tensor, "full_tensor", None)
-    gathered: Tensor = gather() if gather is not None else tensor
-    return gathered.detach()
 
 
 def _refuse_merged(model: Adapters) -> None:
