@@ -20,7 +20,7 @@ from vera_tools.nn import targets, tying
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import weight_like, whole_shape
 from vera_tools.nn.layer import VeraLinear
-from vera_tools.nn.projection import ProjectionDict, digests, recorded, to_array, to_tensor
+from vera_tools.nn.projection import ProjectionDict, described, is_recorded, recorded, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
 from vera_tools.nn.saved_module import SavedModule
 from vera_tools.nn.targets import Plan
@@ -109,9 +109,7 @@ class Adapters(nn.Module):
             record, pair = dataclasses.replace(same[0], origin="live"), None
         else:
             pair = generate(recipe, shape)
-            sha256 = digests((to_tensor(pair[0]), to_tensor(pair[1])))
-            assert sha256 is not None
-            record = ProjectionRecord(recipe, "live", shape, "float32", sha256)
+            record = described((to_tensor(pair[0]), to_tensor(pair[1])), "live", recipe)
         options = {"low_cpu_mem_usage": low_cpu_mem_usage, "autocast_adapter_dtype": autocast_adapter_dtype}
         self.attach(adapter_name, plan, record, pair, **options)
 
@@ -240,20 +238,17 @@ class Adapters(nn.Module):
         """
         known = self._records[adapter_name]
         pair = self.vera_A[adapter_name], self.vera_B[adapter_name]
-        if digests(pair, getattr(torch, known.dtype)) != known.sha256:
+        if not is_recorded(pair, known):
             # A pair that was assumed when it was loaded is so too after a cast to another dtype.
             origin: Origin = known.origin if known.assumed else "live"
             known = recorded(pair, origin, prng_key=self.peft_config[adapter_name].projection_prng_key)
             self._records[adapter_name] = known
         return known
 
-    def stored_pair(self, adapter_name: str, dtype: str) -> tuple[Array, Array]:
-        """An adapter's vera_A and vera_B as arrays of a dtype (a name such as "float32")."""
+    def stored_pair(self, adapter_name: str, dtype: str) -> dict[str, Array]:
+        """An adapter's vera_A and vera_B, by these names, as arrays of a dtype (a name such as "float32")."""
         wanted: torch.dtype = getattr(torch, dtype)
-        return (
-            to_array(self.vera_A[adapter_name].to(wanted)),
-            to_array(self.vera_B[adapter_name].to(wanted)),
-        )
+        return {name: to_array(getattr(self, name)[adapter_name].to(wanted)) for name in PROJECTIONS}
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
         """Make one adapter, or several together, active.

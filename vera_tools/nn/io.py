@@ -299,8 +299,7 @@ def save(
             tensors = {name: to_array(tensor) for name, tensor in state_dicts.gathered(model, keys, state_dict)}
             record = model.record_of(adapter_name)
             if config.save_projection:
-                pair = model.stored_pair(adapter_name, record.dtype)
-                tensors |= {ROOT + "vera_A": pair[0], ROOT + "vera_B": pair[1]}
+                tensors |= {ROOT + n: array for n, array in model.stored_pair(adapter_name, record.dtype).items()}
             else:
                 _check_seed_only(model, record, where=folder)
             base = base_record(model.plan_of(adapter_name).bases, config)

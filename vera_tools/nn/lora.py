@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +17,7 @@ from vera_tools.checkpoints.placement import known_under
 from vera_tools.converting import peft_lora
 from vera_tools.converting.factors import Factors, computed_in, lora_config, named_matrices
 from vera_tools.converting.lora import write_lora
-from vera_tools.dtypes import FLOATS, Array
+from vera_tools.dtypes import FLOATS
 from vera_tools.errors import UsageError
 from vera_tools.files import atomic
 from vera_tools.files.safetensors import Deferred
@@ -71,7 +70,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
     kind, known = _class_of_base(model)
     peft_lora.refuse_unloadable(layers, kind, known, label=label)
     record = model.record_of(adapter_name)
-    pair = dict(zip(("vera_A", "vera_B"), model.stored_pair(adapter_name, record.dtype), strict=True))
+    pair = model.stored_pair(adapter_name, record.dtype)
     named = state_dicts.named(model, adapter_name, save_embedding_layers="auto")
     arrays = {name: to_array(tensor) for name, tensor in state_dicts.gathered(model, dict(sorted(named.items())))}
     work = computed_in({record.dtype, *(array.dtype.name for array in arrays.values())})
@@ -81,7 +80,7 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
         b, d = (arrays.pop(f"{MODULES}{name}.{which}") for which in layer.adapter_layer_names)
         made |= named_matrices(name, factors.of(name, b, d, layer.in_features))
     tensors = {name: array.copy() for name, array in arrays.items()}  # the model goes on training its own
-    tensors |= {name: _values(deferred) for name, deferred in made.items()}
+    tensors |= {name: np.concatenate([np.asarray(piece) for piece in own.pieces()]) for name, own in made.items()}
     config = io.config_to_save(model, adapter_name)
     return Lora(
         lora_config(config, layers, r=record.shape.r, kind=kind),
@@ -91,19 +90,11 @@ def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> 
     )
 
 
-def _values(tensor: Deferred) -> Array:
-    pieces = [np.asarray(piece) for piece in tensor.pieces()]
-    array: Array = np.concatenate(pieces)
-    return array
-
-
 def _class_of_base(model: Adapters) -> tuple[str | None, Architecture | None]:
     """The base's model type, and what is known of its class, where it is one of transformers'."""
     config: Any = getattr(model.model, "config", None)
-    if not hasattr(config, "to_dict"):
-        return None, None
-    document: Mapping[str, Any] = config.to_dict()
+    document: dict[str, Any] = config.to_dict() if hasattr(config, "to_dict") else {}
     kind = document.get("model_type")
     if not isinstance(kind, str):
         return None, None
-    return kind, known_under(dict(document), io.class_of(model.model).__name__)
+    return kind, known_under(document, io.class_of(model.model).__name__)

@@ -39,7 +39,7 @@ from vera_tools.errors import UsageError
 from vera_tools.files import opening
 from vera_tools.nn import live, provenance
 from vera_tools.nn.io import projections
-from vera_tools.nn.projection import dtype_name, same_bits, to_array, to_tensor
+from vera_tools.nn.projection import dtype_name, holds, to_array, to_tensor
 from vera_tools.nn.recording import record, save
 from vera_tools.platforms import rows
 from vera_tools.platforms.machine import this_platform
@@ -267,7 +267,7 @@ def _drawn_elsewhere(recipe: Recipe) -> str | None:
 def _dtype_for(right: Mapping[str, Tensor], vectors: list[Tensor]) -> tuple[torch.dtype, bool]:
     """The dtype to hold the projections in, which is the vectors' own unless that would round them."""
     dtype = vectors[0].dtype
-    if all(same_bits(values.to(dtype).to(values.dtype), values) for values in right.values()):
+    if all(holds(dtype, values) for values in right.values()):
         return dtype, False
     return torch.promote_types(dtype, torch.float32), True
 

@@ -9,7 +9,8 @@ values, has its pair on the CPU.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, ValuesView
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from vera_tools.projections.identification import identify
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
 
-_identified: dict[tuple[str, str, int], Recipe | None] = {}
+_identified: dict[tuple[str | int, ...], Recipe | None] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -160,15 +161,11 @@ class ProjectionDict(nn.Module):
                     f"{prefix}{name}: expected the shape {tuple(tensor.shape)}, found {tuple(values.shape)}"
                 )
             elif not same_bits(tensor.cpu(), values.cpu()):
-                narrowest = torch.promote_types(values.dtype, torch.float32)
-                dtype = torch.promote_types(tensor.dtype, narrowest)
-                self._buffers[name] = values.detach().to(device=tensor.device, dtype=dtype, copy=True)
-                self._narrowest[name] = narrowest
+                self[name] = values.detach().to(tensor.device, copy=True)
         if strict:
             unexpected_keys += [
                 key for key in state_dict if key.startswith(prefix) and key[len(prefix) :] not in self._buffers
             ]
-        self._elsewhere.clear()
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
@@ -217,29 +214,42 @@ def shape_of(pair: tuple[Tensor, Tensor]) -> PairShape:
     return PairShape(A.shape[0], A.shape[1], B.shape[0])
 
 
-def digests(pair: tuple[Tensor, Tensor], dtype: torch.dtype | None = None) -> dict[str, str] | None:
-    """sha256 of vera_A and vera_B by name, in another dtype if one is given; None where that would change a value."""
-    found = {}
-    for name, tensor in zip(PROJECTIONS, pair, strict=True):
-        cast = tensor if dtype is None else tensor.to(dtype)
-        if not same_bits(cast.to(tensor.dtype), tensor):
-            return None
-        found[name] = hashlib.sha256(to_array(cast).reshape(-1).view("u1").data).hexdigest()
-    return found
+def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether a dtype has all of a tensor's values, bit for bit."""
+    return same_bits(tensor.to(dtype).to(tensor.dtype), tensor)
 
 
-def recorded(pair: tuple[Tensor, Tensor], origin: Origin, *, prng_key: int) -> ProjectionRecord:
-    """What there is to record of a pair: its digests, shapes and dtype, and the recipe that makes it, if one does.
+def digests(pair: Iterable[Tensor]) -> dict[str, str]:
+    """sha256 of vera_A and vera_B by name."""
+    bits = (to_array(tensor).reshape(-1).view("u1").data for tensor in pair)
+    return {name: hashlib.sha256(data).hexdigest() for name, data in zip(PROJECTIONS, bits, strict=True)}
+
+
+def is_recorded(pair: tuple[Tensor, Tensor], record: ProjectionRecord) -> bool:
+    """Whether a pair, in whatever dtype it is held, has the values that a record tells of."""
+    dtype: torch.dtype = getattr(torch, record.dtype)
+    return all(holds(dtype, own) for own in pair) and digests(own.to(dtype) for own in pair) == record.sha256
+
+
+def described(pair: tuple[Tensor, Tensor], origin: Origin, recipe: Recipe | None = None) -> ProjectionRecord:
+    """What there is to record of a pair that a recipe made: its shapes, dtype and digests.
 
     Raises:
         CheckFailedError: the two do not fit each other.
     """
-    shape = shape_of(pair)
-    sha256 = digests(pair)
-    assert sha256 is not None
+    return ProjectionRecord(recipe, origin, shape_of(pair), dtype_name(pair[0].dtype), digests(pair))
+
+
+def recorded(pair: tuple[Tensor, Tensor], origin: Origin, *, prng_key: int) -> ProjectionRecord:
+    """The same of any pair, with the recipe that makes it, if one does.
+
+    Raises:
+        CheckFailedError: the two do not fit each other.
+    """
+    record = described(pair, origin)
     # Asked at every checkpoint of a run, where the pair stays what it was.
-    asked = (sha256["vera_A"], sha256["vera_B"], prng_key)
+    asked = (*record.sha256.values(), prng_key)
     if asked not in _identified:
         found = identify(to_array(pair[0]), to_array(pair[1]), prng_key=prng_key)
         _identified[asked] = found.recipe if found.exact else None
-    return ProjectionRecord(_identified[asked], origin, shape, dtype_name(pair[0].dtype), sha256)
+    return replace(record, recipe=_identified[asked])

@@ -23,7 +23,6 @@ from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -33,7 +32,7 @@ from vera_tools.errors import CheckFailedError
 from vera_tools.files import opening
 from vera_tools.nn import live
 from vera_tools.nn.live import LiveAdapter
-from vera_tools.nn.projection import digests, dtype_name, same_bits, shape_of
+from vera_tools.nn.projection import described, is_recorded, same_bits
 from vera_tools.projections.pair import PROJECTIONS
 
 #: Where a tuner keeps its `Source` by adapter; in its __dict__, so that copies of the model take it along.
@@ -100,7 +99,7 @@ def origin_of(adapter: LiveAdapter, pair: tuple[Tensor, Tensor], *, stored: bool
         whole = stored and source is _UNSEEN and adapter.persistent
         return ("stored", "") if whole else ("assumed", f"{source.label}: {source.why}")
     origin = source.record.origin
-    if digests(pair, getattr(torch, source.record.dtype)) != source.record.sha256:
+    if not is_recorded(pair, source.record):
         if source.record.assumed:
             return "assumed", f"{source.label}: it records another pair, and that one is {origin} itself"
         raise CheckFailedError(
@@ -153,11 +152,7 @@ def _source(tuner: Any, name: str, before: Source | None, pair: list[Any]) -> So
     now = [tuner.vera_A[name], tuner.vera_B[name]]
     if before is None and all(same_bits(a.cpu(), b.cpu()) for a, b in zip(pair, now, strict=True)):
         return None  # made here, saved and loaded again with the pair itself
-    whole = (pair[0].detach(), pair[1].detach())
-    sha256 = digests(whole)
-    assert sha256 is not None
-    record = ProjectionRecord(None, "stored", shape_of(whole), dtype_name(whole[0].dtype), sha256)
-    return Source("a state dict", record)
+    return Source("a state dict", described((pair[0].detach(), pair[1].detach()), "stored"))
 
 
 def _peft_loads() -> str | None:
