@@ -39,13 +39,6 @@ class AdaptedModule(nn.Module):
         self.disable_adapters = False
         self.rows: Rows | None = None
 
-    @property
-    def base_module(self) -> nn.Module:
-        """The base's own module."""
-        module = getattr(self, self.base_name)
-        assert isinstance(module, nn.Module)
-        return module
-
     def has(self, adapter_name: str) -> bool:
         """Whether an adapter is here."""
         return adapter_name in getattr(self, self.adapter_layer_names[0])
@@ -103,7 +96,7 @@ class AdaptedModule(nn.Module):
 
 def base_layer(module: nn.Module) -> nn.Module:
     """The base's own module, under the adapters where some are on it."""
-    return module.base_module if isinstance(module, AdaptedModule) else module
+    return module.get_submodule(module.base_name) if isinstance(module, AdaptedModule) else module
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -324,16 +324,12 @@ class VeraLinear(AdaptedModule):
     @property
     def weight(self) -> Tensor:
         """The base layer's weight, which models read for its dtype or device."""
-        weight = self.base_layer.weight
-        assert isinstance(weight, Tensor)
-        return weight
+        return self.base_layer.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:
         """The base layer's bias."""
-        bias = self.base_layer.bias
-        assert bias is None or isinstance(bias, Tensor)
-        return bias
+        return self.base_layer.bias  # type: ignore[return-value]
 
     def extra_repr(self) -> str:
         """Ranks by adapter name."""

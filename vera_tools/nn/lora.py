@@ -60,8 +60,25 @@ class Lora:
             write_lora(folder, self.config, tensors, self.projections, base=self.base)
 
 
-def to_lora(model: Adapters, adapter_name: str, *, dtype: str | None = None) -> Lora:
-    """An adapter as LoRA; see `VeraModel.to_lora`."""
+def to_lora(model: Adapters, adapter_name: str = "default", *, dtype: str | None = None) -> Lora:
+    """An adapter as the LoRA of rank r that it exactly is, with its biases and saved modules.
+
+    Bit for bit what ``vera-tools convert --to lora`` makes of the saved adapter. Under FSDP every process has to
+    call this, because the vectors are gathered.
+
+    Args:
+        model: The model.
+        adapter_name: Which adapter.
+        dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
+
+    Returns:
+        Config and tensors, and a method that writes them.
+
+    Raises:
+        UsageError: no such adapter, no such dtype, or a tensor has no values here.
+        CheckFailedError: a value of lora_A or lora_B would not be finite, or PEFT does not load LoRA on such layers
+            of such a base.
+    """
     if dtype is not None and dtype not in FLOATS:
         raise UsageError("not a dtype for LoRA", expected=" or ".join(FLOATS), found=dtype)
     model.check_known([adapter_name])

@@ -15,12 +15,12 @@ from torch import nn
 
 from vera_tools.checkpoints.config import PeftType, VeraConfig
 from vera_tools.errors import UsageError, warn
+from vera_tools.nn import lora, status
+from vera_tools.nn.adapted import base_layer
 from vera_tools.nn.forwarding import by_row, with_signature_of_base
 from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
 from vera_tools.nn.io import StoredAdapters
 from vera_tools.nn.layer import VeraLinear
-from vera_tools.nn.lora import Lora, to_lora
-from vera_tools.nn.status import LayerStatus, ModelStatus, get_layer_status, get_model_status
 from vera_tools.nn.tying import note_untied
 from vera_tools.projections.pair import PROJECTIONS
 
@@ -207,7 +207,7 @@ class VeraModel(StoredAdapters):
         """Take the adapters off and return the plain model, with its weights as they were."""
         self.unmerge_adapter()
         for name, module in self.adapted().items():
-            self._replace(name, module.base_module)
+            self._replace(name, base_layer(module))
         return self.model
 
     def _check_merged(self, names: Sequence[str] | None, *, safe_merge: bool) -> None:
@@ -279,37 +279,10 @@ class VeraModel(StoredAdapters):
         """True: VeRA is a LoRA of rank r, exactly; `to_lora` makes it."""
         return True
 
-    def to_lora(self, adapter_name: str = "default", *, dtype: str | None = None) -> Lora:
-        """An adapter as the LoRA of rank r that it exactly is, with its biases and saved modules.
-
-        Bit for bit what ``vera-tools convert --to lora`` makes of the saved adapter. Under FSDP every process has to
-        call this, because the vectors are gathered.
-
-        Args:
-            adapter_name: Which adapter.
-            dtype: Of lora_A and lora_B. Default: float64 where the adapter is, else float32.
-
-        Returns:
-            Config and tensors, and a method that writes them.
-
-        Raises:
-            UsageError: no such adapter, no such dtype, or a tensor has no values here.
-            CheckFailedError: a value of lora_A or lora_B would not be finite, or PEFT does not load LoRA on such layers
-                of such a base.
-        """
-        return to_lora(self, adapter_name, dtype=dtype)
-
-    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Let a model's embeddings require gradients, which reentrant checkpointing of frozen layers needs."""
-        return require_input_gradients(model)
-
-    def get_layer_status(self) -> list[LayerStatus]:
-        """The state of every adapted layer, then of every module that is saved whole."""
-        return get_layer_status(self)
-
-    def get_model_status(self) -> ModelStatus:
-        """The state of the adapters as a whole; "irregular" where layers do not agree."""
-        return get_model_status(self)
+    to_lora = lora.to_lora
+    get_layer_status = status.get_layer_status
+    get_model_status = status.get_model_status
+    prepare_model_for_gradient_checkpointing = staticmethod(require_input_gradients)
 
     def get_base_model(self) -> nn.Module:
         """The wrapped model, adapters and all."""

@@ -24,7 +24,7 @@ from vera_tools.projections.identification import identify
 from vera_tools.projections.pair import PROJECTIONS, PairShape
 from vera_tools.projections.recipe import Recipe
 
-_identified: dict[tuple[str | int, ...], Recipe | None] = {}
+_identified: dict[tuple[object, ...], Recipe | None] = {}
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
