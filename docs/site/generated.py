@@ -55,7 +55,9 @@ def python() -> str:
     parts = []
     for name in sorted(set(vera_tools.__all__) - {"__version__"}, key=str.lower):
         kind = "autoclass" if isinstance(getattr(vera_tools, name), type) else "autofunction"
-        parts.append(f"### {name}\n\n" + _directive(kind, f"vera_tools.{name}"))
+        # What VeraModel is built on is shown with it, down to torch.nn.Module.
+        inherited = {"inherited-members": "Module"} if name == "VeraModel" else {}
+        parts.append(f"### {name}\n\n" + _directive(kind, f"vera_tools.{name}", **inherited))
     return "\n".join(parts)
 
 

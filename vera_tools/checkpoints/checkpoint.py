@@ -113,6 +113,8 @@ class Checkpoint(local.ReadFromFolder):
         config_text: The text of adapter_config.json, or None where only a safetensors file is there.
         reading: How PEFT reads that text.
         weights: The open safetensors file, its tensors under the names that PEFT gives them.
+        embedded: What the file's own metadata records, or None.
+        embedded_error: Why that record cannot be used, or None.
         keys: Which of them have other names in the file.
         manifest: The manifest beside it, or None.
         manifest_error: Why the manifest that is there cannot be used, or None.
@@ -127,11 +129,11 @@ class Checkpoint(local.ReadFromFolder):
             usual = contents.of_usual(self.weights)
             if usual is None:
                 self._refuse_other_kinds(place)
-            self._embedded_error: FormatError | None = None
+            self.embedded_error: FormatError | None = None
             try:
-                self._embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
+                self.embedded = ProjectionRecord.from_metadata(self.weights.metadata, where=self.weights.label)
             except FormatError as error:
-                self._embedded, self._embedded_error = None, error
+                self.embedded, self.embedded_error = None, error
             self.config = config.parsed if config else self._config_from_metadata(place)
             self.keys = keys.Keys()
             if usual is None:
@@ -252,8 +254,8 @@ class Checkpoint(local.ReadFromFolder):
         Where both tell of the same pair, what is less certain of the two origins holds.
         """
         if self.manifest is None:
-            return self._embedded
-        record, own = self.manifest.projections, self._embedded
+            return self.embedded
+        record, own = self.manifest.projections, self.embedded
         if own and own.sha256 == record.sha256:
             return replace(record, origin=max(record.origin, own.origin, key=ORIGINS.index))
         return record
@@ -262,16 +264,6 @@ class Checkpoint(local.ReadFromFolder):
         """How a stored pair of these digests is known: as the record of it says, else from the file."""
         record = self.recorded
         return record.origin if record is not None and record.sha256 == sha256 else "stored"
-
-    @property
-    def embedded(self) -> ProjectionRecord | None:
-        """What the file's own metadata records."""
-        return self._embedded
-
-    @property
-    def embedded_error(self) -> FormatError | None:
-        """Why the file's own record cannot be used."""
-        return self._embedded_error
 
     def vectors(self, layer: Layer) -> tuple[Array, Array] | None:
         """lambda_b (out_features,) and lambda_d (r,) of a layer; None where the file lacks one of them.
@@ -378,13 +370,13 @@ class Checkpoint(local.ReadFromFolder):
             raise NotVeraError(what, kind=kind, where=where)
 
     def _config_from_metadata(self, place: Place) -> VeraConfig:
-        if place.file is None or self._embedded is None or self._embedded.recipe is None:
+        if place.file is None or self.embedded is None or self.embedded.recipe is None:
             hint = "only files written by vera-tools say in their metadata what they are"
             if place.file is None:  # an adapter that lost its config, which PEFT does not load
                 hint = "a file that vera-tools wrote says itself what it is, where it is named and not its folder"
             missing = FormatError(f"there is no {CONFIG_NAME}", where=self.folder.label, hint=hint)
-            raise self._embedded_error or missing
-        return VeraConfig(r=self._embedded.shape.r, projection_prng_key=self._embedded.recipe.prng_key)
+            raise self.embedded_error or missing
+        return VeraConfig(r=self.embedded.shape.r, projection_prng_key=self.embedded.recipe.prng_key)
 
 
 def assumed_rounding(checkpoint: Checkpoint, base: BaseModel | None) -> str | None:

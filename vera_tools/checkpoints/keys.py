@@ -30,7 +30,7 @@ VECTORS = ("vera_lambda_b", "vera_lambda_d")
 DEFAULT = "default"
 
 #: Modules that hold the one they wrap under these names. No model of its own has such parts.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"})
 #: Classes that hold what they wrap as "module", by their names in a config's auto_mapping.
 _PARALLEL = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 _ENDS = re.compile(rf"^(?P<stem>(?:.*\.)?(?:{'|'.join(VECTORS + PROJECTIONS)}))(?:\.(?P<adapter>[^.]+))?$", re.DOTALL)
@@ -136,7 +136,7 @@ def _odd(names: Iterable[str], auto_mapping: Mapping[str, object] | None) -> lis
 def _unwrapped(name: str) -> str:
     if not name.startswith(("_", "module.")) and "._" not in name and f"{ROOT}model.{ROOT}" not in name:
         return name  # nearly every one
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module" and parts[1] in ("module", "base_model"):
         del parts[0]
     name = ".".join(parts)

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
+from vera_tools.checkpoints.keys import VECTORS, WRAPPERS
 from vera_tools.checkpoints.manifest import BaseRecord, TensorRecord
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn.base_layers import PLAIN, kind_of, whole_shape
@@ -20,8 +21,6 @@ from vera_tools.projections.pair import PROJECTIONS
 
 #: What PEFT calls the module that makes the projections and holds the adapted model.
 _TUNER = "peft.tuners.vera.model"
-#: Modules that libraries put around others without a place in the names of a checkpoint.
-_WRAPPERS = frozenset({"_fsdp_wrapped_module", "_orig_mod", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def find(model: nn.Module, adapter_name: str) -> LiveAdapter:
     tuner = tuner_of(model)
     root = model if tuner is None else tuner.model
     layers = {
-        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        ".".join(part for part in name.split(".") if part not in WRAPPERS): module
         for name, module in root.named_modules()
         if is_layer(module, adapter_name)
     }
@@ -137,7 +136,7 @@ def find(model: nn.Module, adapter_name: str) -> LiveAdapter:
 
 def is_layer(module: nn.Module, adapter_name: str) -> bool:
     """Whether this is a VeRA layer of PEFT's that has the adapter."""
-    parts = (getattr(module, name, None) for name in ("vera_lambda_b", "vera_lambda_d", *PROJECTIONS))
+    parts = (getattr(module, name, None) for name in (*VECTORS, *PROJECTIONS))
     return hasattr(module, "base_layer") and all(part is not None and adapter_name in part for part in parts)
 
 
