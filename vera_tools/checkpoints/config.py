@@ -165,7 +165,8 @@ class VeraConfig:
                 "the key 'peft_type' is missing",
                 where=where,
                 expected='"VERA"',
-                hint="without it nothing says that this is a VeRA adapter" + _look_alike(data),
+                hint="without it nothing says that this is a VeRA adapter"
+                + (" (lora_alpha suggests LoRA)" if "lora_alpha" in data else ""),
             )
         known = {f.name for f in fields(cls)} - {"extra"}
         try:
@@ -322,9 +323,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return sorted(map(_plain, value))
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _look_alike(data: dict[str, Any]) -> str:
-    if "lora_alpha" in data:
-        return " (lora_alpha suggests LoRA)"
-    return ""

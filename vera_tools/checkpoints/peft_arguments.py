@@ -13,13 +13,17 @@ from vera_tools.files.opening import is_on_hub
 
 
 class _Argument(NamedTuple):
-    """The values of an argument for which vera-tools does what PEFT does, and what to do about the others."""
+    """The values of an argument for which vera-tools does what PEFT does, and what to do about the others.
+
+    `same` is None where it does with any value.
+    """
 
     same: tuple[object, ...] | None
     hint: str = ""
 
 
-#: How PEFT asks the Hub; ours is asked as the environment says. `same` is None where any value is.
+_ANY = _Argument(None)
+#: How PEFT asks the Hub; ours is asked as the environment says.
 HUB = {
     "token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
     "use_auth_token": _Argument((None, True), "set HF_TOKEN, or log in with `hf auth login`"),
@@ -30,9 +34,7 @@ HUB = {
     "local_dir": _Argument((None,), "fetch it with `vera-tools pull owner/name -o FOLDER`, and load the folder"),
     "repo_type": _Argument((None, "model"), "an adapter is a model repository"),
     "force_download": _Argument((False,), "vera-tools reads the files that the Hub has now"),
-    "resume_download": _Argument(None),
-    "etag_timeout": _Argument(None),
-    "user_agent": _Argument(None),
+    **dict.fromkeys(("resume_download", "etag_timeout", "user_agent"), _ANY),
 }
 CREATING = {"mixed": _Argument((False,), "put adapters of other kinds on with PEFT")}
 LOADING = {
@@ -45,11 +47,7 @@ LOADING = {
         "vera_tools.nn.set_peft_model_state_dict(..., ignore_mismatched_sizes=True)",
     ),
     # How PEFT spreads a base that accelerate has put on several devices already; the vectors follow their layers.
-    "device_map": _Argument(None),
-    "max_memory": _Argument(None),
-    "offload_folder": _Argument(None),
-    "offload_dir": _Argument(None),
-    "offload_index": _Argument(None),
+    **dict.fromkeys(("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index"), _ANY),
 }
 SAVING = {
     "safe_serialization": _Argument((True,), "adapters are written as safetensors only, which runs no code"),

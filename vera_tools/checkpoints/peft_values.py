@@ -107,10 +107,6 @@ def _reading(loose: Loose) -> Reading:
     return Reading(document, tuple(refused), tuple(before_21), tuple(tolerated), unknown)
 
 
-def _truth(value: Any) -> Any:
-    return bool(value)
-
-
 def _hashable_truth(value: Any) -> Any:
     return value if isinstance(value, list | dict) else bool(value)  # PEFT puts it into a set
 
@@ -170,10 +166,10 @@ def _patterns(value: Any) -> Any:
 
 
 _MEANINGS: dict[str, Callable[[Any], Any]] = {
-    "inference_mode": _truth,  # set anew on loading
-    "fan_in_fan_out": _truth,
-    "init_weights": _truth,
-    "ensure_weight_tying": _truth,
+    "inference_mode": bool,  # set anew on loading
+    "fan_in_fan_out": bool,
+    "init_weights": bool,
+    "ensure_weight_tying": bool,
     "save_projection": _hashable_truth,
     "base_model_name_or_path": _text,
     "revision": _text,

@@ -113,14 +113,9 @@ class RestoreReport:
         lines = [f"adapter {self.adapter_name}: projections {self.origin} ({made_by}), used by {self.layers} layers"]
         for name, change in self.projections.items():
             size = int(np.prod(change.shape))
-            lines.append(
-                f"  {name} {list(change.shape)} {change.dtype}: "
-                + (
-                    f"restored {change.differing} of {size} elements, off by at most {change.max_abs:.3g}"
-                    if change.differing
-                    else "was right already"
-                )
-            )
+            restored = f"restored {change.differing} of {size} elements, off by at most {change.max_abs:.3g}"
+            what = restored if change.differing else "was right already"
+            lines.append(f"  {name} {list(change.shape)} {change.dtype}: {what}")
         if self.changed and self.recipe is not None and (why := _drawn_elsewhere(self.recipe)):
             lines.append(f"  {why}")
         if self.widened:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vera_tools.checkpoints.config import VeraConfig
 from vera_tools.nn.adapted import AdaptedModule
-from vera_tools.nn.rows import NO_ADAPTER
+from vera_tools.nn.rows import Rows
 
 
 class SavedModule(AdaptedModule):
@@ -56,22 +56,16 @@ class SavedModule(AdaptedModule):
         """As the module itself."""
         if self.rows is None or self.disable_adapters:
             return self.active_module(*args, **kwargs)
-        return self._forward_rows(*args, **kwargs)
+        return self._forward_rows(self.rows, *args, **kwargs)
 
-    def _forward_rows(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.rows is not None
-        names = self.rows.for_input(x, where=self.name)
-        names = tuple(name if self.has(name) else NO_ADAPTER for name in names)
-        outputs: Tensor | None = None
-        for name in dict.fromkeys(names):
-            at = torch.tensor([row for row, own in enumerate(names) if own == name], device=x.device)
-            module = self.original_module if name == NO_ADAPTER else self.modules_to_save[name]
-            output = module(x[at], *args, **kwargs)
-            if outputs is None:
-                outputs = output.new_empty(len(names), *output.shape[1:])
-            outputs = outputs.index_copy(0, at, output)
-        assert outputs is not None
-        return outputs
+    def _forward_rows(self, rows: Rows, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        rows_of: dict[nn.Module, list[int]] = {}
+        for row, name in enumerate(rows.for_input(x, where=self.name)):
+            module = self.modules_to_save[name] if self.has(name) else self.original_module
+            rows_of.setdefault(module, []).append(row)
+        outputs = [module(x[rows.index(own, x.device)], *args, **kwargs) for module, own in rows_of.items()]
+        order = rows.index([row for own in rows_of.values() for row in own], x.device)
+        return torch.cat(outputs)[order.argsort()]
 
     def __getattr__(self, name: str) -> Any:
         # Models look at their own parts (`self.score.weight.dtype`); those find the part that is in use.

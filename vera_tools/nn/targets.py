@@ -17,7 +17,7 @@ from vera_tools.checkpoints.keys import MODULES, VECTORS
 from vera_tools.checkpoints.names import TASK_HEADS
 from vera_tools.checkpoints.targeting import idle
 from vera_tools.errors import UsageError, WrongTypeError, warn
-from vera_tools.nn import tying
+from vera_tools.nn import embeddings, tying
 from vera_tools.nn.adapted import AdaptedModule, base_layer, base_parameters, named_modules
 from vera_tools.nn.base_layers import can_be_adapted, features, is_conv1d, is_linear, whole_shape
 from vera_tools.nn.layer import VeraLinear
@@ -256,9 +256,8 @@ def _is_never_called(name: str, model: nn.Module) -> bool:
 
 def _heads(model: nn.Module, config: VeraConfig) -> list[nn.Module]:
     """The output layer that "all-linear" leaves out: the language model's, or the task's."""
-    get_output = getattr(model, "get_output_embeddings", None)
-    output = get_output() if callable(get_output) else None
-    if isinstance(output, nn.Module):
+    output = embeddings.layer_of(model, "get_output_embeddings")
+    if output is not None:
         return [output]
     if config.task_type == "SEQ_CLS":
         return [head for name in TASK_HEADS["SEQ_CLS"] if isinstance(head := getattr(model, name, None), nn.Module)]
