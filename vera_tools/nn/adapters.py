@@ -401,8 +401,8 @@ class Adapters(nn.Module):
         for module in self.adapted().values():
             module.set_adapter(names, inference_mode)
         for name, config in self.peft_config.items():
-            for bias in self.plan_of(name).biases(self.model).values() if config.bias != "none" else ():
-                bias.requires_grad_(name in names and not inference_mode)
+            if config.bias != "none":
+                self.set_requires_grad(name, name in names and not inference_mode)
 
     def _warn_of_biases(self) -> None:
         for name in self._active:

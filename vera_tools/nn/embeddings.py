@@ -99,11 +99,10 @@ def _resized(model: nn.Module, config: VeraConfig) -> str | None:
     try:
         before = type(own).from_pretrained(base, revision=config.revision).vocab_size
     except Exception as error:
-        message = (
+        warn(
             f"whether the vocabulary was resized could not be found out, because the config of {base} cannot be read "
             f"({error}); if it was, pass save_embedding_layers=True"
         )
-        warn(message)
         return None
     if before == size:
         return None

@@ -247,10 +247,9 @@ class VeraLinear(AdaptedModule):
                 values, or is spread over processes.
         """
         if reason := self.kind.check(self.base_layer):
+            hint = "load the adapter onto the base without quantisation, and merge there"
             if self.kind is PLAIN:
                 hint = "remove the parametrisation first"
-            else:
-                hint = "load the adapter onto the base without quantisation, and merge there"
             raise UsageError(reason, where=self.name, found=type(self.base_layer).__name__, hint=hint)
         weight = getattr(self.base_layer, "weight", None)
         if weight is None:  # HQQ's layers have none

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,8 @@ class Lora:
 
     config: dict[str, Any]
     state_dict: dict[str, Tensor]
-    projections: ProjectionRecord = field(repr=False)
-    base: BaseRecord = field(repr=False)
+    projections: ProjectionRecord
+    base: BaseRecord
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write it, with a manifest that says which pair it was made from. Of several processes, call it in one.
