@@ -120,9 +120,7 @@ class ProjectionRecord:
             "recipe": self.recipe.to_dict() if self.recipe else None,
             "assumed": self.assumed,
             "origin": self.origin,
-            "r": self.shape.r,
-            "in_max": self.shape.in_max,
-            "out_max": self.shape.out_max,
+            **vars(self.shape),  # r, in_max and out_max
             "projections": {
                 name: TensorRecord(self.shape.of(name), self.dtype, self.sha256[name]).to_dict() for name in PROJECTIONS
             },

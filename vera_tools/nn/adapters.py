@@ -19,6 +19,7 @@ from vera_tools.errors import UsageError, WrongSizeError, WrongTypeError, warn
 from vera_tools.nn import targets, tying
 from vera_tools.nn.adapted import AdaptedModule
 from vera_tools.nn.base_layers import weight_like, whole_shape
+from vera_tools.nn.input_gradients import require_where_checkpointing
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.projection import ProjectionDict, described, is_recorded, recorded, to_array, to_tensor
 from vera_tools.nn.rows import NO_ADAPTER
@@ -389,12 +390,15 @@ class Adapters(nn.Module):
         for module in self.adapted().values():
             module.enable_adapters(not disabled)
 
-    def _freeze_base(self) -> None:
+    def _begin(self, adapter_name: str, *, inference_mode: bool) -> None:
+        """Freeze the base, and make the first adapter active."""
         modules = self.adapted().values()
         mine = {id(p) for module in modules for name in self.peft_config for p in module.adapter_parameters(name)}
         for parameter in self.model.parameters():
             if id(parameter) not in mine:
                 parameter.requires_grad_(False)
+        self.set_adapter(adapter_name, inference_mode)
+        require_where_checkpointing(self.model)
 
     def _choose(self, names: list[str], *, inference_mode: bool) -> None:
         self._active = names

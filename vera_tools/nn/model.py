@@ -18,7 +18,7 @@ from vera_tools.errors import UsageError, warn
 from vera_tools.nn import lora, status
 from vera_tools.nn.adapted import base_layer
 from vera_tools.nn.forwarding import by_row, with_signature_of_base
-from vera_tools.nn.input_gradients import require_input_gradients, require_where_checkpointing
+from vera_tools.nn.input_gradients import require_input_gradients
 from vera_tools.nn.io import StoredAdapters
 from vera_tools.nn.layer import VeraLinear
 from vera_tools.nn.tying import note_untied
@@ -64,9 +64,7 @@ class VeraModel(StoredAdapters):
         super().__init__(model)
         config = VeraConfig.of(config)
         self.add_adapter(adapter_name, config, low_cpu_mem_usage, autocast_adapter_dtype)
-        self._freeze_base()
-        self.set_adapter(adapter_name, inference_mode=config.inference_mode)
-        require_where_checkpointing(model)
+        self._begin(adapter_name, inference_mode=config.inference_mode)
 
     @classmethod
     def from_pretrained(
@@ -125,9 +123,7 @@ class VeraModel(StoredAdapters):
             allow_pickle=allow_pickle,
             **options,
         )
-        self._freeze_base()
-        self.set_adapter(adapter_name, inference_mode=not is_trainable)
-        require_where_checkpointing(model)
+        self._begin(adapter_name, inference_mode=not is_trainable)
         return self
 
     # Adapters: add, choose, delete.
