@@ -200,6 +200,11 @@ class Checkpoint(local.ReadFromFolder):
         """The adapted modules, by name, in the file's order."""
         return dict(self._contents.layers)
 
+    @property
+    def vector_infos(self) -> dict[str, TensorInfo]:
+        """The layers' vectors, by their names in the file."""
+        return {i.name: i for layer in self._contents.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}
+
     @cached_property
     def other_tensors(self) -> dict[str, TensorInfo]:
         """Whatever is neither a projection nor a VeRA vector: biases, saved modules, and what does not belong."""

@@ -321,7 +321,7 @@ def _is_of_these_vectors(checkpoint: Checkpoint) -> bool:
     """Whether the record was written for just these vectors: in their own file, or in a manifest that has them."""
     if checkpoint.manifest is None:
         return True
-    found = {i.name: i.shape for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}
+    found = {name: info.shape for name, info in checkpoint.vector_infos.items()}
     recorded = checkpoint.manifest.tensors.items()
     return found == {name: record.shape for name, record in recorded if name.endswith(("lambda_b", "lambda_d"))}
 

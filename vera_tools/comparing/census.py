@@ -205,7 +205,6 @@ def _search(roots: Iterable[str | os.PathLike[str]]) -> Iterator[str]:
 def _entry(path: str, opened: Checkpoint) -> CensusEntry:
     config, shape, record = opened.config, opened.pair_shape(None), opened.recorded
     pair = list(opened.projections.values())
-    vectors = [info for layer in opened.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info]
     holding: Holding = "unrecorded"
     if len(pair) == 2:
         holding = "stored"
@@ -221,7 +220,7 @@ def _entry(path: str, opened: Checkpoint) -> CensusEntry:
         pair=holding,
         base=config.base_model_name_or_path,
         layers=len(opened.layers),
-        vector_parameters=sum(info.size for info in vectors),
+        vector_parameters=sum(info.size for info in opened.vector_infos.values()),
         file_bytes=opened.weights.size,
         pair_bytes=sum(info.size * BITS[CODES[info.dtype]] // 8 for info in pair) if len(pair) == 2 else 0,
         manifest=opened.manifest is not None,

@@ -135,7 +135,6 @@ def inspect(
         opened = stack.enter_context(Checkpoint.open(checkpoint, allow_pickle=allow_pickle))
         model = stack.enter_context(BaseModel.open(base)) if base is not None else None
         widths = opened.in_features(model)
-        vectors = [i for layer in opened.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
         pair = list(opened.projections.values())
         return InspectReport(
             path=opened.label,
@@ -145,7 +144,7 @@ def inspect(
             tensors=tuple(opened.weights.tensors.values()),
             shape=opened.pair_shape(model),
             projections_stored=len(pair) == 2,
-            vector_parameters=sum(info.size for info in vectors),
+            vector_parameters=sum(info.size for info in opened.vector_infos.values()),
             other_parameters=sum(info.size for info in opened.other_tensors.values()),
             projection_dtype=pair[0].dtype if pair else opened.recorded.dtype if opened.recorded else "float32",
             file_bytes=opened.weights.size,

@@ -129,10 +129,8 @@ def logits_change(
         arrays: dict[str, Array] = {}
         for kind, pair in (("trained", trained), ("loaded", loaded)):
             arrays[f"{kind}.vera_A"], arrays[f"{kind}.vera_B"] = (array.astype(np.float32) for array in pair)
-        for layer in checkpoint.layers.values():
-            for info in (layer.lambda_b, layer.lambda_d):
-                if info is not None:
-                    arrays[info.name.removeprefix(MODULES)] = checkpoint.weights.read(info.name).astype(np.float32)
+        for name in checkpoint.vector_infos:
+            arrays[name.removeprefix(MODULES)] = checkpoint.weights.read(name).astype(np.float32)
         for name in checkpoint.other_tensors:
             arrays[f"other.{name.removeprefix(MODULES)}"] = checkpoint.weights.read(name).astype(np.float32)
         np.savez(Path(folder) / "adapter.npz", **arrays)  # type: ignore[arg-type]

@@ -194,10 +194,9 @@ def _recorded(checkpoint: Checkpoint) -> tuple[ProjectionRecord | None, str]:
         return None, f"its {MANIFEST_NAME} cannot be used: {checkpoint.manifest_error}"
     if record is None:
         return None, "it is seed-only, and nothing records which projections it was trained with"
-    vectors = [info for layer in checkpoint.layers.values() for info in (layer.lambda_b, layer.lambda_d) if info]
     if manifest is not None and any(
-        info.name not in manifest.tensors or manifest.tensors[info.name].sha256 != checkpoint.weights.sha256(info.name)
-        for info in vectors
+        name not in manifest.tensors or manifest.tensors[name].sha256 != checkpoint.weights.sha256(name)
+        for name in checkpoint.vector_infos
     ):
         return None, f"its {MANIFEST_NAME} is that of other vectors: it was saved again since"
     return replace(record, recipe=None), ""

@@ -219,7 +219,7 @@ def dtypes(checkpoint: Checkpoint) -> Check:
     """Whether the projections and the vectors have dtypes that VeRA computes in."""
     infos = checkpoint.weights.tensors
     ours = {info.name for info in checkpoint.projections.values()}
-    ours |= {i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i}
+    ours |= checkpoint.vector_infos.keys()
     wrong = [f"{name} {infos[name].dtype}" for name in infos if name in ours and infos[name].dtype not in FLOATS]
     if wrong:
         return Check("tensors.dtypes", "fail", f"not a floating-point dtype that VeRA computes in: {some(wrong)}")

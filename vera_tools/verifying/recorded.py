@@ -180,7 +180,7 @@ def _tensors(manifest: Manifest, checkpoint: Checkpoint, scans: dict[str, Scan])
         return Check(
             "manifest.tensors", "pass", f"all {len(infos)} tensors have the recorded shapes, dtypes and digests"
         )
-    vectors = [i.name for layer in checkpoint.layers.values() for i in (layer.lambda_b, layer.lambda_d) if i]
+    vectors = list(checkpoint.vector_infos)
     moved = [
         name
         for name in vectors
