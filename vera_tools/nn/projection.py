@@ -232,7 +232,7 @@ def is_recorded(pair: tuple[Tensor, Tensor], record: ProjectionRecord) -> bool:
 
 
 def described(pair: tuple[Tensor, Tensor], origin: Origin, recipe: Recipe | None = None) -> ProjectionRecord:
-    """What there is to record of a pair that a recipe made: its shapes, dtype and digests.
+    """What there is to record of a pair: its shapes, dtype and digests, and the recipe, where one is known to make it.
 
     Raises:
         CheckFailedError: the two do not fit each other.
@@ -241,7 +241,7 @@ def described(pair: tuple[Tensor, Tensor], origin: Origin, recipe: Recipe | None
 
 
 def recorded(pair: tuple[Tensor, Tensor], origin: Origin, *, prng_key: int) -> ProjectionRecord:
-    """The same of any pair, with the recipe that makes it, if one does.
+    """The same, with the recipe looked for.
 
     Raises:
         CheckFailedError: the two do not fit each other.
