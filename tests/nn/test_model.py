@@ -27,7 +27,7 @@ from tests.nn.models import (
 from tests.peers import QUIET_PEERS, load_peft
 from vera_tools.errors import UsageError, VeraToolsWarning
 from vera_tools.nn import VeraConfig, VeraLinear, VeraModel, save_adapter
-from vera_tools.nn.projection import same_bits
+from vera_tools.nn.projection import is_recorded, recorded, same_bits
 
 pytestmark = QUIET_PEERS
 
@@ -110,6 +110,39 @@ def test_adapters_with_the_same_pair_share_one_buffer():
     assert sum(1 for name, _ in model.named_buffers() if name.startswith("vera_")) == 2
     for layer in model.vera_layers().values():
         assert layer.vera_A["second"] is model.vera_A["default"]
+
+
+def test_several_adapters_are_added_up_before_the_sum_is_rounded():
+    model = adapted(torch.bfloat16)
+    model.add_adapter("second", VeraConfig(**OPTIONS))
+    randomise(model, seed=9)
+    layer, x = next(iter(model.vera_layers().values())), torch.randn(4, 64).bfloat16()
+    changes = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        wide = layer.get_delta_weight(name)
+        changes[name] = x.float() @ wide.T
+    model.set_adapter(["default", "second"])
+    with torch.no_grad():
+        base, found = layer.base_layer(x), layer(x)
+    once = (base + changes["default"] + changes["second"]).bfloat16()
+    twice = (base + changes["default"]).bfloat16() + changes["second"]
+    assert found.dtype == torch.bfloat16
+    off, off_twice = ((found != other.bfloat16()).float().mean() for other in (once, twice))
+    assert off < 0.02 < 0.1 < off_twice
+
+
+def test_a_pair_of_half_values_that_changed_by_less_than_they_tell_apart_is_another():
+    model = fresh()
+    half = (model.vera_A["default"].bfloat16(), model.vera_B["default"].bfloat16())
+    record = recorded(half, "stored", prng_key=7)
+    wide = (half[0].float(), half[1].float())
+    assert is_recorded(wide, record)
+    for place in (0, 1):
+        changed = [own.clone() for own in wide]
+        changed[place][0, 0] *= 1 + 2**-12
+        assert torch.equal(changed[place].bfloat16(), half[place])
+        assert not is_recorded((changed[0], changed[1]), record)
 
 
 def test_other_values_stay_where_they_are():

@@ -113,7 +113,7 @@ def test_saved_modules_are_chosen_by_row_too():
     with torch.no_grad():
         for i, head in enumerate(model.saved_modules()["classifier"].modules_to_save.values()):
             head.bias.fill_(i + 1.0)
-    names, ids = ["second", "__base__", "default"], some_ids(3)
+    names, ids = ["second", "__base__", "default", "second", "__base__"], some_ids(5)
     torch.testing.assert_close(
         logits(model, ids, adapter_names=names), one_by_one(model, ids, names), rtol=0, atol=1e-6
     )
