@@ -101,3 +101,11 @@ def install_below(folder: Path) -> None:
 def plain(text: str) -> str:
     """A terminal's text without its styles."""
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+
+
+def is_running(pid: int | str) -> bool:
+    """Whether a process is there and has not ended, of Linux; one that nobody has waited for has ended too."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

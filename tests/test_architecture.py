@@ -22,7 +22,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # own level from itself alone.
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "_version", "dtypes", "blas", "conformity", "memo", "texts"),
-    ("schema", "report", "parts"),
+    ("schema", "report", "parts", "processes"),
     ("pages",),
     ("listing",),
     ("projections",),
@@ -148,7 +148,7 @@ SCRIPTS = ("drifting.probe", "drifting.logits")  # run by path in a process of t
 @pytest.mark.parametrize("name", sorted(n for n in MODULES if n.split(".")[0] in CAPABILITIES and n not in SCRIPTS))
 def test_a_capability_neither_prints_nor_exits(name):
     leaving = {"sys.exit", "exit", "os._exit"}
-    if name == "verifying.forking":  # whose copies of the process end there
+    if name == "processes.forking":  # whose copies of the process end there
         leaving.remove("os._exit")
     for node in ast.walk(ast.parse(MODULES[name].read_text("utf-8"))):
         if isinstance(node, ast.Call):

@@ -18,7 +18,7 @@ import pytest
 
 import vera_tools
 from tests import ROOT
-from tests.command import run_cli, run_json
+from tests.command import is_running, run_cli, run_json
 from tests.merging.models import make_adapter, make_base, weights
 from vera_tools.errors import CheckFailedError, FormatError, UsageError, VeraToolsError
 from vera_tools.merging import copying, execution, staging
@@ -57,30 +57,52 @@ def hidden(folder):
 # that it is interrupted in the middle however fast or busy the machine is. Every block from there on takes a second.
 # Ctrl-C reaches it as it would in a terminal, even where tests run in the background, where a shell has it ignored.
 HALTING = """
-import signal, sys, time
-from vera_tools.merging import execution
+import os, signal, sys, time
+from vera_tools import blas
+blas.start_alone()
+from vera_tools.merging import crew, execution
+after, crew.WORTH = int(sys.argv.pop(1)), int(sys.argv.pop(1))
 signal.signal(signal.SIGINT, signal.default_int_handler)
-original, left = execution.as_bytes, int(sys.argv.pop(1))
+original, told, (tokens, more) = execution.as_bytes, os.dup(1), os.pipe()
+os.write(more, b"." * (after - 1))
+os.set_blocking(tokens, False)
 def as_bytes(*args):
-    global left
-    left -= 1
-    if left == 0:
-        print("halted", flush=True)
-    if left <= 0:
+    try:
+        os.read(tokens, 1)
+    except BlockingIOError:
+        os.write(told, b"halted\\n")
         time.sleep(1)
     return original(*args)
 execution.as_bytes = as_bytes
 from vera_tools.cli import main
 main(sys.argv[1:])
 """
+#: Who does the work: threads, or, where processes can be copied, copies of the one that was started.
+WORKERS = ["threads", pytest.param("copies", marks=pytest.mark.skipif(sys.platform != "linux", reason="no copies"))]
 
 
-def halted(made, out, *options, after):
+def halted(made, out, *options, after, workers="threads"):
     """A merge that is at work, halted at its computed block number ``after``."""
-    arguments = [sys.executable, "-c", HALTING, str(after), *command(made, out, *options)[3:]]
+    worth, jobs = (0, ("--jobs", "2")) if workers == "copies" else (1 << 60, ())
+    arguments = [sys.executable, "-c", HALTING, str(after), str(worth), *command(made, out, *options, *jobs)[3:]]
     process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "halted\n", process.communicate()
+    assert len(copies_of(process)) == (2 if workers == "copies" else 0)
     return process
+
+
+def copies_of(process):
+    """The numbers of the processes that one has started."""
+    tasks = Path(f"/proc/{process.pid}/task")
+    return [int(n) for task in tasks.glob("*/children") for n in task.read_text().split()] if tasks.exists() else []
+
+
+def wait_for_the_end(pids):
+    """Of processes that this one did not start."""
+    deadline = time.monotonic() + 0.5  # a block takes a second
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def finished_files(out):
@@ -88,13 +110,16 @@ def finished_files(out):
 
 
 class TestKill:
+    @pytest.mark.parametrize("workers", WORKERS)
     @pytest.mark.parametrize("after", range(1, 16, 3))
-    def test_sigkill_leaves_nothing_half_written_and_resumes(self, after, made, tmp_path):
+    def test_sigkill_leaves_nothing_half_written_and_resumes(self, after, workers, made, tmp_path):
         out = tmp_path / "out"
-        process = halted(made, out, after=after)
+        process = halted(made, out, after=after, workers=workers)
+        copies = copies_of(process)
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL
+        wait_for_the_end(copies)
         assert hidden(tmp_path) == [".out.merge"]
         finished = finished_files(out)
         report = vera_tools.merge(made[1], base=made[0], output=out, resume=True, verify=True)
@@ -135,12 +160,16 @@ class TestKill:
         assert report.resumed == ()
         assert snapshot(out) == made[2]
 
-    def test_ctrl_c_keeps_what_is_finished(self, made, tmp_path):
+    @pytest.mark.parametrize("workers", WORKERS)
+    def test_ctrl_c_keeps_what_is_finished(self, workers, made, tmp_path):
         out = tmp_path / "out"
-        process = halted(made, out, after=10)
+        process = halted(made, out, after=10, workers=workers)
+        copies = copies_of(process)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
         assert process.returncode == 130
+        assert not any(map(is_running, copies))
+        assert list((staging.place(out) / "parts").iterdir()) == []
         assert "Traceback" not in stderr
         assert not out.exists()
         assert vera_tools.merge(made[1], base=made[0], output=out, resume=True).resumed
@@ -248,9 +277,10 @@ class TestSharing:
         vera_tools.merge(made[1], base=made[0], output=tmp_path / "out", finish=True)
         assert snapshot(tmp_path / "out") == made[2]
 
-    def test_two_merges_into_one_output(self, made, tmp_path):
+    @pytest.mark.parametrize("workers", WORKERS)
+    def test_two_merges_into_one_output(self, workers, made, tmp_path):
         out = tmp_path / "out"
-        first = halted(made, out, after=8)
+        first = halted(made, out, after=8, workers=workers)
         first.send_signal(signal.SIGSTOP)
         try:
             for options in ((), ("--resume",), ("--finish",), ("--part", "1/2")):
@@ -404,14 +434,14 @@ class TestVerify:
     def test_one_wrong_bit_is_found_and_nothing_appears(self, victim, made, tmp_path, monkeypatch):
         original = merging.verification.verify
 
-        def corrupt(plan, folder, **options):
+        def corrupt(plan, staging, **options):
             shard = next(s for s in plan.shards if any(e.info.name == victim for e in s.entries))
             entry = next(e for e in shard.entries if e.info.name == victim)
-            path = folder / shard.name
+            path = staging.done(shard)
             data = bytearray(path.read_bytes())
             data[shard.data_start + entry.info.start + 1200] ^= 2
             path.write_bytes(data)
-            return original(plan, folder, **options)
+            return original(plan, staging, **options)
 
         monkeypatch.setattr(merging.verification, "verify", corrupt)
         with pytest.raises(CheckFailedError, match=victim.replace(".", r"\.")):

@@ -21,8 +21,8 @@ from tests.adapters import KEPT, SEED_ONLY, base_of
 from tests.verifying.registries import mixed
 from vera_tools import schema
 from vera_tools.errors import FormatError, NotVeraError
+from vera_tools.processes.workers import WorkerDiedError, Workers
 from vera_tools.verifying import registry, work
-from vera_tools.verifying.workers import WorkerDiedError, Workers
 
 posix = pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
 

@@ -76,7 +76,7 @@ class Output:
             *rate,
             bars.TimeRemainingColumn(),
         )
-        # Without a thread that redraws it: a process with several cannot be copied (see `verifying.forking`).
+        # Without a thread that redraws it: a process with several cannot be copied (see `processes.forking`).
         with bars.Progress(*columns, console=_console(stderr=True), transient=True, auto_refresh=False) as bar:
             task, drawn = bar.add_task(description, total=None), 0.0
 

@@ -24,9 +24,9 @@ from vera_tools.merging import exact
 from vera_tools.merging.rounding import at, wide
 from vera_tools.merging.workspace import Workspace, row_by_row
 
-#: Elements of a weight that are merged at a time: 8 MB of float32. A BLAS brings the right matrix into its own order at
-#: every block.
-BLOCK = 1 << 21
+#: Elements of a weight that are merged at a time: 16 MB of float32. At every block a BLAS brings the right matrix into
+#: its own order, and what single places need comes back into the CPU's cache.
+BLOCK = 1 << 22
 #: Ranks that are multiplied together. A sum's error grows with their number, and so does the number of doubtful
 #: elements; more panels are more additions of whole blocks.
 PANEL = 128

@@ -40,11 +40,12 @@ _fallocate = _system_fallocate()
 
 
 class OutputFile:
-    """A file of known size that is written at any place, by several threads."""
+    """A file of known size that is written at any place, by several threads and processes."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, new: bool = True) -> None:
+        """Make a file, or, without `new`, open one that is there."""
         self.path = path
-        self._file = io.FileIO(path, "w+")
+        self._file = io.FileIO(path, "w+" if new else "r+")
         self._position = threading.Lock()
 
     def fileno(self) -> int:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -20,8 +20,9 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.files.local import LocalFile
 from vera_tools.files.safetensors import as_bytes, confirm
 from vera_tools.merging.copying import PIECE, OutputFile, copy_range
+from vera_tools.merging.crew import Tell, crew
 from vera_tools.merging.entries import Computed, Copied, Merged
-from vera_tools.merging.plan import Plan, Shard
+from vera_tools.merging.plan import COMPUTED, Plan, Shard
 from vera_tools.merging.staging import Journal, Staging
 from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
@@ -62,16 +63,64 @@ class Meter:
                 self._progress(self._done, self._total, what)
 
 
-@dataclass
-class _Work:
-    """One file under way."""
+class _Outputs:
+    """The files under way, open in this process; a copy of it opens its own. At most two are under way at a time."""
 
-    shard: Shard
+    def __init__(self) -> None:
+        self._open: dict[Path, OutputFile] = {}
+        self._lock = threading.Lock()
+
+    def make(self, path: Path) -> OutputFile:
+        """A new file."""
+        with self._lock:
+            file = self._open[path] = OutputFile(path)
+        return file
+
+    def at(self, path: Path) -> OutputFile:
+        """One that is there."""
+        with self._lock:
+            while path not in self._open and len(self._open) > 1:
+                self._open.pop(next(iter(self._open))).close()
+            if path not in self._open:
+                self._open[path] = OutputFile(path, new=False)
+            return self._open[path]
+
+    def close(self, path: Path) -> None:
+        """Close it."""
+        self._open.pop(path).close()
+
+    def discard(self) -> None:
+        """Close and remove all of them."""
+        for path in list(self._open):
+            self.close(path)
+            path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class _Range:
+    """`length` bytes from `start` of the base's file `name`, to be copied to `offset` of the output."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+
+
+class _Task(NamedTuple):
+    """What is written into one file: a range, or the values of an entry, by their numbers among all."""
+
     part: Path
-    file: OutputFile
-    futures: list[Future[None]] = field(default_factory=list)
-    xxh3: dict[str, str] = field(default_factory=dict)
-    base_sha256: dict[str, str] = field(default_factory=dict)
+    shard: int
+    what: _Range | int
+
+
+class _Written(NamedTuple):
+    """Checksum of what was computed, and digest of the base's weight that was read for it."""
+
+    name: str
+    xxh3: str
+    origin: str | None
+    sha256: str | None
 
 
 def write_shards(
@@ -97,110 +146,97 @@ def write_shards(
         CheckFailedError: NaN or infinity; or a weight is not that of the base which an adapter was recorded with.
         FormatError: the base cannot be read, or was changed meanwhile.
         OSError: the output cannot be written.
+        VeraToolsError: a worker was ended from outside.
     """
-    under_way: list[_Work] = []
-    workspace = Workspace()
-    pool = ThreadPoolExecutor(jobs)
+    outputs, workspace = _Outputs(), Workspace()
+    under_way: list[tuple[Shard, Path, list[Future[_Written | None]]]] = []
+
+    def perform(task: _Task, tell: Tell) -> _Written | None:
+        shard, file = shards[task.shard], outputs.at(task.part)
+        if isinstance(task.what, int):
+            entry = shard.entries[task.what]
+            assert not isinstance(entry, Copied)
+            return _compute(plan, shard, entry, file, workspace, allow_nonfinite=allow_nonfinite, tell=tell)
+        piece = task.what
+        copy_range(plan.base.files[piece.name].source, piece.start, piece.length, file, piece.offset)
+        tell(piece.length, shard.name)
+        return None
+
+    size = sum(shard.size for shard in shards)
     try:
-        for shard in shards:
-            work = _open(shard, staging)
-            under_way.append(work)
-            for task in _tasks(plan, work, workspace, allow_nonfinite=allow_nonfinite, meter=meter):
-                work.futures.append(pool.submit(task))
-            if len(under_way) > 1:
-                _close(under_way.pop(0), plan, staging)
-        while under_way:
-            _close(under_way.pop(0), plan, staging)
+        with crew(perform, plan, jobs=jobs, size=size, tell=meter.add, begin=staging.leave) as give:
+            for number, shard in enumerate(shards):
+                part = staging.part(shard)
+                file = outputs.make(part)
+                done = [give(_Task(part, number, what)) for what in _parts(plan.base, shard)]
+                under_way.append((shard, part, done))
+                file.reserve(shard.size)
+                file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
+                if len(under_way) > 1:
+                    _finish(*under_way.pop(0), plan, staging, outputs)
+            while under_way:
+                _finish(*under_way.pop(0), plan, staging, outputs)
     except BaseException:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for work in under_way:
-            work.file.close()
-            work.part.unlink(missing_ok=True)
-        raise
-    pool.shutdown()
-
-
-def _open(shard: Shard, staging: Staging) -> _Work:
-    part = staging.part(shard)
-    file = OutputFile(part)
-    try:
-        file.reserve(shard.size)
-        file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
-    except BaseException:
-        file.close()
-        part.unlink(missing_ok=True)
-        raise
-    return _Work(shard, part, file)
-
-
-def _close(work: _Work, plan: Plan, staging: Staging) -> None:
-    try:
-        for future in work.futures:
-            future.result()
-        origins = {plan.base.files[entry.origin.file].source for entry in work.shard.entries if entry.origin}
-        for origin in origins:
-            if isinstance(origin, LocalFile):
-                origin.check_unchanged()
-        if not all(isinstance(origin, LocalFile) for origin in origins):
-            plan.base.check_unchanged()
-        for adapter in plan.adapters:
-            adapter.checkpoint.check_unchanged()
-        work.file.close()
-        confirm(work.part)
-        staging.finish(work.shard, work.part, Journal(plan.digest, work.xxh3, work.base_sha256))
-    except BaseException:
-        for future in work.futures:
-            future.cancel()
-        for future in work.futures:
-            if not future.cancelled():
-                future.exception()
-        work.file.close()
-        work.part.unlink(missing_ok=True)
+        outputs.discard()
         raise
 
 
-def _tasks(
-    plan: Plan, work: _Work, workspace: Workspace, *, allow_nonfinite: bool, meter: Meter
-) -> Iterator[Callable[[], None]]:
-    """What is to be done for one file, in the order of its bytes, so that copying and computing alternate."""
+def _finish(
+    shard: Shard, part: Path, done: list[Future[_Written | None]], plan: Plan, staging: Staging, outputs: _Outputs
+) -> None:
+    results = [future.result() for future in done]
+    origins = {plan.base.files[entry.origin.file].source for entry in shard.entries if entry.origin}
+    for origin in origins:
+        if isinstance(origin, LocalFile):
+            origin.check_unchanged()
+    if not all(isinstance(origin, LocalFile) for origin in origins):
+        plan.base.check_unchanged()
+    for adapter in plan.adapters:
+        adapter.checkpoint.check_unchanged()
+    outputs.close(part)
+    confirm(part)
+    computed = [one for one in results if one is not None]
+    xxh3 = {one.name: one.xxh3 for one in computed}
+    sha256 = {one.origin: one.sha256 for one in computed if one.origin is not None and one.sha256 is not None}
+    staging.finish(shard, part, Journal(plan.digest, xxh3, sha256))
 
-    def copy(piece: _Range) -> None:
-        copy_range(plan.base.files[piece.name].source, piece.start, piece.length, work.file, piece.offset)
-        meter.add(piece.length, work.shard.name)
 
-    def compute(entry: Computed) -> None:
-        checksum = xxhash.xxh3_64()
-        digest = hashlib.sha256() if isinstance(entry, Merged) else None
-        offset = work.shard.data_start + entry.info.start
-        for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
-            data = as_bytes(block)
-            work.file.write_at(data, offset)
-            checksum.update(data)
-            offset += len(data)
-            meter.add(len(data), work.shard.name)
-        work.xxh3[entry.info.name] = checksum.hexdigest()
-        if digest is not None and entry.origin is not None:
-            sha256 = work.base_sha256[entry.origin.info.name] = digest.hexdigest()
-            plan.refuse_another_base(entry.origin.info.name, sha256)
+def _compute(
+    plan: Plan,
+    shard: Shard,
+    entry: Computed,
+    file: OutputFile,
+    workspace: Workspace,
+    *,
+    allow_nonfinite: bool,
+    tell: Tell,
+) -> _Written:
+    checksum = xxhash.xxh3_64()
+    digest = hashlib.sha256() if isinstance(entry, Merged) else None
+    offset = shard.data_start + entry.info.start
+    for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
+        data = as_bytes(block)
+        file.write_at(data, offset)
+        checksum.update(data)
+        offset += len(data)
+        tell(len(data), shard.name)
+    origin = sha256 = None
+    if digest is not None and entry.origin is not None:
+        origin, sha256 = entry.origin.info.name, digest.hexdigest()
+        plan.refuse_another_base(origin, sha256)
+    return _Written(entry.info.name, checksum.hexdigest(), origin, sha256)
 
-    tasks = [(piece.offset, functools.partial(copy, piece)) for piece in _pieces(plan.base, work.shard)]
-    tasks += [
-        (work.shard.data_start + entry.info.start, functools.partial(compute, entry))
-        for entry in work.shard.entries
+
+def _parts(base: BaseModel, shard: Shard) -> Iterator[_Range | int]:
+    """What is to be done for one file, what takes longest first: so workers come to an end together."""
+    parts: list[tuple[int, _Range | int]] = [(piece.length, piece) for piece in _pieces(base, shard)]
+    parts += [
+        (COMPUTED * entry.info.nbytes, number)
+        for number, entry in enumerate(shard.entries)
         if not isinstance(entry, Copied)
     ]
-    for _, task in sorted(tasks, key=lambda item: item[0]):
-        yield task
-
-
-@dataclass(frozen=True)
-class _Range:
-    """`length` bytes from `start` of the base's file `name`, to be copied to `offset` of the output."""
-
-    name: str
-    start: int
-    length: int
-    offset: int
+    for _, part in sorted(parts, key=lambda part: part[0], reverse=True):
+        yield part
 
 
 def _pieces(base: BaseModel, shard: Shard) -> Iterator[_Range]:

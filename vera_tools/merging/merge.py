@@ -281,7 +281,7 @@ def merge(
         expected = sum(item.size for item in todo) + (sum(item.size for item in mine) if verify and whole else 0)
         meter = execution.Meter(progress, expected)
         execution.write_shards(plan, todo, stage, jobs=count, allow_nonfinite=allow_nonfinite, meter=meter)
-        proven = verification.verify(plan, stage.output, jobs=count, meter=meter) if verify and whole else None
+        proven = verification.verify(plan, stage, jobs=count, meter=meter) if verify and whole else None
         loads = loading.ask(plan, loads) if proven is not None else loads
         if whole:
             _write_others(plan, stage)

@@ -23,6 +23,8 @@ from vera_tools.merging.tying import untying
 
 #: Dtypes that --dtype casts to.
 TARGETS = ("float32", "float16", "bfloat16")
+#: A byte that is computed costs about as much as so many that are copied.
+COMPUTED = 10
 
 # Endings of files that hold weights, or say where weights are; they are not copied beside the merged ones.
 _WEIGHTS = (
@@ -206,10 +208,10 @@ def portion(shards: Sequence[Shard], part: tuple[int, int] | None) -> tuple[Shar
     index, count = part
     loads = [0] * count
     mine: list[Shard] = []
-    # A computed byte costs about as much as ten that are copied.
-    for shard in sorted(shards, key=lambda shard: (-(shard.size + 9 * shard.computed), shard.name)):
+    costs = {shard.name: shard.size + (COMPUTED - 1) * shard.computed for shard in shards}
+    for shard in sorted(shards, key=lambda shard: (-costs[shard.name], shard.name)):
         target = loads.index(min(loads))
-        loads[target] += shard.size + 9 * shard.computed
+        loads[target] += costs[shard.name]
         if target == index - 1:
             mine.append(shard)
     return tuple(sorted(mine, key=lambda shard: shard.name))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from vera_tools.merging.entries import Computed, Copied, Merged
+from vera_tools.merging.crew import Tell, crew
+from vera_tools.merging.entries import Copied, Merged
 from vera_tools.merging.execution import Meter
 from vera_tools.merging.plan import Plan, Shard
 from vera_tools.merging.values import blocks
@@ -22,17 +22,23 @@ def rehearse(plan: Plan, shards: Sequence[Shard], *, jobs: int, allow_nonfinite:
     """
     workspace = Workspace()
 
-    def compute(shard: Shard, entry: Computed) -> None:
+    def perform(task: tuple[int, int], tell: Tell) -> None:
+        shard = shards[task[0]]
+        entry = shard.entries[task[1]]
+        assert not isinstance(entry, Copied)
         digest = hashlib.sha256() if isinstance(entry, Merged) else None
         for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
-            meter.add(block.nbytes, shard.name)
+            tell(block.nbytes, shard.name)
         if digest is not None and entry.origin is not None:
             plan.refuse_another_base(entry.origin.info.name, digest.hexdigest())
 
-    pool = ThreadPoolExecutor(jobs)
-    try:
-        entries = [(shard, entry) for shard in shards for entry in shard.entries if not isinstance(entry, Copied)]
-        for future in [pool.submit(compute, *one) for one in entries]:
+    tasks = [
+        (place, number)
+        for place, shard in enumerate(shards)
+        for number, entry in enumerate(shard.entries)
+        if not isinstance(entry, Copied)
+    ]
+    size = sum(shard.computed for shard in shards)
+    with crew(perform, plan, jobs=jobs, size=size, tell=meter.add) as give:
+        for future in [give(task) for task in tasks]:
             future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)

@@ -12,8 +12,8 @@ from vera_tools.errors import CheckFailedError
 from vera_tools.merging.workspace import Workspace, row_by_row
 from vera_tools.projections.floats import to_odd
 
-#: Elements that go through all steps of `sum_to_half` together, so that they stay in a CPU's cache.
-STRIP = 1 << 17
+#: Elements that go through all steps of `sum_to_half` together: few enough for a CPU's cache, and worth a call each.
+STRIP = 1 << 18
 
 # Adding a weight to a product rounds once, by at most 2**-24 of the sum, and so does adding an error to the sum.
 _LAST_BITS = np.float32(2.0**-23 * 1.02)
@@ -80,7 +80,7 @@ def sum_to_half(
             sums = total[strip, :columns]
             either = workspace.array("either", (2, *sums.shape), np.float32)
             if own:
-                slack[strip, 0] += own * np.maximum(sums.max(axis=1), -sums.min(axis=1))
+                slack[strip, 0] += own * largest(sums, axis=1)
             if weight is not None:
                 _add(weight[strip], sums, scratch=either[0])
             np.add(sums, slack[strip], out=either[0])
@@ -98,7 +98,8 @@ def sum_to_half(
         errors += own * np.abs(sums if weight is None else sums - wide(at(weight, rows, inside)))
     values, doubtful = either_way(sums, errors, out.dtype.name)
     put(out, rows, inside, values)
-    return rows[doubtful], inside[doubtful]
+    open_ = np.flatnonzero(doubtful)
+    return rows[open_], inside[open_]
 
 
 def at(matrix: Array, rows: Array, columns: Array) -> Array:
@@ -109,7 +110,7 @@ def at(matrix: Array, rows: Array, columns: Array) -> Array:
 
 def put(matrix: Array, rows: Array, columns: Array, values: Array) -> None:
     """Write elements of a half type. By integers: bfloat16 is no dtype of numpy's own, which takes it byte by byte."""
-    np.put(matrix.view(np.uint16), rows * matrix.shape[1] + columns, values.view(np.uint16))
+    matrix.view(np.uint16).reshape(-1)[rows * matrix.shape[1] + columns] = values.view(np.uint16)
 
 
 def wide(values: Array) -> Array:
@@ -193,16 +194,16 @@ def _bfloat16_by_integers(either: Array, *, out: Array, differs: Array) -> None:
     np.copyto(out.view(np.uint16), high, casting="unsafe")
 
 
-def largest(values: Array) -> Any:
-    """The largest magnitude, in the values' own dtype. NaN is larger than infinity.
+def largest(values: Array, axis: int | None = None) -> Any:
+    """The largest magnitude, of all or along an axis, in the values' own dtype. NaN is larger than infinity.
 
     By integers: without their signs, floats are ordered as their bits are. As signed integers the largest is the
     largest positive float, as unsigned ones it is the largest negative one.
     """
     size = values.dtype.itemsize
     signed, unsigned = np.dtype(f"i{size}"), np.dtype(f"u{size}")
-    positive = values.view(signed).max()
-    negative = values.view(unsigned).max() & unsigned.type(np.iinfo(signed).max)
+    positive = values.view(signed).max(axis=axis)
+    negative = values.view(unsigned).max(axis=axis) & unsigned.type(np.iinfo(signed).max)
     return np.maximum(positive, negative.view(signed)).view(values.dtype)
 
 

@@ -80,6 +80,10 @@ class Staging:
         except (OSError, ValueError, TypeError):
             return None
 
+    def leave(self) -> None:
+        """In a copy of the process that entered: let go of the lock, which then ends with that process."""
+        self._lock.close()
+
     def publish(self, *, overwrite: bool, sync: bool) -> None:
         """Make the output appear, and remove the rest.
 

@@ -142,6 +142,7 @@ def _settled(
     sums, errors = change.closely(weight, rows, columns, start=start, spread=spread, products=np.dtype(np.float32))
     with np.errstate(over="ignore"):
         result, doubtful = either_way(sums.astype(np.float32), errors.astype(np.float32), entry.info.dtype)
+    doubtful = np.flatnonzero(doubtful)
     rows, columns = rows[doubtful], columns[doubtful]
     sums, errors = change.closely(weight, rows, columns, start=start, spread=spread, products=np.dtype(np.float64))
     result[doubtful] = _decided(change, weight, entry, sums, errors, (rows, columns), start)

@@ -22,6 +22,7 @@ from vera_tools.dtypes import HALVES, Array
 from vera_tools.errors import CheckFailedError, FormatError
 from vera_tools.files.safetensors import TensorFile, as_bytes
 from vera_tools.merging.arithmetic import UNITS
+from vera_tools.merging.crew import Tell, crew
 from vera_tools.merging.entries import Copied, Entry, Merged
 from vera_tools.merging.execution import Meter
 from vera_tools.merging.plan import Plan, Shard
@@ -50,36 +51,36 @@ class Verification:
     sha256: dict[str, str]
 
 
-def verify(plan: Plan, folder: Path, *, jobs: int, meter: Meter) -> Verification:
-    """Read the files of `folder` back and compare them with the plan.
+def verify(plan: Plan, staging: Staging, *, jobs: int, meter: Meter) -> Verification:
+    """Read the files that were written back and compare them with the plan.
 
     Raises:
         CheckFailedError: a tensor is not what it should be.
         FormatError: a file is missing, or malformed.
     """
-    workspace = Workspace()
-    with ThreadPoolExecutor(jobs) as pool:
-        files = [_open(folder, shard) for shard in plan.shards]
-        try:
-            results = list(
-                pool.map(
-                    lambda task: _check(plan.base, *task, workspace=workspace, meter=meter),
-                    [(file, entry) for shard, file in zip(plan.shards, files, strict=True) for entry in shard.entries],
-                )
-            )
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        finally:
-            for file in files:
-                file.close()
-    computed = [result for result in results if not isinstance(result.entry, Copied)]
+    workspace, files = Workspace(), list[TensorFile]()
+
+    def perform(task: tuple[int, int], tell: Tell) -> _Result:
+        place, number = task
+        return _check(plan.base, files[place], plan.shards[place].entries[number], workspace=workspace, tell=tell)
+
+    tasks = [(place, number) for place, shard in enumerate(plan.shards) for number in range(len(shard.entries))]
+    size = sum(shard.size for shard in plan.shards)
+    try:
+        files += [_open(staging.output, shard) for shard in plan.shards]
+        with crew(perform, plan, jobs=jobs, size=size, tell=meter.add, begin=staging.leave) as give:
+            results = [future.result() for future in [give(task) for task in tasks]]
+    finally:
+        for file in files:
+            file.close()
+    entries = [plan.shards[place].entries[number] for place, number in tasks]
+    computed = [entry for entry in entries if not isinstance(entry, Copied)]
     return Verification(
-        copied=len(results) - len(computed),
+        copied=len(entries) - len(computed),
         computed=len(computed),
-        elements=sum(result.entry.info.size for result in computed),
-        off=sum(result.off for result in computed),
-        sha256={result.entry.info.name: result.sha256 for result in results},
+        elements=sum(entry.info.size for entry in computed),
+        off=sum(result.off for result in results),
+        sha256={entry.info.name: result.sha256 for entry, result in zip(entries, results, strict=True)},
     )
 
 
@@ -118,7 +119,6 @@ def _is_whole(base: BaseModel, file: TensorFile, entry: Entry, journal: Journal)
 
 @dataclass(frozen=True)
 class _Result:
-    entry: Entry
     sha256: str
     off: int = 0
 
@@ -131,15 +131,15 @@ def _open(folder: Path, shard: Shard) -> TensorFile:
     return file
 
 
-def _check(base: BaseModel, file: TensorFile, entry: Entry, *, workspace: Workspace, meter: Meter) -> _Result:
+def _check(base: BaseModel, file: TensorFile, entry: Entry, *, workspace: Workspace, tell: Tell) -> _Result:
     where = f"{file.label}: {entry.info.name}"
     if isinstance(entry, Copied):
         name, info = entry.origin
         found, expected = file.sha256(entry.info.name), base.files[name].sha256(info.name)
         if found != expected:
             raise CheckFailedError("is not the base's tensor", where=where, expected=f"sha256 {expected}", found=found)
-        meter.add(entry.info.nbytes, "verifying")
-        return _Result(entry, found)
+        tell(entry.info.nbytes, "verifying")
+        return _Result(found)
     digest = hashlib.sha256()
     bound = _Bound(entry)
     position = off = 0
@@ -154,8 +154,8 @@ def _check(base: BaseModel, file: TensorFile, entry: Entry, *, workspace: Worksp
         else:
             off += _compare(stored[places], exact[places], slack[places], entry.info.dtype, where=where)
         position += exact.size
-        meter.add(stored.nbytes, "verifying")
-    return _Result(entry, digest.hexdigest(), off)
+        tell(stored.nbytes, "verifying")
+    return _Result(digest.hexdigest(), off)
 
 
 def _open_places(stored: Array, exact: Array, slack: Array, dtype: str) -> Array:

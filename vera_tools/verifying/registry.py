@@ -24,12 +24,12 @@ from vera_tools.files import hub_reference, opening, store
 from vera_tools.files.hub_reference import Reference
 from vera_tools.files.local import ByteSource
 from vera_tools.parts import Part
+from vera_tools.processes.workers import Workers
 from vera_tools.texts import Texts
 from vera_tools.verifying import runs, work
 from vera_tools.verifying.log import Log, Result
 from vera_tools.verifying.report import Failed, Skipped, named
 from vera_tools.verifying.verifier import Verifier
-from vera_tools.verifying.workers import Workers
 
 #: The kind of a repository that holds no adapter.
 NO_ADAPTER = "no adapter"
@@ -273,7 +273,9 @@ class _Crew:
             try:
                 _, (one,) = self._alone.submit(work.verify_some, self._registry.job, [item.path]).result()
             except BrokenExecutor as error:
-                one = work.Done(Failed(item.path, FormatError(str(error), where=item.path, hint=_DIED)), None)
+                one = work.Done(
+                    Failed(item.path, FormatError(f"not verified: {error}", where=item.path, hint=_DIED)), None
+                )
             yield item, [Result(item.path, None, *one)]
 
 

@@ -17,6 +17,7 @@ from vera_tools.files import opening, store
 from vera_tools.files.local import ByteSource
 from vera_tools.files.store_client import Address
 from vera_tools.parts import Part
+from vera_tools.processes.workers import cpus
 from vera_tools.report import Progress
 from vera_tools.verifying import registry, runs
 from vera_tools.verifying.findings import Verdict
@@ -27,7 +28,6 @@ from vera_tools.verifying.report import Interrupted, VerifyReport
 from vera_tools.verifying.runs import Run
 from vera_tools.verifying.verifier import Verifier
 from vera_tools.verifying.work import Job
-from vera_tools.verifying.workers import cpus
 
 
 def verify(

@@ -10,11 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from tests.adapters import KEPT, SEED_ONLY
+from tests.command import is_running
 from tests.verifying.registries import mixed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere no process is copied")
@@ -24,8 +24,8 @@ PREAMBLE = """
 import os, signal, sys, threading, time
 from vera_tools import blas
 blas.start_alone()
-from vera_tools.verifying import forking
-from vera_tools.verifying.workers import WorkerDiedError, Workers
+from vera_tools.processes import forking
+from vera_tools.processes.workers import WorkerDiedError, Workers
 
 def tell():
     print("a worker's word")
@@ -138,13 +138,6 @@ time.sleep(60)
         time.sleep(0.01)
 
 
-def is_running(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
-
-
 VERIFY = """
 from vera_tools.cli import main
 from vera_tools.verifying import registry, work
@@ -189,3 +182,56 @@ def test_an_interrupt_is_for_the_process_alone(root, tmp_path):
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.lstrip(".")) == (130, "", "interrupted\n")
+
+
+def test_copies_have_what_the_process_has_and_tell_before_they_answer():
+    out, err = output(
+        """
+from vera_tools.processes.workers import Copies
+held, told = {"lock": 1}, []
+def perform(task, tell):
+    tell((task, held["lock"]))
+    if task == "die":
+        os._exit(3)
+    if task == "fail":
+        raise ValueError("no good")
+    return (lambda: task) if task == "what cannot be sent" else [task, held]
+copies = Copies(1, perform, told.append, begin=lambda: held.update(lock=0))
+print(copies.submit("one").result(), copies.submit("two").result(), told, held)
+for task in ("fail", "what cannot be sent", "die", "three"):
+    try:
+        copies.submit(task).result()
+    except Exception as error:
+        print(type(error).__name__ if task != "what cannot be sent" else str(error)[:5])
+copies.shutdown()
+"""
+    )
+    assert out.splitlines() == [
+        "['one', {'lock': 0}] ['two', {'lock': 0}] [('one', 0), ('two', 0)] {'lock': 1}",
+        "ValueError",
+        "Can't",
+        "WorkerDiedError",
+        "WorkerDiedError",
+    ]
+    assert err == ""
+
+
+def test_a_copy_ends_with_its_process_whatever_it_is_at():
+    process = script(
+        """
+from vera_tools.processes.workers import Copies
+copies = Copies(1, lambda task, tell: time.sleep(60), print)
+copies.submit(1)
+time.sleep(0.2)
+print(copies._ready, *[fork.pid for fork in copies._running], flush=True)
+time.sleep(60)
+"""
+    )
+    *_, pid = process.stdout.readline().split()
+    assert is_running(pid)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while is_running(pid):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

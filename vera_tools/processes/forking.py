@@ -7,16 +7,22 @@ with several threads is not copied.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import IO
 
 #: Seconds between two looks at whether a process has ended.
 _LOOK = 0.002
+#: Seconds in which a thread that has ended, and was joined, is gone from the kernel's list too.
+_PATIENCE = 0.02
+# prctl(2): the signal that a process gets when the one that made it dies.
+_PR_SET_PDEATHSIG = 1
 
 
 def is_safe() -> bool:
@@ -26,9 +32,14 @@ def is_safe() -> bool:
     try:
         for stream in range(3):
             os.fstat(stream)
-        return len(os.listdir("/proc/self/task")) == 1
+        until = time.monotonic() + _PATIENCE
+        while len(os.listdir("/proc/self/task")) > 1:
+            if threading.active_count() > 1 or time.monotonic() > until:
+                return False
+            time.sleep(_LOOK)
     except OSError:
         return False
+    return True
 
 
 class Fork:
@@ -52,11 +63,11 @@ class Fork:
         self.stdin, self.stdout = os.fdopen(asking, "wb"), os.fdopen(answering, "rb")
         self.returncode: int | None = None
         # A signal is for this process, until the copy has shed what this one does with it.
-        held = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        held, maker = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals()), os.getpid()
         try:
             self.pid = os.fork()
             if self.pid == 0:
-                self._work(serve, questions, answers, siblings, held)
+                self._work(serve, questions, answers, siblings, held, maker)
         except OSError:
             self.stdin.close()
             self.stdout.close()
@@ -73,10 +84,12 @@ class Fork:
         answers: int,
         siblings: Iterable[Fork],
         held: Iterable[int],
+        maker: int,
     ) -> None:
         """Be the copy, which never goes back to what this process was at."""
         code = 1
         try:
+            _end_with(maker)
             signal.set_wakeup_fd(-1)
             for number in signal.valid_signals():
                 if callable(signal.getsignal(number)):
@@ -123,3 +136,11 @@ class Fork:
         """End it at once."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
+
+
+def _end_with(maker: int) -> None:
+    """Have the system end this copy when the process that made it dies, whatever it is at then."""
+    with contextlib.suppress(AttributeError, OSError):  # then it ends when it is asked no more
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != maker:
+        os._exit(1)
