@@ -10,6 +10,7 @@ Whole processes, paired in one run, on a synthetic Llama-shaped bfloat16 base of
 from __future__ import annotations
 
 import argparse
+import contextlib
 import resource
 import shutil
 import statistics
@@ -61,7 +62,10 @@ mmap.mmap(-1, min(8 << 30, free // 2), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMO
 
 @dataclass(frozen=True)
 class Run:
-    """One process: wall time, CPU time (user and system), and its largest anonymous memory, sampled every 5 ms."""
+    """One program: wall time, CPU time (user and system), and its largest anonymous memory, sampled every 5 ms.
+
+    The memory is that of all its processes; what copies of a process share with it counts in each of them.
+    """
 
     seconds: float
     cpu: float
@@ -89,14 +93,21 @@ def run(command: list[str]) -> Run:
 
 
 def _sample(process: subprocess.Popen[str], peak: list[float]) -> None:
-    status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
-        try:
-            lines = status.read_text().splitlines()
-        except OSError:
-            return
-        peak[0] = max([peak[0], *(int(line.split()[1]) / 1000 for line in lines if line.startswith("RssAnon"))])
+        with contextlib.suppress(OSError):  # one that has just ended
+            peak[0] = max(peak[0], sum(map(_anonymous_mb, _family(process.pid))))
         time.sleep(0.005)
+
+
+def _family(pid: int) -> list[int]:
+    """A process and those that it has started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(one for child in children for one in _family(int(child)))]
+
+
+def _anonymous_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1000
 
 
 def off_share(base: Path, adapter: Path, merged: Path, targets: list[str], *, layers: tuple[int, ...]) -> float:

@@ -97,6 +97,10 @@ def copies_of(process):
     return [int(n) for task in tasks.glob("*/children") for n in task.read_text().split()] if tasks.exists() else []
 
 
+def open_files(pid):
+    return [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()]
+
+
 def wait_for_the_end(pids):
     """Of processes that this one did not start."""
     deadline = time.monotonic() + 0.5  # a block takes a second
@@ -116,6 +120,7 @@ class TestKill:
         out = tmp_path / "out"
         process = halted(made, out, after=after, workers=workers)
         copies = copies_of(process)
+        assert not any(name.endswith("/lock") for pid in copies for name in open_files(pid))
         process.kill()
         process.communicate()
         assert process.returncode == -signal.SIGKILL

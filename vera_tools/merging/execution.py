@@ -28,7 +28,7 @@ from vera_tools.merging.values import blocks
 from vera_tools.merging.workspace import Workspace
 from vera_tools.report import Progress
 
-#: Each worker holds some 20 MB; more of them than this would only wait for the disk.
+#: Each worker holds some 40 MB; more of them than this would only wait for the disk.
 MOST_WORKERS = 8
 
 
@@ -168,7 +168,7 @@ def write_shards(
             for number, shard in enumerate(shards):
                 part = staging.part(shard)
                 file = outputs.make(part)
-                done = [give(_Task(part, number, what)) for what in _parts(plan.base, shard)]
+                done = [give(_Task(part, number, what)) for what in _parts(plan.base, shard, last=shard is shards[-1])]
                 under_way.append((shard, part, done))
                 file.reserve(shard.size)
                 file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
@@ -227,16 +227,19 @@ def _compute(
     return _Written(entry.info.name, checksum.hexdigest(), origin, sha256)
 
 
-def _parts(base: BaseModel, shard: Shard) -> Iterator[_Range | int]:
-    """What is to be done for one file, what takes longest first: so workers come to an end together."""
-    parts: list[tuple[int, _Range | int]] = [(piece.length, piece) for piece in _pieces(base, shard)]
+def _parts(base: BaseModel, shard: Shard, *, last: bool) -> list[_Range | int]:
+    """What is to be done for one file.
+
+    In the order of its bytes, so that copying and computing alternate; of the last file what takes longest first, so
+    that all workers come to an end together.
+    """
+    parts: list[tuple[int, int, _Range | int]] = [(piece.offset, piece.length, piece) for piece in _pieces(base, shard)]
     parts += [
-        (COMPUTED * entry.info.nbytes, number)
+        (shard.data_start + entry.info.start, COMPUTED * entry.info.nbytes, number)
         for number, entry in enumerate(shard.entries)
         if not isinstance(entry, Copied)
     ]
-    for _, part in sorted(parts, key=lambda part: part[0], reverse=True):
-        yield part
+    return [part for *_, part in sorted(parts, key=lambda part: -part[1] if last else part[0])]
 
 
 def _pieces(base: BaseModel, shard: Shard) -> Iterator[_Range]:
