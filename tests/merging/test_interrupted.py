@@ -122,9 +122,9 @@ class TestKill:
         copies = copies_of(process)
         assert not any(name.endswith("/lock") for pid in copies for name in open_files(pid))
         process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
+        assert process.wait() == -signal.SIGKILL
         wait_for_the_end(copies)
+        process.communicate()
         assert hidden(tmp_path) == [".out.merge"]
         finished = finished_files(out)
         report = vera_tools.merge(made[1], base=made[0], output=out, resume=True, verify=True)

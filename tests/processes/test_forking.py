@@ -230,8 +230,9 @@ time.sleep(60)
     *_, pid = process.stdout.readline().split()
     assert is_running(pid)
     process.kill()
-    process.communicate()
+    process.wait()  # and not for its streams, which the copy has too
     deadline = time.monotonic() + 10
     while is_running(pid):
         assert time.monotonic() < deadline
         time.sleep(0.01)
+    process.communicate()
