@@ -180,6 +180,16 @@ class TestKill:
         assert vera_tools.merge(made[1], base=made[0], output=out, resume=True).resumed
         assert snapshot(out) == made[2]
 
+    def test_ctrl_c_between_closing_a_file_and_declaring_it_finished(self, made, tmp_path, monkeypatch):
+        def interrupt(path):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(execution, "confirm", interrupt)
+        out = tmp_path / "out"
+        with pytest.raises(KeyboardInterrupt):
+            vera_tools.merge(made[1], base=made[0], output=out)
+        assert list((staging.place(out) / "parts").iterdir()) == []
+
     @pytest.mark.parametrize("damage", ["copied", "computed", "cut", "journal"])
     def test_resume_checks_what_is_there(self, damage, made, tmp_path):
         out = tmp_path / "out"

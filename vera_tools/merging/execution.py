@@ -68,10 +68,12 @@ class _Outputs:
 
     def __init__(self) -> None:
         self._open: dict[Path, OutputFile] = {}
+        self._made: list[Path] = []
         self._lock = threading.Lock()
 
     def make(self, path: Path) -> OutputFile:
         """A new file."""
+        self._made.append(path)
         with self._lock:
             file = self._open[path] = OutputFile(path)
         return file
@@ -90,9 +92,10 @@ class _Outputs:
         self._open.pop(path).close()
 
     def discard(self) -> None:
-        """Close and remove all of them."""
+        """Close and remove all of them but those that were moved away."""
         for path in list(self._open):
             self.close(path)
+        for path in self._made:
             path.unlink(missing_ok=True)
 
 
