@@ -120,6 +120,22 @@ with Workers(1) as workers:
     assert out == "True\n"
 
 
+@pytest.mark.parametrize("stream", [0, 1])
+def test_no_copy_is_made_where_a_file_has_the_number_of_a_stream_that_was_closed(stream):
+    """A copy has streams of its own, and would have them in the place of that file."""
+    process = script(
+        f"""
+with open(sys.executable, "rb") as file:
+    assert file.fileno() == {stream}, file.fileno()
+    assert not forking.is_safe()
+""",
+        stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: os.close(stream),
+    )
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+
+
 def test_copies_end_with_the_process_that_was_killed():
     process = script(
         """

@@ -29,6 +29,8 @@ def is_safe() -> bool:
     """Whether this process has one thread, whoever started others, and its standard streams are open."""
     if sys.platform != "linux":  # macOS' own libraries do not survive it
         return False
+    if None in (sys.__stdin__, sys.__stdout__, sys.__stderr__):  # some other file has that one's number, or will have
+        return False
     try:
         for stream in range(3):
             os.fstat(stream)

@@ -72,24 +72,30 @@ class _Driven:
 
     def _ask(self, task: Any) -> Any:
         process: Process = getattr(self._mine, "process", None) or self._start()
+        good, answer = self._exchange(process, task)
+        while good is None:
+            assert self._told is not None
+            self._told(answer)
+            good, answer = self._exchange(process)
+        if not good:
+            raise answer
+        return answer
+
+    def _exchange(self, process: Process, *tasks: Any) -> tuple[bool | None, Any]:
+        """Give a process what it is to do, if anything, and hear what it says next."""
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            pickle.dump(task, process.stdin)
-            process.stdin.flush()
-            good, answer = pickle.load(process.stdout)
-            while good is None:
-                assert self._told is not None
-                self._told(answer)
-                good, answer = pickle.load(process.stdout)
+            for task in tasks:
+                pickle.dump(task, process.stdin)
+                process.stdin.flush()
+            said: tuple[bool | None, Any] = pickle.load(process.stdout)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             self._mine.process = None
             with self._lock:
                 self._running.discard(process)
             raise WorkerDiedError(_how(_end(process, kill=True))) from error
-        if not good:
-            raise answer
-        return answer
+        return said
 
     def _start(self) -> Process:
         with self._lock:
