@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.metadata
 import io
 import os
 import platform
@@ -306,13 +305,15 @@ COMMANDS: dict[str, Callable[[Transcript], None]] = {
 @contextlib.contextmanager
 def _somewhere() -> Iterator[None]:
     """An empty working folder with fixtures/ in it, on a machine without a name."""
-    version = importlib.metadata.version
+    from vera_tools import installed
+
+    version = installed.version
     here = os.getcwd()
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.object(platform, "system", return_value="System"),
         mock.patch.object(platform, "machine", return_value="machine"),
-        mock.patch.object(importlib.metadata, "version", lambda n: "0.0" if n == "torch" else version(n)),
+        mock.patch.object(installed, "version", lambda n: "0.0" if n == "torch" else version(n)),
         mock.patch.dict(os.environ, {"COLUMNS": "100"}),
     ):
         os.symlink(ROOT / "fixtures", Path(folder) / "fixtures")

@@ -6,7 +6,6 @@ Run by `tests.systems`. Those for the Hub are left out where the environment nam
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -18,6 +17,7 @@ import huggingface_hub
 
 from tests.adapters import CHECKPOINTS, KEPT, SEED_ONLY
 from tests.outputs import Transcript
+from vera_tools import installed
 
 
 def verify(note: Transcript) -> None:
@@ -151,11 +151,11 @@ def prepare() -> None:
 @contextlib.contextmanager
 def _without_a_name() -> Iterator[None]:
     """On a machine without a name."""
-    version = importlib.metadata.version
+    version = installed.version
     with (
         mock.patch.object(platform, "system", return_value="System"),
         mock.patch.object(platform, "machine", return_value="machine"),
-        mock.patch.object(importlib.metadata, "version", lambda n: "0.0" if n == "torch" else version(n)),
+        mock.patch.object(installed, "version", lambda n: "0.0" if n == "torch" else version(n)),
         mock.patch.dict(os.environ, {"COLUMNS": "100"}),
     ):
         yield

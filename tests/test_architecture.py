@@ -21,7 +21,7 @@ TESTS = sorted((ROOT / "tests").rglob("*.py"))
 # The packages, and the modules beside them, from the ground up. Each imports from the levels below its own, and of its
 # own level from itself alone.
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_version", "dtypes", "blas", "conformity", "memo", "texts"),
+    ("errors", "_version", "dtypes", "blas", "conformity", "installed", "memo", "texts"),
     ("schema", "report", "parts", "processes"),
     ("pages",),
     ("listing",),

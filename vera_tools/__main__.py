@@ -15,7 +15,10 @@ def main() -> None:
 
         gc.set_threshold(_BETWEEN_SEARCHES)
         gc.freeze()  # what was imported stays
-        run()
+        try:
+            run()
+        finally:
+            gc.freeze()  # Python would search all there is for garbage once more, only to end: 40 ms
     except KeyboardInterrupt:
         _end()
     except Exception as error:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.architectures import assembling
 from tests.architectures.known import known
+from vera_tools import installed
 from vera_tools.architectures import data, pieces
 from vera_tools.architectures.layout import Layout
 from vera_tools.architectures.renaming import Gathered, Operation, Step, replay
@@ -202,7 +203,7 @@ def test_transformers_is_asked_where_shapes_decide(monkeypatch, name, asked):
     """Where it is installed: else what needs a shape is refused, with the advice to install it."""
     calls = []
     monkeypatch.setattr(placement.witness, "is_there", lambda: True)
-    monkeypatch.setattr(placement, "_installed", lambda: "5.23.0")
+    monkeypatch.setattr(installed, "version", lambda name: "5.23.0")
     monkeypatch.setattr(placement.witness, "ask_transformers", lambda config, name: calls.append(name) or known(name))
     found = placement.known_under({"model_type": known(name).model_type, "architectures": [name]}, name)
     assert (found.needs_shapes, calls) == (asked, [name] if asked else [])

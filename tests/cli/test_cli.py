@@ -137,6 +137,18 @@ print(sorted(heavy & set(sys.modules) - theirs), file=sys.stderr)
     assert result.stderr.splitlines()[-1] == "[]"
 
 
+def test_nothing_is_searched_for_garbage_at_the_end():
+    script = f"""
+import atexit, gc, sys
+from vera_tools.__main__ import main
+sys.argv[1:] = ["verify", {str(SOURCE)!r}]
+atexit.register(lambda: print(len(gc.get_objects())))
+main()
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(result.stdout.splitlines()[-1]) < 1000
+
+
 def test_module_and_script_are_the_same():
     script = os.path.join(os.path.dirname(sys.executable), "vera-tools")
     assert subprocess.run([script, "--version"], capture_output=True, text=True, check=True).stdout == (

@@ -28,7 +28,7 @@ def test_on_linux_without_avx2_it_says_so(monkeypatch):
     monkeypatch.setenv("ATEN_CPU_CAPABILITY", "default")
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
-    monkeypatch.setattr("vera_tools.platforms.machine.installed", lambda name: "2.13.0" if name == "torch" else None)
+    monkeypatch.setattr("vera_tools.installed.version", lambda name: "2.13.0" if name == "torch" else None)
     text = run_cli("env").stdout
     assert "kernels default (ATEN_CPU_CAPABILITY)" in text
     assert "  platform  linux-x86_64-without-avx2 (Linux without AVX2)" in text
@@ -39,7 +39,7 @@ def test_on_linux_without_avx2_it_says_so(monkeypatch):
 def test_without_torch(monkeypatch):
     monkeypatch.setattr("platform.system", lambda: "Darwin")
     monkeypatch.setattr("platform.machine", lambda: "arm64")
-    monkeypatch.setattr("vera_tools.platforms.machine.installed", lambda name: None)
+    monkeypatch.setattr("vera_tools.installed.version", lambda name: None)
     text = run_cli("env").stdout
     assert "  draws     no torch here" in text
     assert "            torch 1.13 to 2.1: separate (machine code)" in text

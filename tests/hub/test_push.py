@@ -88,7 +88,7 @@ def test_pushing_the_same_again_makes_no_commit(ann, transport, tmp_path, monkey
     assert ann.count("POST /api/models/ann/x/(preupload|commit)") == asked
     assert {file.status for file in again.files} == {"unchanged"}
     # ... nor from a machine with another torch, whose manifest would say so
-    monkeypatch.setattr("vera_tools.checkpoints.writing.torch_version", lambda: "9.9.9")
+    monkeypatch.setattr("vera_tools.installed.version", lambda name: "9.9.9")
     assert not vera_tools.push(CHECKPOINTS / KEPT, "ann/x").committed
     # what came back by pull is the same content, too
     vera_tools.pull("ann/x", tmp_path / "out")
@@ -174,7 +174,7 @@ def test_strip_and_embed_on_the_way(ann, checkpoint, tmp_path, monkeypatch):
     assert pushed["tokenizer.json"] == b"{}"
     assert report.verification.verdict == "reproducible"
     assert report.verification.projections_stored is False
-    monkeypatch.setattr("vera_tools.checkpoints.writing.torch_version", lambda: "9.9.9")
+    monkeypatch.setattr("vera_tools.installed.version", lambda name: "9.9.9")
     assert not vera_tools.push(folder, "ann/x", strip=True).committed
     # embedded again on the way down, the very file comes back
     vera_tools.pull("ann/x", tmp_path / "out", embed=True)

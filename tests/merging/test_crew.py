@@ -91,6 +91,14 @@ def test_copies_write_and_prove_what_threads_do(options, copies, made, tmp_path)
 
 
 @linux
+@pytest.mark.parametrize(("worth", "copies"), [(12 << 20, 2), (1 + (12 << 20), 0)])
+def test_copies_are_made_for_what_is_computed_and_not_for_what_is_copied(worth, copies, made, tmp_path):
+    adapter, base, expected = made
+    assert merged(adapter, base, tmp_path / "out", f"crew.WORTH = {worth}", verify=True) == f"{2 * copies} copies\n"
+    assert files(tmp_path / "out") == files(expected)
+
+
+@linux
 def test_a_copy_that_is_killed_ends_the_merge_and_leaves_nothing(made, tmp_path):
     body = """
 def compute(*args, known=execution._compute, **options):

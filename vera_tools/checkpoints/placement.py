@@ -7,10 +7,10 @@ base say together: the first of those that may be meant in which every adapted m
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from vera_tools import installed
 from vera_tools.architectures import data, witness
 from vera_tools.architectures.architecture import LINEAR, Architecture
 from vera_tools.architectures.layout import Layout
@@ -318,25 +318,16 @@ def known_under(config: data.Config, name: str) -> Architecture | None:
         return None
     if "auto_map" in config and found is None:
         return None  # code of the base's own, which nothing here runs
-    as_made = f"transformers {_installed()}" in (data.origin(), "transformers ")
+    there = installed.version("transformers")
+    as_made = there is None or f"transformers {there}" == data.origin()
     if found is not None and as_made and not (found.varying or found.unknown or found.needs_shapes):
         return found
-    if not witness.is_there() or (found is not None and int((_installed() or "0").partition(".")[0]) < 5):
+    if not witness.is_there() or (found is not None and int((there or "0").partition(".")[0]) < 5):
         return found
     try:
         return witness.ask_transformers(config, name)
     except UnprovenError:
         return found
-
-
-@functools.cache
-def _installed() -> str:
-    import importlib.metadata  # 10 ms that few commands need
-
-    try:
-        return importlib.metadata.version("transformers")
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _classes(base: BaseModel, configs: Iterable[VeraConfig]) -> Iterator[str]:

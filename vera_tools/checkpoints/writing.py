@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from vera_tools import installed
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import ROOT, WEIGHTS_NAME, Checkpoint
 from vera_tools.checkpoints.config import CONFIG_NAME, VeraConfig
@@ -169,19 +170,9 @@ def base_record(checkpoint: Checkpoint, base: BaseModel | None) -> BaseRecord:
     return replace(found, weights={name: kept(name, record) for name, record in found.weights.items()})
 
 
-def torch_version() -> str | None:
-    """The installed torch's version, read without importing it; None where there is none."""
-    import importlib.metadata  # 10 ms that few commands need
-
-    try:
-        return importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _made_here(**fields: Any) -> Manifest:
     """A manifest that names this machine and its torch."""
-    return Manifest(**fields, torch=torch_version(), platform=f"{platform.system()}-{platform.machine()}")
+    return Manifest(**fields, torch=installed.version("torch"), platform=f"{platform.system()}-{platform.machine()}")
 
 
 def _describe_base(checkpoint: Checkpoint, base: BaseModel | None, *, digest_base: bool) -> BaseRecord:

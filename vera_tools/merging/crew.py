@@ -8,13 +8,14 @@ common. They have open what this process has open, so that a task is a few numbe
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeAlias, TypeVar
 
 from vera_tools.errors import VeraToolsError
 from vera_tools.files.local import LocalFile, MemoryFile
-from vera_tools.merging.plan import Plan
+from vera_tools.merging.entries import Copied
+from vera_tools.merging.plan import Plan, Shard
 from vera_tools.processes import forking
 from vera_tools.processes.workers import Copies, WorkerDiedError
 
@@ -23,17 +24,20 @@ Result = TypeVar("Result")
 #: Told of so many more bytes that are done, and of what.
 Tell: TypeAlias = Callable[[int, str], None]
 
-#: Bytes to be written, or read again, that are worth copies: less takes hardly longer than to make these.
-WORTH = 256 << 20
+#: Bytes to be computed that are worth copies. With fewer, threads lose less time than these take to be made and ended.
+#: Threads that copy or hash do not wait for each other.
+WORTH = 400 << 20
+#: What a tensor counts as at least: the smallest one takes as many of numpy's calls.
+LEAST = 1 << 20
 
 
 @contextlib.contextmanager
 def crew(
     perform: Callable[[Task, Tell], Result],
     plan: Plan,
+    shards: Sequence[Shard],
     *,
     jobs: int,
-    size: int,
     tell: Tell,
     begin: Callable[[], None] = lambda: None,
 ) -> Iterator[Callable[[Task], Future[Result]]]:
@@ -44,8 +48,8 @@ def crew(
     Args:
         perform: What is done with a task, which may be done in another process. Tasks and results can be pickled.
         plan: What it reads.
+        shards: What it goes through.
         jobs: Number of workers.
-        size: Bytes that they go through, all together.
         tell: Told by `perform`, in several threads.
         begin: What a copy does first, to let go of what is this process's alone.
 
@@ -53,7 +57,7 @@ def crew(
         VeraToolsError: a worker was ended, from outside or for want of memory.
     """
     pool: ThreadPoolExecutor | Copies[Task, Result] | None = None
-    if jobs > 1 and size >= WORTH and _is_at_hand(plan) and forking.is_safe():
+    if jobs > 1 and _to_be_computed(shards) >= WORTH and _is_at_hand(plan) and forking.is_safe():
 
         def in_a_copy(task: Task, tell: Callable[[tuple[int, str]], None]) -> Result:
             return perform(task, lambda count, what: tell((count, what)))
@@ -74,6 +78,11 @@ def crew(
             raise VeraToolsError(f"not merged: {error}", where=plan.base.label, hint=hint) from error
         raise
     pool.shutdown()
+
+
+def _to_be_computed(shards: Sequence[Shard]) -> int:
+    entries = (entry for shard in shards for entry in shard.entries if not isinstance(entry, Copied))
+    return sum(max(entry.info.nbytes, LEAST) for entry in entries)
 
 
 def _is_at_hand(plan: Plan) -> bool:

@@ -58,7 +58,7 @@ def prove(plan: Plan) -> Loading:
         CheckFailedError: a parameter would be missing, come from another tensor, or share one that changed otherwise.
     """
     before, known = plan.placement.layout, plan.placement.architecture
-    after = _layout(plan, known_under(_config(plan), known.name) or known)
+    after = _layout(plan, known if plan.config is None else known_under(_config(plan), known.name) or known)
     _refuse_new("unexpected", set(after.unexpected) - set(before.unexpected) - _heads(plan), plan)
     names = dict.fromkeys((*before.names, *(name for group in before.tied for name in group), *plan.changes))
     entries = {entry.info.name: entry for entry in plan.entries}

@@ -38,7 +38,6 @@ def rehearse(plan: Plan, shards: Sequence[Shard], *, jobs: int, allow_nonfinite:
         for number, entry in enumerate(shard.entries)
         if not isinstance(entry, Copied)
     ]
-    size = sum(shard.computed for shard in shards)
-    with crew(perform, plan, jobs=jobs, size=size, tell=meter.add) as give:
+    with crew(perform, plan, shards, jobs=jobs, tell=meter.add) as give:
         for future in [give(task) for task in tasks]:
             future.result()

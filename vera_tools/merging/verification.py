@@ -65,10 +65,9 @@ def verify(plan: Plan, staging: Staging, *, jobs: int, meter: Meter) -> Verifica
         return _check(plan.base, files[place], plan.shards[place].entries[number], workspace=workspace, tell=tell)
 
     tasks = [(place, number) for place, shard in enumerate(plan.shards) for number in range(len(shard.entries))]
-    size = sum(shard.size for shard in plan.shards)
     try:
         files += [_open(staging.output, shard) for shard in plan.shards]
-        with crew(perform, plan, jobs=jobs, size=size, tell=meter.add, begin=staging.leave) as give:
+        with crew(perform, plan, plan.shards, jobs=jobs, tell=meter.add, begin=staging.leave) as give:
             results = [future.result() for future in [give(task) for task in tasks]]
     finally:
         for file in files:

@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vera_tools import installed
 from vera_tools.platforms import machine, rows
 from vera_tools.platforms.machine import Capability
 from vera_tools.platforms.rows import Row, Span
@@ -78,7 +79,7 @@ class EnvReport(Report):
 def describe() -> EnvReport:
     """Look at this machine and what is installed on it."""
     capability, here = machine.cpu_capability(), machine.this_platform()
-    packages = {name: machine.installed(name) for name in PACKAGES}
+    packages = {name: installed.version(name) for name in PACKAGES}
     draws = rows.drawn_by(here, packages["torch"])
     evidence = draws.evidence if draws else None
     if here is not None and draws is not None and rows.read_only(here, capability.name):

@@ -55,16 +55,6 @@ def cpu_model() -> str | None:
     return _cpu_facts("model name") or platform.processor() or None
 
 
-def installed(name: str) -> str | None:
-    """The version of an installed distribution, which is not imported; None where there is none."""
-    import importlib.metadata  # 10 ms that few commands need
-
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _cpu_facts(name: str) -> str:
     """What /proc/cpuinfo says of the first CPU under a name; "" elsewhere than on Linux."""
     return next((value for key, value in _cpuinfo() if key == name), "")

@@ -64,6 +64,8 @@ class _Driven:
         with self._lock:
             running, self._running = self._running, set()
         for process in running:
+            _close(process)
+        for process in running:
             _end(process, kill=cancel_futures)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -192,11 +194,16 @@ def _one_thread() -> dict[str, str]:
     return {} if any(name in os.environ for name in blas.VARIABLES) else dict.fromkeys(blas.VARIABLES, "1")
 
 
-def _end(process: Process, *, kill: bool) -> int:
-    """End a process, and say how it ended."""
+def _close(process: Process) -> None:
+    """Ask a process nothing more, which it ends upon."""
     with contextlib.suppress(OSError):
         if process.stdin is not None:
-            process.stdin.close()  # which it ends upon
+            process.stdin.close()
+
+
+def _end(process: Process, *, kill: bool) -> int:
+    """End a process, and say how it ended."""
+    _close(process)
     early = process.poll()
     if kill and early is None:
         with contextlib.suppress(subprocess.TimeoutExpired):
