@@ -307,7 +307,8 @@ class Delta:
         for factor in self._factors:
             part = matrix[done : done + factor.lambda_d.size]
             with np.errstate(over="ignore", invalid="ignore"):
-                np.multiply(factor.vera_A[:, start:stop], factor.lambda_d[:, None], out=part, dtype=self.dtype)
+                lambda_d = factor.lambda_d[:, None].astype(self.dtype)
+                np.multiply(factor.vera_A[:, start:stop], lambda_d, out=part, dtype=self.dtype)
             done += factor.lambda_d.size
         return matrix
 

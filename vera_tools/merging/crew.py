@@ -16,6 +16,7 @@ from vera_tools.errors import VeraToolsError
 from vera_tools.files.local import LocalFile, MemoryFile
 from vera_tools.merging.entries import Copied
 from vera_tools.merging.plan import Plan, Shard
+from vera_tools.merging.turns import Turns
 from vera_tools.processes import forking
 from vera_tools.processes.workers import Copies, WorkerDiedError
 
@@ -40,6 +41,7 @@ def crew(
     jobs: int,
     tell: Tell,
     begin: Callable[[], None] = lambda: None,
+    alone: Callable[[Task], bool] = lambda task: False,
 ) -> Iterator[Callable[[Task], Future[Result]]]:
     """Hand out a function that has a task performed by one of several workers.
 
@@ -52,6 +54,7 @@ def crew(
         jobs: Number of workers.
         tell: Told by `perform`, in several threads.
         begin: What a copy does first, to let go of what is this process's alone.
+        alone: Of which tasks one is under way at a time, as long as there are others to begin.
 
     Raises:
         VeraToolsError: a worker was ended, from outside or for want of memory.
@@ -65,9 +68,15 @@ def crew(
         with contextlib.suppress(OSError):
             pool = Copies(jobs, in_a_copy, lambda told: tell(*told), begin)
     pool = pool or ThreadPoolExecutor(jobs)
+    turns = Turns[Task, Result](alone)
 
     def give(task: Task) -> Future[Result]:
-        return pool.submit(task) if isinstance(pool, Copies) else pool.submit(perform, task, tell)
+        future = turns.add(task)
+        if isinstance(pool, Copies):
+            pool.call(turns.do_next)
+        else:
+            pool.submit(turns.do_next, lambda task: perform(task, tell))
+        return future
 
     try:
         yield give

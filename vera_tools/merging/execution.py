@@ -167,8 +167,11 @@ def write_shards(
         tell(piece.length, shard.name)
         return None
 
+    def is_copied(task: _Task) -> bool:
+        return not isinstance(task.what, int)
+
     try:
-        with crew(perform, plan, shards, jobs=jobs, tell=meter.add, begin=staging.leave) as give:
+        with crew(perform, plan, shards, jobs=jobs, tell=meter.add, begin=staging.leave, alone=is_copied) as give:
             for number, shard in enumerate(shards):
                 part = staging.part(shard)
                 file = outputs.make(part)

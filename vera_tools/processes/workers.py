@@ -159,6 +159,10 @@ class Copies(_Driven, Generic[Task, Result]):
         """Have a copy perform `task`. The future raises WorkerDiedError where the copy dies of it."""
         return self._threads.submit(self._ask, task)
 
+    def call(self, fn: Callable[[Callable[[Task], Result]], None]) -> None:
+        """Call `fn` when a copy is free, with the function that has it perform a task."""
+        self._threads.submit(fn, self._ask)
+
     def _another(self) -> Process:
         raise WorkerDiedError("a process that worked for this one has ended")
 
