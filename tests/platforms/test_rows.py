@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import ROOT
-from vera_tools import schema
+from vera_tools import installed, schema
 from vera_tools.platforms import machine, rows
 from vera_tools.platforms.environment import describe
 from vera_tools.platforms.names import PLATFORMS, platform_of
@@ -115,7 +115,7 @@ def pretend(monkeypatch, tmp_path):
         monkeypatch.setattr("platform.machine", lambda: name)
         monkeypatch.setattr(machine, "_CPUINFO", tmp_path / "cpuinfo")
         monkeypatch.setattr(machine, "_VECTOR_LENGTH", tmp_path / "vectors")
-        monkeypatch.setattr(machine, "installed", lambda distribution: torch if distribution == "torch" else None)
+        monkeypatch.setattr(installed, "version", lambda distribution: torch if distribution == "torch" else None)
 
     return pretended
 

@@ -213,10 +213,10 @@ def perform(task, tell):
         raise ValueError("no good")
     return (lambda: task) if task == "what cannot be sent" else [task, held]
 copies = Copies(1, perform, told.append, begin=lambda: held.update(lock=0))
-print(copies.submit("one").result(), copies.submit("two").result(), told, held)
+print(*[copies.call(lambda ask, task=task: ask(task)).result() for task in ("one", "two")], told, held)
 for task in ("fail", "what cannot be sent", "die", "three"):
     try:
-        copies.submit(task).result()
+        copies.call(lambda ask: ask(task)).result()
     except Exception as error:
         print(type(error).__name__ if task != "what cannot be sent" else str(error)[:5])
 copies.shutdown()
@@ -237,7 +237,7 @@ def test_a_copy_ends_with_its_process_whatever_it_is_at():
         """
 from vera_tools.processes.workers import Copies
 copies = Copies(1, lambda task, tell: time.sleep(60), print)
-copies.submit(1)
+copies.call(lambda ask: ask(1))
 time.sleep(0.2)
 print(copies._ready, *[fork.pid for fork in copies._running], flush=True)
 time.sleep(60)

@@ -28,6 +28,7 @@ from vera_tools.processes.forking import Fork
 Process: TypeAlias = "subprocess.Popen[bytes] | Fork"
 Task = TypeVar("Task")
 Result = TypeVar("Result")
+Answer = TypeVar("Answer")
 #: What a process does with a task. It may tell whoever drives it something before it answers.
 Perform: TypeAlias = Callable[[Any, Callable[[Any], None]], Any]
 
@@ -155,13 +156,12 @@ class Copies(_Driven, Generic[Task, Result]):
             raise OSError("no copy of this process can be made")
         super().__init__(len(copies), copies, told)
 
-    def submit(self, task: Task) -> Future[Result]:
-        """Have a copy perform `task`. The future raises WorkerDiedError where the copy dies of it."""
-        return self._threads.submit(self._ask, task)
+    def call(self, fn: Callable[[Callable[[Task], Result]], Answer]) -> Future[Answer]:
+        """Call `fn` when a copy is free, with the function that has it perform a task.
 
-    def call(self, fn: Callable[[Callable[[Task], Result]], None]) -> None:
-        """Call `fn` when a copy is free, with the function that has it perform a task."""
-        self._threads.submit(fn, self._ask)
+        That raises WorkerDiedError where the copy dies of it.
+        """
+        return self._threads.submit(fn, self._ask)
 
     def _another(self) -> Process:
         raise WorkerDiedError("a process that worked for this one has ended")
