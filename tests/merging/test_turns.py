@@ -70,6 +70,16 @@ def test_while_one_worker_copies_the_others_compute(begun):
         assert [future.result(60) for future in futures[3:]] == ["copy 3 done", "compute 2 done", "compute 3 done"]
 
 
+def test_whoever_hears_that_a_copy_has_ended_can_have_the_next_one_begun():
+    turns, begun = Turns(is_copied), []
+    first = turns.add("copy 1")
+    for task in ("copy 2", "compute 1"):
+        turns.add(task)
+    first.add_done_callback(lambda _: turns.do_next(begun.append))
+    turns.do_next(begun.append)
+    assert begun == ["copy 1", "copy 2"]
+
+
 @pytest.mark.parametrize("task", ["copy fails", "compute fails"])
 def test_what_a_task_raises_is_its_own(task, begun):
     with ThreadPoolExecutor(1) as pool:

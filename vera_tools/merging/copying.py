@@ -52,13 +52,10 @@ class OutputFile:
         """The open descriptor."""
         return self._file.fileno()
 
-    def reserve(self, size: int, offset: int = 0) -> None:
-        """Reserve the blocks of `size` bytes, where the system can: copying then takes a sixth less time.
-
-        Nobody can write to the file meanwhile.
-        """
+    def reserve(self, size: int) -> None:
+        """Reserve the blocks of a file of `size` bytes, where the system can: copying then takes a sixth less time."""
         if _fallocate is not None:
-            _fallocate(self.fileno(), 0, offset, size)  # where that fails, writing tells why
+            _fallocate(self.fileno(), 0, 0, size)  # where that fails, writing tells why
 
     def write_at(self, data: memoryview, offset: int) -> None:
         """Write all of `data`.

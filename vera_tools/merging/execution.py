@@ -161,8 +161,6 @@ def write_shards(
             assert not isinstance(entry, Copied)
             return _compute(plan, shard, entry, file, workspace, allow_nonfinite=allow_nonfinite, tell=tell)
         piece = task.what
-        if shard is shards[0]:  # those after it are reserved as a whole, while another one is written
-            file.reserve(piece.length, piece.offset)
         copy_range(plan.base.files[piece.name].source, piece.start, piece.length, file, piece.offset)
         tell(piece.length, shard.name)
         return None
@@ -177,8 +175,7 @@ def write_shards(
                 file = outputs.make(part)
                 done = [give(_Task(part, number, what)) for what in _parts(plan.base, shard, last=shard is shards[-1])]
                 under_way.append((shard, part, done))
-                if shard is not shards[0]:
-                    file.reserve(shard.size)
+                file.reserve(shard.size)
                 file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
                 if len(under_way) > 1:
                     _finish(*under_way.pop(0), plan, staging, outputs)

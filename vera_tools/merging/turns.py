@@ -44,11 +44,12 @@ class Turns(Generic[Task, Result]):
             task, future = (self._alone if alone else self._others).popleft()
             self._alone_under_way += alone
         try:
-            result = do(task)
+            try:
+                result = do(task)
+            finally:  # before anybody hears that it has ended
+                with self._lock:
+                    self._alone_under_way -= alone
         except BaseException as error:
             future.set_exception(error)
         else:
             future.set_result(result)
-        finally:
-            with self._lock:
-                self._alone_under_way -= alone
