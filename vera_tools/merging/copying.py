@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from vera_tools.files.local import ByteSource, LocalFile
 
@@ -24,19 +25,26 @@ _WRITE = 1 << 20
 
 # What copy_file_range says where it cannot copy between these two files, though reading and writing can.
 _NOT_POSSIBLE = {errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.EPERM, errno.ETXTBSY}
+# What fstatfs(2) calls a file system in memory.
+_TMPFS = 0x01021994
 
 
-def _system_fallocate() -> Callable[[int, int, int, int], int] | None:
-    """Linux's fallocate(2). `os.posix_fallocate` would write to every block where a file system has no such call."""
+def _linux_calls() -> tuple[Callable[[int, int, int, int], int], Callable[[int, Any], int]] | None:
+    """fallocate(2) and fstatfs(2), which Python lacks. Elsewhere None: other systems' fstatfs answers otherwise.
+
+    `os.posix_fallocate` would write to every block where a file system has no such call.
+    """
     try:
-        function = ctypes.CDLL(None).fallocate
+        library = ctypes.CDLL(None)
+        fallocate, fstatfs = library.fallocate, library.fstatfs  # the first is Linux's alone
     except (AttributeError, OSError, TypeError):  # TypeError: Windows, which has no one C library for every program
         return None
-    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
-    return function
+    fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
+    fstatfs.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    return fallocate, fstatfs
 
 
-_fallocate = _system_fallocate()
+_calls = _linux_calls()
 
 
 class OutputFile:
@@ -54,8 +62,17 @@ class OutputFile:
 
     def reserve(self, size: int) -> None:
         """Reserve the blocks of a file of `size` bytes, where the system can: copying then takes a sixth less time."""
-        if _fallocate is not None:
-            _fallocate(self.fileno(), 0, 0, size)  # where that fails, writing tells why
+        if _calls is not None:
+            fallocate, _ = _calls
+            fallocate(self.fileno(), 0, 0, size)  # where that fails, writing tells why
+
+    def is_in_memory(self) -> bool:
+        """Whether it lies on tmpfs, which fills blocks with zeros to reserve them: that takes as long as a copy."""
+        if _calls is None:
+            return False
+        _, fstatfs = _calls
+        answer = (ctypes.c_long * 64)()  # a struct statfs, and more than that: its first field is the kind
+        return fstatfs(self.fileno(), answer) == 0 and answer[0] == _TMPFS
 
     def write_at(self, data: memoryview, offset: int) -> None:
         """Write all of `data`.

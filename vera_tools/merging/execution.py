@@ -175,7 +175,8 @@ def write_shards(
                 file = outputs.make(part)
                 done = [give(_Task(part, number, what)) for what in _parts(plan.base, shard, last=shard is shards[-1])]
                 under_way.append((shard, part, done))
-                file.reserve(shard.size)
+                if number or not file.is_in_memory():  # where all workers would wait for it, with nothing else to do
+                    file.reserve(shard.size)
                 file.write_at(memoryview(struct.pack("<Q", len(shard.header)) + shard.header), 0)
                 if len(under_way) > 1:
                     _finish(*under_way.pop(0), plan, staging, outputs)
