@@ -75,6 +75,8 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "MambaForCausalLM": lambda: transformers.MambaConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=2, state_size=4
     ),
+    "PhiForCausalLM": lambda: transformers.PhiConfig(**LLAMA),
+    "RobertaForMaskedLM": lambda: transformers.RobertaConfig(**BERT),
     "SwitchTransformersForConditionalGeneration": lambda: transformers.SwitchTransformersConfig(
         **T5, **TOKENS, num_decoder_layers=2, num_experts=2, expert_capacity=8
     ),

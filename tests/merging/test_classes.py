@@ -24,6 +24,11 @@ pytestmark = [
 
 SEQ2SEQ = {"input_ids": live.IDS, "decoder_input_ids": live.IDS}
 
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 # ---- tied parameters
 
 GEMMA = r".*language_model.*\.q_proj"
@@ -52,6 +57,58 @@ def test_a_head_that_is_a_target_and_tied_beside_a_vision_tower(tmp_path):
 
 def test_biases_that_are_tied_and_trained_stay_one(tmp_path):
     live.check("BertForMaskedLM", tmp_path, target_modules=["query"], bias="all")
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "RobertaForMaskedLM"])
+def test_a_tied_bias_of_a_head_that_is_a_target(name, tmp_path):
+    live.check(name, tmp_path, target_modules=["query", "decoder"], bias="vera_only")
+
+
+UNKNOWN = {
+    "both unknown": ({"architectures": ["LlamaOfTomorrow"], "model_type": "llama_of_tomorrow"}, None),
+    "a known type": ({"architectures": ["CustomForCausalLM"]}, "CustomForCausalLM"),
+    "code of its own": (
+        {"architectures": ["CustomForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling.CustomForCausalLM"}},
+        None,
+    ),
+    "another type": ({"model_type": "mistral"}, "LlamaForCausalLM"),
+}
+
+
+@pytest.mark.parametrize(("changed", "named"), UNKNOWN.values(), ids=UNKNOWN)
+def test_a_named_class_of_which_nothing_is_known(changed, named, tmp_path):
+    """Its model type's bare class has no head: a table that is tied to one would be replaced under both names."""
+    config = transformers.LlamaConfig(**live.LLAMA, tie_word_embeddings=True)
+    model_class = live.save_base("LlamaForCausalLM", tmp_path / "base", config)
+    live.train(
+        model_class.from_pretrained(tmp_path / "base"),
+        tmp_path / "adapter",
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens"],
+    )
+    edit(tmp_path / "base/config.json", **changed)
+    edit(tmp_path / "adapter/adapter_config.json", auto_mapping=named and {"base_model_class": named})
+    (check,) = (
+        check
+        for check in vera_tools.verify(tmp_path / "adapter", base=tmp_path / "base").checkpoints[0].checks
+        if check.id == "base.class"
+    )
+    assert (check.status, "nothing is known of" in check.message) == ("warn", True)
+    with pytest.raises(CheckFailedError, match=r"nothing is known of (LlamaOf|CustomFor|LlamaFor)"):
+        vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out")
+
+
+def test_a_tied_table_without_a_config(tmp_path):
+    """Whether it is tied only config.json says."""
+    config = transformers.LlamaConfig(**live.LLAMA, tie_word_embeddings=True)
+    model_class = live.save_base("LlamaForCausalLM", tmp_path / "base", config)
+    for folder, saved in (("table", ["embed_tokens"]), ("plain", None)):
+        model = model_class.from_pretrained(tmp_path / "base", config=config)
+        live.train(model, tmp_path / folder, target_modules=["q_proj"], modules_to_save=saved)
+    (tmp_path / "base/config.json").unlink()
+    with pytest.raises(CheckFailedError, match=r"no config\.json is there, so nothing says what is one tensor"):
+        vera_tools.merge(tmp_path / "table", base=tmp_path / "base", output=tmp_path / "out")
+    assert len(vera_tools.merge(tmp_path / "plain", base=tmp_path / "base", output=tmp_path / "out").merged) == 2
 
 
 def test_a_class_of_which_nothing_is_known(tmp_path):

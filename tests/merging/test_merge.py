@@ -64,14 +64,6 @@ class TestLayout:
         assert report.copied == 2
         assert sorted(report.merged) == sorted(f"{name}.weight" for name in LAYERS)
 
-    def test_a_folder_of_files_without_an_index_stays_so(self, adapter, tmp_path):
-        base = make_base(tmp_path / "base", files=2)
-        (base / "model.safetensors.index.json").unlink()
-        vera_tools.merge(adapter, base=base, output=tmp_path / "out")
-        assert {path.name for path in (tmp_path / "out").glob("*.safetensors*")} == {
-            path.name for path in base.glob("*.safetensors")
-        }
-
     def test_a_single_file_brings_the_files_beside_it_only_where_a_config_is_among_them(self, base, adapter, tmp_path):
         vera_tools.merge(adapter, base=base / "model.safetensors", output=tmp_path / "out")
         assert (tmp_path / "out/tokenizer.json").is_file()

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from vera_tools.architectures.renaming import Step, replay
-from vera_tools.architectures.trees import Tree
+from vera_tools.architectures.trees import Tree, numbered
 from vera_tools.errors import CheckFailedError
 
 #: Kinds of modules that PEFT's VeRA can adapt.
@@ -181,6 +181,14 @@ class Architecture:
     def computes_otherwise(self, module: str) -> str | None:
         """The class of a linear module that does not compute W x + b with its weight; None where all is as usual."""
         return next((name for kind in self.tree.kinds(module) if (name := kind.partition(":")[2])), None)
+
+    def may_have_module(self, ending: str) -> bool:
+        """Whether a module's name may end so, as entries of modules_to_save are matched."""
+        return bool(self.unknown) or any(name.endswith(numbered(ending)) for name, _ in self.tree.walk())
+
+    def is_table(self, parameter: str) -> bool:
+        """Whether a parameter is one of the input embedding's or of the output layer's."""
+        return parameter.rpartition(".")[0] in {self.input_embeddings, self.output_embeddings} - {None}
 
     def is_linear_target(self, module: str, *, task_type: str | None = None) -> bool:
         """Whether PEFT's "all-linear" adapts a module: every Linear and Conv1D but the output layer.

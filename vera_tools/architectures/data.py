@@ -90,6 +90,14 @@ def _conversions(name: str) -> Any:
     return tables()["conversions"][steps] if isinstance(steps, str) else steps
 
 
+@functools.cache
+def table_modules() -> frozenset[str]:
+    """What the classes call their input embedding and their output layer."""
+    entries = (tables()["classes"][name] for name in tables()["classes"])
+    names = {entry.get(which) for entry in entries for which in ("input_embeddings", "output_embeddings")}
+    return frozenset(names - {None})
+
+
 def origin() -> str:
     """What the data was made from: "transformers 5.23.0"."""
     return f"transformers {tables()['transformers']}"

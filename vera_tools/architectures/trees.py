@@ -113,9 +113,9 @@ class Tree:
                 return
             if parts[0] in inside and parts[0] not in (_KIND, _CLASS):
                 yield from self._descend(inside[parts[0]], parts[1:], kind)
-            numbered = _NUMBER.sub("*", parts[0])
-            if numbered in inside and numbered != parts[0]:
-                yield from self._descend(inside[numbered], parts[1:], kind)
+            any_number = _NUMBER.sub("*", parts[0])
+            if any_number in inside and any_number != parts[0]:
+                yield from self._descend(inside[any_number], parts[1:], kind)
 
     def _walked(self, node: Any, name: str) -> Iterator[tuple[str, str]]:
         if isinstance(node, list):
@@ -130,6 +130,11 @@ class Tree:
             for key, child in inside.items():
                 if key not in (_KIND, _CLASS):
                     yield from self._walked(child, f"{name}.{key}".lstrip("."))
+
+
+def numbered(name: str) -> str:
+    """A name with ``*`` for its numbers, as a tree has it."""
+    return ".".join(_NUMBER.sub("*", part) for part in name.split("."))
 
 
 def _is_tensor(kind: str) -> bool:

@@ -30,6 +30,10 @@ INDEX_SUFFIX = ".safetensors.index.json"
 #: What transformers looks for, in this order.
 MODEL, MODEL_INDEX = "model.safetensors", "model" + INDEX_SUFFIX
 CONFIG = "config.json"
+#: What config.json calls the file that it names.
+NAMED_WEIGHTS = "transformers_weights"
+#: What transformers takes where it finds no safetensors under the names above.
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 #: Digests of tensors in files on disk: many checkpoints are verified against one base.
 _digests: dict[tuple[local.Stamp, str], str] = {}
@@ -113,7 +117,7 @@ class BaseModel(local.ReadFromFolder):
             if missing is not None:
                 raise FormatError("names a file that is not there", where=where, found=schema.shown(missing))
             return cls(folder, sorted(set(index["weight_map"].values())), label=label, index=index, index_name=chosen)
-        files = [entry for entry in names if entry.endswith(".safetensors") and not entry.startswith("adapter_model")]
+        files = [entry for entry in names if _may_be_base(entry)]
         if not files:
             hint = "a base must be in safetensors format"
             if any(entry in ("adapter_config.json", "adapter_model.safetensors") for entry in names):
@@ -137,6 +141,13 @@ class BaseModel(local.ReadFromFolder):
         """The quantisation method that config.json names, or None."""
         config = self.config.get("quantization_config")
         return None if not isinstance(config, dict) else str(config.get("quant_method", "unnamed"))
+
+    @property
+    def is_found(self) -> bool:
+        """Whether transformers finds these files by their names when it loads the folder."""
+        read = self.index_name or (next(iter(self.files)) if len(self.files) == 1 else None)
+        named = self.config.get(NAMED_WEIGHTS)
+        return read is not None and read in ([named] if isinstance(named, str) else [MODEL, MODEL_INDEX])
 
     @functools.cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -201,13 +212,13 @@ def _preferred(folder: local.Folder, names: Collection[str], label: str) -> str 
     The order is that of its `_get_resolved_checkpoint_files`: what config.json names, one file, an index.
 
     Raises:
-        FormatError: config.json names a file that is not there.
+        FormatError: config.json names a file that is not there, or transformers would load a pickle.
     """
-    named = _read_config(folder).get("transformers_weights")
+    named = _read_config(folder).get(NAMED_WEIGHTS)
     if isinstance(named, str):
         if named not in names:
             raise FormatError(
-                "config.json names a file that is not there", where=f"{label}: transformers_weights", found=named
+                "config.json names a file that is not there", where=f"{label}: {NAMED_WEIGHTS}", found=named
             )
         return named
     if MODEL in names:
@@ -215,7 +226,19 @@ def _preferred(folder: local.Folder, names: Collection[str], label: str) -> str 
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if MODEL_INDEX in indices:
         return MODEL_INDEX
+    pickle = next((name for name in _PICKLES if name in names), None)
+    if pickle is not None and any(map(_may_be_base, names)):
+        raise FormatError(
+            f"transformers loads {pickle} here, and none of the safetensors files",
+            where=label,
+            expected=f"{MODEL} or {MODEL_INDEX}",
+            hint="save the base anew as safetensors; or, if others are meant, name their file or index as the base",
+        )
     return indices[0] if len(indices) == 1 else None
+
+
+def _may_be_base(name: str) -> bool:
+    return name.endswith(".safetensors") and not name.startswith("adapter_model")
 
 
 def find_renaming(modules: Iterable[str], tensors: Collection[str], *, where: str) -> Renaming:

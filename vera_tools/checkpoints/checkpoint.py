@@ -22,7 +22,7 @@ from vera_tools.checkpoints.keys import MODULES as MODULES
 from vera_tools.checkpoints.keys import ROOT as ROOT
 from vera_tools.checkpoints.manifest import MANIFEST_NAME, ORIGINS, Manifest, Origin, ProjectionRecord, most_bytes
 from vera_tools.checkpoints.names import copied_from
-from vera_tools.checkpoints.placement import Linear, Placement, place
+from vera_tools.checkpoints.placement import Linear, Placement, Unfound, place, unfound
 from vera_tools.checkpoints.presence import PICKLE_NAME as PICKLE_NAME
 from vera_tools.checkpoints.presence import WEIGHTS_NAME as WEIGHTS_NAME
 from vera_tools.checkpoints.presence import refuse_mislabelled
@@ -298,6 +298,10 @@ class Checkpoint(local.ReadFromFolder):
             saved = [name.removeprefix(MODULES).replace(".base_layer.", ".") for name in self.other_tensors]
             self._placement = place(base, [self.config], self.layers, saved)
         return self._placement
+
+    def unfound(self, base: BaseModel) -> Unfound | None:
+        """Adapted modules that PEFT does not find by their names (see `placement.unfound`)."""
+        return unfound(base, self.config, self.layers)
 
     def linears(self, base: BaseModel) -> list[Linear]:
         """The base's weight for every adapted module, in the file's order.

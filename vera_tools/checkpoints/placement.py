@@ -295,6 +295,50 @@ def place(
     return best[1]
 
 
+@dataclass(frozen=True)
+class Unfound:
+    """Modules of an adapter that PEFT does not find by their names, and whose vectors it drops.
+
+    Attributes:
+        model_class: The class that PEFT is put around, by what adapter and base say.
+        origin: Where its modules are known from.
+        modules: Those of the adapter that it lacks, by the adapter's names.
+        bare: The class without a head that has all of them; None where it has not.
+    """
+
+    model_class: str
+    origin: str
+    modules: tuple[str, ...]
+    bare: str | None
+
+
+def unfound(base: BaseModel, config: VeraConfig, modules: Iterable[str]) -> Unfound | None:
+    """What PEFT does not find of an adapter; None where it finds all, or nothing says which class it is put around.
+
+    `place` finds modules under names of older files and of wrapped models. PEFT looks for those of today alone.
+    """
+    live, task = _live_class(config), _AUTO.get(str(config.task_type))
+    if live is not None:
+        library = (config.auto_mapping or {}).get("parent_library")
+        names = [live] if isinstance(library, str) and library.startswith("transformers.") else []
+    else:
+        names = [data.class_for(base.config, task) or "", *_own(base)] if task is not None else []
+    options = [known_class(base, name) for name in dict.fromkeys(filter(None, names))]
+    modules = list(modules)
+    lacking = [(known, _lacking(known, modules)) for known in options if known is not None]
+    if not lacking or len(lacking) < len(options) or not all(found for _, found in lacking):
+        return None
+    known, found = lacking[0]
+    name = data.class_for(base.config, "Model") if live is None else None
+    bare = known_class(base, name) if name else None
+    has_all = bare is not None and not _lacking(bare, modules)
+    return Unfound(known.name, known.origin, tuple(found), bare.name if bare is not None and has_all else None)
+
+
+def _lacking(known: Architecture, modules: Iterable[str]) -> list[str]:
+    return [name for name in modules if not known.stores(f"{name}.weight") and not known.is_unknown(name)]
+
+
 def own_class(base: BaseModel) -> Architecture | None:
     """The class that the base's config.json names, or that its model type is loaded by; None where none is known."""
     return next((known for name in _own(base) if (known := known_class(base, name))), None)
@@ -331,18 +375,27 @@ def known_under(config: data.Config, name: str) -> Architecture | None:
 
 
 def _classes(base: BaseModel, configs: Iterable[VeraConfig]) -> Iterator[str]:
-    """The classes that PEFT may have adapted, the likeliest first."""
-    found: dict[str, None] = {}
-    for config in configs:
-        mapping = config.auto_mapping
-        if isinstance(mapping, dict) and isinstance(mapping.get("base_model_class"), str):
-            found[mapping["base_model_class"]] = None
-        if task := data.class_for(base.config, _AUTO.get(str(config.task_type), "")):
-            found[task] = None
-    found |= dict.fromkeys(_own(base))
-    if bare := data.class_for(base.config, "Model"):
-        found[bare] = None
+    """The classes that PEFT may have adapted, the likeliest first.
+
+    Where config.json names a class of which nothing is known, its model type says nothing of that: only a class that
+    the adapter itself names counts then.
+    """
+    configs = list(configs)
+    found = dict.fromkeys(name for config in configs if (name := _live_class(config)))
+    named = data.class_for(base.config)
+    if named is None or known_class(base, named) is not None:
+        tasks = (data.class_for(base.config, _AUTO.get(str(config.task_type), "")) for config in configs)
+        found |= dict.fromkeys(filter(None, tasks))
+        found |= dict.fromkeys(_own(base))
+        if bare := data.class_for(base.config, "Model"):
+            found[bare] = None
     yield from found
+
+
+def _live_class(config: VeraConfig) -> str | None:
+    """The class that PEFT was put around, where the adapter says so: it does where it has no task."""
+    name = (config.auto_mapping or {}).get("base_model_class")
+    return name if isinstance(name, str) else None
 
 
 def _own(base: BaseModel) -> Iterator[str]:

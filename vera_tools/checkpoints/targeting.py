@@ -7,6 +7,7 @@ held against each module's name, and `expressions` bounds what that may cost.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
@@ -105,6 +106,22 @@ class Targeting:
                 if (end := parameter[dot - length : dot]) in self._entries:
                     yield end
             dot = parameter.find(".", dot + 1)
+
+    def means(self, module: str) -> bool:
+        """Whether an entry of modules_to_save means this module itself, and not only one around it."""
+        if len(self.saved) <= 16:
+            return module.endswith(self.saved)
+        return any(module[-length or len(module) :] in self._entries for length in self._lengths)
+
+    def nested(self, parameter: str) -> tuple[str, str] | None:
+        """Two modules that entries of modules_to_save mean, one in the other and both around a parameter; None without.
+
+        PEFT's ``_set_trainable`` wraps either. What it then saves lacks the inner one as it was trained, and
+        ``set_peft_model_state_dict`` raises a KeyError.
+        """
+        around = (parameter[:dot] for dot, character in enumerate(parameter) if character == ".")
+        outer, inner = itertools.islice((*filter(self.means, around), "", ""), 2)
+        return (outer, inner) if inner else None
 
     @functools.cached_property
     def _entries(self) -> frozenset[str]:

@@ -135,6 +135,7 @@ def to_lora(
         kind = peft_lora.model_type(opened, model)
         known = opened.placement(model).architecture if model is not None else None
         peft_lora.refuse_unloadable(opened.layers, kind, known, label=opened.label)
+        of_bare = peft_lora.unfound(opened, model)
         assumptions = Assumptions.stated(
             model, in_features=in_features, recipe=recipe, stored_dtype=stored_dtype, strict=strict
         )
@@ -170,7 +171,7 @@ def to_lora(
             factor=size / opened.weights.size,
             vllm=service,
             widths_assumed=widths_assumed,
-            notes=(*notes, *peft_lora.doubts(opened, kind), *corrections(opened)),
+            notes=(*notes, *peft_lora.doubts(opened, kind), *of_bare, *corrections(opened)),
         )
 
 

@@ -110,6 +110,26 @@ def refuse_unloadable(layers: Collection[str], kind: str | None, known: Architec
         )
 
 
+def unfound(checkpoint: Checkpoint, base: BaseModel | None) -> tuple[str, ...]:
+    """What is to be said, for a note, of names that PEFT finds in a bare model alone; the LoRA has them too.
+
+    Raises:
+        CheckFailedError: PEFT does not find them at all; the message names one, and the class that lacks it.
+    """
+    lost = checkpoint.unfound(base) if base is not None else None
+    if lost is None:
+        return ()
+    if lost.bare is not None:
+        return (f"its names are those of {lost.bare}: around a {lost.model_class}, PEFT drops it in silence",)
+    more = f" and {len(lost.modules) - 1} more" if len(lost.modules) > 1 else ""
+    raise CheckFailedError(
+        "no LoRA that PEFT loads: it finds no module of this name, and drops what is on it in silence",
+        where=f"{checkpoint.label}: {lost.modules[0]}{more}",
+        expected=f"modules of {lost.model_class}",
+        hint="merge it into its base: `vera-tools merge`",
+    )
+
+
 def _renamed(layers: Collection[str], known: Architecture) -> Iterator[tuple[str, str]]:
     """Layers whose keys PEFT renames, and to what."""
     if (

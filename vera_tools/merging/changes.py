@@ -196,7 +196,8 @@ def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str,
         name = placement.parameter(path)
         parts = placement.parts(name)
         if parts:
-            _check_shape(shape_of(parts), info, name, where=where, resize=resize and adapter.weight == 1)
+            is_table = is_embedding(name) or placement.architecture.is_table(name)
+            _check_shape(shape_of(parts), info, is_table, where=where, resize=resize and adapter.weight == 1)
         elif not checkpoint.targeting.saves(path) and ".base_layer." not in full:
             raise CheckFailedError(
                 "the base has no such tensor, and modules_to_save does not name it",
@@ -219,10 +220,10 @@ def _saved(placement: Placement, adapter: Adapter, *, resize: bool) -> dict[str,
     return saved
 
 
-def _check_shape(there: tuple[int, ...], info: TensorInfo, name: str, *, where: str, resize: bool) -> None:
+def _check_shape(there: tuple[int, ...], info: TensorInfo, is_table: bool, *, where: str, resize: bool) -> None:
     if there == info.shape:
         return
-    is_table = is_embedding(name) and len(there) == 2 and there[1:] == info.shape[1:]
+    is_table = is_table and there[1:] == info.shape[1:]
     if is_table and resize:
         return
     raise CheckFailedError(

@@ -161,7 +161,7 @@ def _entry(info: TensorInfo, origin: Origin, changes: list[tuple[Change, Part]],
     (first, piece), *_ = saved
     if not (piece.is_whole or piece.transposed):
         return Patched(info, origin, tuple(saved))
-    if len(info.shape) > 1 and not piece.transposed:  # as large as the adapter's, where a vocabulary is resized
+    if not piece.transposed:  # as large as the adapter's, where a vocabulary is resized
         info = _shaped(info, first.tensor.shape)
     return Replaced(info, origin, first, piece.transposed)
 

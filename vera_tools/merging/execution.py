@@ -220,12 +220,15 @@ def _compute(
     checksum = xxhash.xxh3_64()
     digest = hashlib.sha256() if isinstance(entry, Merged) else None
     offset = shard.data_start + entry.info.start
+    stop = offset + entry.info.nbytes
     for block in blocks(plan.base, entry, workspace=workspace, digest=digest, allow_nonfinite=allow_nonfinite):
         data = as_bytes(block)
+        assert offset + len(data) <= stop, f"{entry.info.name} would reach into its neighbour"
         file.write_at(data, offset)
         checksum.update(data)
         offset += len(data)
         tell(len(data), shard.name)
+    assert offset == stop, f"{entry.info.name} is not whole"
     origin = sha256 = None
     if digest is not None and entry.origin is not None:
         origin, sha256 = entry.origin.info.name, digest.hexdigest()

@@ -455,7 +455,7 @@ def _texts(plan: Plan, base_sha256: dict[str, str]) -> dict[str, bytes]:
         UsageError: a name that was given is no text.
     """
     texts = {
-        plan.index_name: plan.index,
+        **plan.indices,
         "config.json": plan.config,
         record.RECORD_NAME: json.dumps(record.merge_record(plan, base_sha256), indent=2, ensure_ascii=False) + "\n",
         record.CARD_NAME: record.model_card(plan),

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vera_tools._version import __version__
-from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, MOST_BYTES_OF_INDEX, BaseModel
+from vera_tools.checkpoints.base import MODEL, MODEL_INDEX, MOST_BYTES_OF_INDEX, NAMED_WEIGHTS, BaseModel
 from vera_tools.checkpoints.placement import Placement
 from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.errors import UsageError
@@ -107,8 +107,7 @@ class Plan:
         changes: What becomes of the class's parameters.
         adapters: In the order in which they were named.
         shards: The files of the result.
-        index_name: Name of the index file, or None where the base has none and one file holds everything.
-        index: The index as text.
+        indices: Index files by their names, as text; none where one file holds everything.
         copied_files: The base's other files, copied as they stand: path in the output to the folder it comes from.
         config: The text of config.json where it changes, else None.
         options: What it was asked for.
@@ -121,8 +120,7 @@ class Plan:
     changes: Mapping[str, Change]
     adapters: tuple[Adapter, ...]
     shards: tuple[Shard, ...]
-    index_name: str | None
-    index: str | None
+    indices: Mapping[str, str]
     copied_files: dict[str, local.Folder]
     config: str | None
     options: Options
@@ -177,7 +175,7 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         shards = [_keep_layout(base.files[name], name, entries) for name, entries in files.items()]
     else:
         shards = _lay_out(files, base, options.max_shard_size)
-    index_name, index = _index(base, shards, resharded=options.max_shard_size is not None)
+    indices = _indices(placement, shards, resharded=options.max_shard_size is not None)
     copied, notes = tokenizer.choose(_copied_files(base), adapters, options.tokenizer)
     found = [(adapter.label, RecordedBase.of(adapter.checkpoint, base)) for adapter in adapters]
     recorded = tuple((label, record) for label, record in found if record is not None)
@@ -187,10 +185,9 @@ def make(placement: Placement, adapters: Sequence[Adapter], options: Options) ->
         tying.changes,
         tuple(adapters),
         tuple(shards),
-        index_name,
-        index,
+        indices,
         copied,
-        _config(config, base, dtype=options.dtype),
+        _config(config, base, dtype=options.dtype, resharded=options.max_shard_size is not None),
         options,
         (*notes, *without_effect(placement, adapters), *unlike),
         _digest(base, adapters, options),
@@ -249,23 +246,34 @@ def _lay_out(files: Mapping[str, Sequence[Entry]], base: BaseModel, limit: int) 
     return [_placed(name, group, metadata) for name, group in zip(names, groups, strict=True)]
 
 
-def _index(base: BaseModel, shards: Sequence[Shard], *, resharded: bool) -> tuple[str | None, str | None]:
-    """Name and text of the index: the base's own where nothing that it says has changed."""
-    if base.index is None and not resharded:
-        return None, None  # several files without an index stay so
-    if resharded and len(shards) == 1:
-        return None, None
-    name = base.index_name if base.index_name is not None and not resharded else MODEL_INDEX
+def _indices(placement: Placement, shards: Sequence[Shard], *, resharded: bool) -> dict[str, str]:
+    """Index files by their names: the base's own as it is where nothing that it says has changed.
+
+    transformers looks for weights by a few names. Where the base's are others, be it shards without an index, the
+    result has one by which they are found.
+    """
+    base, names = placement.base, list[str]()
+    if resharded:
+        names += [MODEL_INDEX] if len(shards) > 1 else []
+    else:
+        names += [base.index_name] if base.index_name is not None else []
+        if placement.architecture.is_known and base.config and not base.is_found:
+            names.append(MODEL_INDEX)
+    return {name: _index(base, shards, name) for name in names}
+
+
+def _index(base: BaseModel, shards: Sequence[Shard], name: str) -> str:
     weight_map = {entry.info.name: shard.name for shard in shards for entry in shard.entries}
     total = sum(entry.info.nbytes for shard in shards for entry in shard.entries)
     old = base.index or {}
     metadata = {**old.get("metadata", {}), "total_size": total}
-    if old.get("weight_map") == weight_map and total == sum(info.nbytes for _, info in base.tensors.values()):
-        return name, local.read_text(base.folder, name, limit=MOST_BYTES_OF_INDEX)
+    unchanged = old.get("weight_map") == weight_map and total == sum(info.nbytes for _, info in base.tensors.values())
+    if unchanged and name == base.index_name:
+        return local.read_text(base.folder, name, limit=MOST_BYTES_OF_INDEX)
     if "total_parameters" in metadata:
         metadata["total_parameters"] = sum(entry.info.size for shard in shards for entry in shard.entries)
     document = {**old, "metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
-    return name, json.dumps(document, indent=2, sort_keys=True) + "\n"
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"
 
 
 def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
@@ -283,9 +291,11 @@ def _copied_files(base: BaseModel) -> dict[str, local.Folder]:
     return copied
 
 
-def _config(config: dict[str, Any], base: BaseModel, *, dtype: str | None) -> str | None:
-    """config.json with the new dtype, and without tying what is no longer the same; None where it stays as it is."""
+def _config(config: dict[str, Any], base: BaseModel, *, dtype: str | None, resharded: bool) -> str | None:
+    """config.json with the new dtype and without what is no longer so; None where it stays as it is."""
     config = dict(config)
+    if resharded or not base.is_found:
+        config.pop(NAMED_WEIGHTS, None)
     if dtype is not None:
         _set_dtype(config, dtype)
     if not base.config or config == base.config:

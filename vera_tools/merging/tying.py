@@ -48,11 +48,13 @@ def untying(placement: Placement, changes: Mapping[str, Change]) -> Untying:
     """What changing parameters means for those that are one tensor with them.
 
     Raises:
-        CheckFailedError: they cannot be told apart on loading, or nothing is known of the class.
+        CheckFailedError: they cannot be told apart on loading, or nothing says what is tied.
     """
     known, base, layout = placement.architecture, placement.base, placement.layout
-    if not known.is_known:
-        return _untying_unknown(placement, changes)
+    if not known.is_known or not base.config:
+        by_names = _untying_by_names(placement, changes)
+        if not known.is_known:
+            return by_names
     result, copies = dict(changes), dict[str, str]()
     groups = [_Group.of(layout, group, base) for group in layout.tied if any(name in result for name in group)]
     for group in (*groups, *_by_patterns(placement, changes, groups)):
@@ -78,8 +80,8 @@ def untying(placement: Placement, changes: Mapping[str, Change]) -> Untying:
     config = _untied_config(base, known)
     for other in (known, own_class(base)) if config is not None else ():
         if other is not None:
-            for name, (_, tensor) in _vanished(base, other, config or {}).items():
-                added.setdefault(name, ("", tensor))
+            for new, (name, tensor) in _vanished(base, other, config or {}).items():
+                added.setdefault(new, (name if other is known else "", tensor))
     return Untying(result, added, config)
 
 
@@ -199,19 +201,22 @@ def _vanished(base: BaseModel, known: Architecture, config: Mapping[str, Any]) -
     return found
 
 
-def _untying_unknown(placement: Placement, changes: Mapping[str, Change]) -> Untying:
-    """Of a class that is not known only what its files and config.json prove."""
+def _untying_by_names(placement: Placement, changes: Mapping[str, Change]) -> Untying:
+    """What files and config.json alone prove, of a class that is not known or whose config.json is not there."""
     base, names = placement.base, (*INPUT_EMBEDDINGS, *OUTPUT_LAYERS)
     touched = [name for name in changes if module_of(name) in names]
     if not touched or base.config.get("tie_word_embeddings") is False:
         return Untying(dict(changes))
     both = [any(module_of(tensor) in kind for tensor in base.tensors) for kind in (INPUT_EMBEDDINGS, OUTPUT_LAYERS)]
     if not all(both):
-        name = placement.architecture.name or "a class that config.json does not name"
+        known = placement.architecture
+        name = known.name or "a class that config.json does not name"
+        hint = "install the transformers that has the class beside vera-tools, or merge with PEFT"
         raise CheckFailedError(
-            f"nothing is known of {name}, so nothing says what is one tensor with this",
+            f"{f'nothing is known of {name}' if base.config else 'no config.json is there'}, so nothing says what is "
+            "one tensor with this",
             where=f"{base.label}: {touched[0]}",
             expected="a class of transformers, or a base that holds both its embedding and its output layer",
-            hint="install the transformers that has the class beside vera-tools, or merge with PEFT",
+            hint=hint if base.config else "copy the base's config.json beside its weights",
         )
     return Untying(dict(changes), config={**base.config, "tie_word_embeddings": False} if base.config else None)

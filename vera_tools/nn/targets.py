@@ -198,22 +198,29 @@ def unmatched(config: VeraConfig, model: nn.Module) -> list[str]:
 
 
 def _saved(config: VeraConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config saves whole, outermost only, by name.
+    """The modules that the config saves whole, by name.
 
     Raises:
-        UsageError: one is a container, or another adapter is inside; the message names it.
+        UsageError: one is a container, lies in another one, or another adapter is inside; the message names it.
     """
     found: dict[str, nn.Module] = {}
-    saves, inside = config.targeting().saves, tuple[str, ...]()
+    means = config.targeting().means
     for name, module in named_modules(model):
-        if name.startswith(inside) or not saves(f"{name}."):
+        if not means(name):
             continue
         if isinstance(module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
             raise UsageError("modules_to_save cannot be a container", where=name, found=type(module).__name__)
         parts = (part for part in module.modules() if part is not module or isinstance(part, VeraLinear))
         if any(isinstance(part, AdaptedModule) for part in parts):
             raise UsageError("a module that another adapter has changed cannot be saved whole", where=name)
-        found[name], inside = module, (f"{name}.",)
+        inside = (f"{name}.{part}" for part, _ in base_layer(module).named_modules() if part)
+        if (inner := next(filter(means, inside), None)) is not None:
+            raise UsageError(
+                f"modules_to_save means {name} and this module inside it: PEFT could not load what is saved of both",
+                where=inner,
+                hint="name one of them, by as much of its path as tells it from the other",
+            )
+        found[name] = module
     return found
 
 

@@ -61,11 +61,14 @@ def obstacles(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str
 
 def dropped(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str, str]:
     """Those of the obstacles that writing the checkpoint anew, with PEFT's names and values, does not remove."""
-    outside = checkpoint.unadapted(base)
-    if not outside:
+    if outside := checkpoint.unadapted(base):
+        why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
+        return {OLD_PEFT: why, PEFT: why}
+    lost = checkpoint.unfound(base) if base is not None else None
+    if lost is None or lost.bare is not None:
         return {}
-    why = f"drops the vectors of {_count(len(outside), 'layer')} that the config does not adapt"
-    return {OLD_PEFT: why, PEFT: why}
+    why = f"drops the vectors of {_count(len(lost.modules), 'layer')}, which {lost.model_class} does not have"
+    return {OLD_PEFT: why, PEFT: why, VERA_TOOLS: f"refuses it: {lost.model_class} does not have {lost.modules[0]}"}
 
 
 def refused_record(checkpoint: Checkpoint) -> dict[str, str]:
@@ -77,6 +80,10 @@ def refused_record(checkpoint: Checkpoint) -> dict[str, str]:
 
 def doubts(checkpoint: Checkpoint, base: BaseModel | None = None) -> dict[str, str]:
     """Why nobody can know whether a loader computes with this adapter, where nothing speaks against it; by loader."""
+    lost = checkpoint.unfound(base) if base is not None else None
+    if lost is not None and lost.bare is not None:
+        why = f"computes with it around {lost.bare}, and drops all of it around {lost.model_class}"
+        return {OLD_PEFT: why, PEFT: why}
     if checkpoint.config.target_modules is not None or (base is not None and base.model_type is not None):
         return {}
     why = "adapts what it chooses for the base's model type, because target_modules is null, and the base is not named"

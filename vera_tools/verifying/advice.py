@@ -186,6 +186,10 @@ REMEDIES: Mapping[str, tuple[str, str]] = {
     "manifest.metadata": (f"copy the file again; {_MEANT}", "{again}"),
     "manifest.recipe": (f"copy the manifest again; {_MEANT}", "{again}"),
     # Not the base that it was checked against: that is the one which does not fit.
+    "base.class": (
+        "merge it, which goes by what was meant; or save it again",
+        "vera-tools merge {path} --base {base} -o OUT",
+    ),
     "base.modules": (_OR_DAMAGED, "vera-tools verify {path} --base BASE"),
     "base.pair": (_OTHER_BASE, "vera-tools verify {path} --base BASE"),
     "base.parameters": (

@@ -35,7 +35,7 @@ CHECK_IDS = {
     "manifest.metadata": "the file's metadata is the recorded one",
     "manifest.recipe": "the stored pair is what the recorded recipe gives",
     "manifest.required": "with --require-recorded: a manifest has the digest of every tensor",
-    "base.class": "the class of models that the base is read as is known, and takes its tensors",
+    "base.class": "the class of models that the base is of is known, takes its tensors, and has the adapter's modules",
     "base.modules": "every adapted module exists in the base and fits, and none is left out",
     "base.pair": "in_max and out_max follow from the base",
     "base.parameters": "biases and saved modules fit the base's parameters",

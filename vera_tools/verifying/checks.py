@@ -7,6 +7,7 @@ against a manifest, `fit` those against a base model.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -14,12 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vera_tools.architectures import data
 from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.manifest import ASSUMED, Origin
-from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
+from vera_tools.checkpoints.names import TASK_HEADS, copied_from, is_embedding, lies_in_saved
 from vera_tools.checkpoints.targeting import idle
 from vera_tools.dtypes import FLOATS, np_dtype
+from vera_tools.errors import VeraToolsError
 from vera_tools.files.safetensors import TensorInfo, digests_in
 from vera_tools.files.safetensors_library import LIBRARY
 from vera_tools.projections.identification import Identification
@@ -67,7 +70,7 @@ def structure(checkpoint: Checkpoint, base: BaseModel | None = None) -> Iterator
     if shapes.status == "pass":
         yield _out_max(checkpoint)
     yield dtypes(checkpoint)
-    yield _saved(checkpoint)
+    yield _saved(checkpoint, base)
     yield _unexpected(checkpoint, base)
 
 
@@ -239,8 +242,8 @@ def _unexpected(checkpoint: Checkpoint, base: BaseModel | None) -> Check:
     for name in checkpoint.other_tensors:
         if checkpoint.is_copy(name):
             continue
-        if not _is_expected(name.removeprefix(MODULES), checkpoint) or not name.startswith(MODULES):
-            (embeddings if is_embedding(name) else unknown).append(name)
+        if not _is_expected(name.removeprefix(MODULES), checkpoint, base) or not name.startswith(MODULES):
+            (embeddings if _is_table(name.removeprefix(MODULES), checkpoint, base) else unknown).append(name)
     if outside or unknown:
         parts = [f"no part of this adapter by its config: {some(unknown)}"] if unknown else []
         meant = "target_modules"
@@ -254,24 +257,51 @@ def _unexpected(checkpoint: Checkpoint, base: BaseModel | None) -> Check:
     return Check("tensors.unexpected", "pass", "no tensor that the config does not explain")
 
 
-def _is_expected(parameter: str, checkpoint: Checkpoint) -> bool:
+def _is_table(parameter: str, checkpoint: Checkpoint, base: BaseModel | None) -> bool:
+    """Whether a parameter is an embedding's or an output layer's, which PEFT may save whatever the config says.
+
+    Without a base, any class's may be meant.
+    """
+    if is_embedding(parameter):
+        return True
+    parameter = parameter.replace(".base_layer.", ".")
+    with contextlib.suppress(VeraToolsError):
+        known = checkpoint.placement(base).architecture if base is not None else None
+        if known is not None and known.is_known:
+            return known.is_table(parameter)
+    return parameter.rpartition(".")[0] in data.table_modules()
+
+
+def _is_expected(parameter: str, checkpoint: Checkpoint, base: BaseModel | None) -> bool:
     config = checkpoint.config
     module, _, kind = parameter.rpartition(".")
     adapted = module.removesuffix(".base_layer") in checkpoint.layers
     if kind == "bias" and (config.bias == "all" or (config.bias == "vera_only" and adapted)):
         return True
-    if adapted and is_embedding(parameter):
-        return True  # PEFT saves the weight of an embedding or output layer that is adapted, too
-    return checkpoint.targeting.saves(parameter)
+    if checkpoint.targeting.saves(parameter):
+        return True
+    return adapted and _is_table(parameter, checkpoint, base)  # PEFT saves an output layer that is adapted, too
 
 
-def _saved(checkpoint: Checkpoint) -> Check:
+def _saved(checkpoint: Checkpoint, base: BaseModel | None) -> Check:
     parameters = [name.removeprefix(MODULES) for name in checkpoint.other_tensors]
     # PEFT names the usual heads itself, and a model may have others: their absence proves nothing.
     heads = {head for names in TASK_HEADS.values() for head in names}
     there = {name for parameter in parameters for name in checkpoint.targeting.saving(parameter)}
     absent = [name for name in checkpoint.config.modules_to_save or [] if name not in there]
+    if nested := next(filter(None, map(checkpoint.targeting.nested, parameters)), None):
+        message = (
+            f"modules_to_save means {nested[0]} and, inside it, {nested[1]}: PEFT saves the inner one as it was before "
+            "training, and cannot load the file"
+        )
+        return Check("tensors.saved", "fail", message)
+    lost = [name for name in checkpoint.other_tensors if copied_from(name) and not checkpoint.is_copy(name)]
+    if lost:
+        message = f"without the tensors that PEFT loads, of which these are copies by their names: {some(lost)}"
+        return Check("tensors.saved", "fail", message)
     missing = [name for name in absent if name not in heads]
+    idle_names = _of_no_module(missing, checkpoint, base)
+    absent, missing = ([name for name in names if name not in idle_names] for names in (absent, missing))
     if missing:
         return Check("tensors.saved", "fail", f"modules_to_save names {some(missing)}, of which nothing is in the file")
     if absent and not any(lies_in_saved(parameter, head) for parameter in parameters for head in heads):
@@ -279,7 +309,21 @@ def _saved(checkpoint: Checkpoint) -> Check:
             f"modules_to_save names {some(absent)}, and no head is in the file: --base tells whether one is missing"
         )
         return Check("tensors.saved", "warn", message)
+    if idle_names:
+        message = f"modules_to_save names {some(idle_names)}, of which the base has no module: PEFT passes over that"
+        return Check("tensors.saved", "warn", message)
     return Check("tensors.saved", "pass", f"{len(parameters)} tensors of biases and saved modules")
+
+
+def _of_no_module(entries: list[str], checkpoint: Checkpoint, base: BaseModel | None) -> list[str]:
+    """Entries of modules_to_save that mean no module of the base's class, of which all is known."""
+    if not entries or base is None:
+        return []
+    with contextlib.suppress(VeraToolsError):
+        placement = checkpoint.placement(base)
+        if placement.architecture.is_known and placement.renaming is None:
+            return [entry for entry in entries if not placement.architecture.may_have_module(entry)]
+    return []
 
 
 def _scan_run(infos: list[TensorInfo], data: memoryview) -> dict[str, Scan]:

@@ -10,7 +10,7 @@ from vera_tools.checkpoints.base import BaseModel, rounds_through
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.manifest import MANIFEST_NAME
 from vera_tools.checkpoints.names import TASK_HEADS, is_embedding, lies_in_saved
-from vera_tools.checkpoints.placement import Placement, shape_of
+from vera_tools.checkpoints.placement import Placement, Unfound, shape_of
 from vera_tools.checkpoints.recorded_base import RecordedBase
 from vera_tools.dtypes import FLOATS
 from vera_tools.errors import CheckFailedError, VeraToolsError
@@ -74,6 +74,8 @@ def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
         name = known.name or "the class of the base, which config.json does not name"
         message = f"nothing is known of {name}: modules are taken for what the names of its tensors say"
         return Check("base.class", "warn", message)
+    if (lost := checkpoint.unfound(base)) is not None:
+        return _unfound(lost, checkpoint)
     who = f"{known.name} ({known.origin})"
     unexpected, missing = layout.unexpected, layout.missing or ()
     if (unexpected or missing) and known.name == data.class_for(base.config):
@@ -81,6 +83,21 @@ def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
         parts += [f"does not find {some(missing)}"] if missing else []
         return Check("base.class", "warn", f"{who} {' and '.join(parts)}: this may be a base of another class")
     return Check("base.class", "pass", f"{who} takes {len(base.tensors) - len(unexpected)} tensors of the base")
+
+
+def _unfound(lost: Unfound, checkpoint: Checkpoint) -> Check:
+    who, what = f"{lost.model_class} ({lost.origin})", some(lost.modules)
+    if lost.bare is not None:
+        message = (
+            f"the adapter has the names of {lost.bare}: around the {who} that task_type {checkpoint.config.task_type} "
+            f"is for, PEFT drops the vectors of {what}"
+        )
+        return Check("base.class", "warn", message)
+    message = (
+        f"{who} has no {what}, so PEFT drops their vectors in silence: these are names of a wrapped model, of another "
+        "class, or of an older transformers"
+    )
+    return Check("base.class", "fail", message)
 
 
 def dtype(checkpoint: Checkpoint, base: BaseModel) -> Iterator[Check]:
@@ -172,7 +189,8 @@ def _parameters(checkpoint: Checkpoint, base: BaseModel) -> Check:
         place = placement.parameter(path)
         held.add(place)
         parts = placement.parts(place)
-        free = is_embedding(parameter) or any(lies_in_saved(parameter, head) for head in heads)
+        free = is_embedding(parameter) or placement.architecture.is_table(place)
+        free = free or any(lies_in_saved(parameter, head) for head in heads)
         if not parts:
             # A base saved without its head has none.
             free = free or (placement.architecture.is_known and placement.architecture.stores(place))
