@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import vera_tools
 from tests.merging import live
+from vera_tools.architectures import data
 from vera_tools.checkpoints.targeting import Targeting
 from vera_tools.errors import CheckFailedError, UsageError
 from vera_tools.nn import VeraModel
@@ -166,6 +167,13 @@ def test_an_entry_that_means_no_module(tmp_path):
     vera_tools.merge(tmp_path / "adapter", base=tmp_path / "base", output=tmp_path / "out", verify=True)
     merged = live.outputs(model_class.from_pretrained(tmp_path / "out"))
     assert abs(merged - expected).max() <= 2e-5 * abs(expected).max()
+
+
+def test_what_may_be_a_module():
+    llama = data.architecture({"model_type": "llama"}, "LlamaForCausalLM")
+    assert llama is not None
+    there = ("lm_head", "layers.1.mlp", "mlp", "_proj", "model", "1.mlp")
+    assert [name for name in (*there, "wte", "layer.1.mlp", "mlps") if llama.may_have_module(name)] == list(there)
 
 
 def test_a_tied_head_that_is_not_in_the_file_is_missed(tmp_path):
