@@ -105,6 +105,14 @@ SPECIAL = {
     "d_initial of a float32": changed(d_initial=1e38),
     "no kind": lambda config: json.dumps({k: v for k, v in config.items() if k != "peft_type"}).encode(),
     "space": lambda config: b"\n\n \t" + json.dumps(config).encode() + b"\n ",
+    "a comma behind the last": lambda config: json.dumps(config)[:-1].encode() + b", }\n",
+    "comments": lambda config: (
+        b"// of ours\n" + json.dumps(config, indent=1).replace("{\n", "{ /* r, key */\n").encode()
+    ),
+    "a tab in a text": lambda config: json.dumps({**config, "future": "x?y, ]// /* z"}).replace("?", "\t").encode(),
+    "a comment without an end": lambda config: json.dumps(config).encode() + b"/* ",
+    "two commas": lambda config: json.dumps(config)[:-1].encode() + b",,}",
+    "a text without an end": lambda config: json.dumps(config).encode()[:-2],
     "rubbish behind": lambda config: json.dumps(config).encode() + b"x",
 }
 CONFIGS = {
@@ -161,7 +169,10 @@ def test_what_peft_loads_is_not_invalid_and_what_it_does_not_load_is_not_well(ch
         assert not failed(report) - {"tensors.saved"}
 
 
-REFUSED = ("another case", "lower case", "byte-order mark", "digits that Python refuses", "a key of Python's")
+REFUSED = (
+    *("another case", "lower case", "byte-order mark", "digits that Python refuses", "a key of Python's"),
+    *("a comma behind the last", "comments", "a tab in a text"),
+)
 
 
 @pytest.mark.parametrize("name", REFUSED)

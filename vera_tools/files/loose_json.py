@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +40,10 @@ class Loose:
 
 
 def parse_loosely(text: str, *, where: str) -> Loose:
-    """Parse what Python's `json.load` reads, and what it refuses only for a byte-order mark or a number's length.
+    """Parse what Python's `json.load` reads, and what it refuses although its meaning is clear.
+
+    That is a byte-order mark, an integer's length, and what other programs let pass: comments, a comma after the last
+    item, and control characters in texts.
 
     Args:
         text: The file's text.
@@ -72,24 +77,82 @@ def parse_loosely(text: str, *, where: str) -> Loose:
         refused.append(f"an integer of {len(number)} digits")
         return math.copysign(math.inf, -1 if number.startswith("-") else 1)
 
-    if text.startswith("\ufeff"):
-        refused.append("it begins with a byte-order mark")
-    try:
+    def parsed(text: str, *, strict: bool = True) -> Any:
         with uncollected():
-            document = json.loads(
-                text.removeprefix("\ufeff"),
+            return json.loads(
+                text,
+                strict=strict,
                 object_pairs_hook=unique,
                 parse_constant=constant,
                 parse_int=whole,
                 parse_float=real,
             )
-    except json.JSONDecodeError as error:
-        raise FormatError(
-            f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"
-        ) from error
+
+    if text.startswith("\ufeff"):
+        refused.append("it begins with a byte-order mark")
+    bare = text.removeprefix("\ufeff")
+    try:
+        try:
+            document = parsed(bare)
+        except json.JSONDecodeError as error:
+            mended, what = mend(bare)
+            try:
+                document = parsed(mended, strict=False)
+            except json.JSONDecodeError:
+                raise FormatError(
+                    f"not JSON: {error.msg}", where=f"{where}: line {error.lineno}, column {error.colno}"
+                ) from error
+            refused = list(dict.fromkeys((*refused, *(what or ["a control character in a text"]))))
     except RecursionError as error:
         raise FormatError("not JSON that can be read: nested too deeply", where=where) from error
     return Loose(document, tuple(refused), tuple(tolerated))
+
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_COMMENT_OR_STRING, _COMMA_OR_STRING = re.compile(r'[/"]'), re.compile(r'[,"]')
+_TO_A_BRACKET = re.compile(r"\s*[}\]]")
+
+
+def mend(text: str) -> tuple[str, list[str]]:
+    """The text without comments and without commas after the last item, and which of both it had.
+
+    What stands in a text stays, and a text that does not end is left as it is. A comment becomes spaces, so that places
+    stay where they were. Every character is looked at a few times at most, whatever there is.
+    """
+    found: dict[str, None] = {}
+
+    def without(what: re.Pattern[str], text: str, replaced: Callable[[str, int], tuple[str, int]]) -> str:
+        pieces, done = list[str](), 0
+        while (mark := what.search(text, done)) is not None:
+            start = mark.start()
+            pieces.append(text[done:start])
+            if text[start] == '"':
+                string = _STRING.match(text, start)
+                done = string.end() if string else len(text)
+                pieces.append(text[start:done])
+            else:
+                piece, done = replaced(text, start)
+                pieces.append(piece)
+        return "".join((*pieces, text[done:]))
+
+    def comment(text: str, start: int) -> tuple[str, int]:
+        if text.startswith("//", start):
+            stop = text.find("\n", start) % (len(text) + 1)  # to the end where there is no other line
+        elif text.startswith("/*", start) and (end := text.find("*/", start + 2)) != -1:
+            stop = end + 2
+        else:
+            return text[start:], len(text)  # no comment, and nothing that can be read
+        found["comments"] = None
+        return re.sub(r"[^\n]", " ", text[start:stop]), stop
+
+    def comma(text: str, start: int) -> tuple[str, int]:
+        if _TO_A_BRACKET.match(text, start + 1) is None:
+            return ",", start + 1
+        found["a comma after the last item"] = None
+        return " ", start + 1
+
+    mended = without(_COMMA_OR_STRING, without(_COMMENT_OR_STRING, text, comment), comma)
+    return mended, list(found)
 
 
 def plain(value: Any, tolerated: dict[str, None], *, depth: int = 0) -> Any:
