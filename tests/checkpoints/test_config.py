@@ -262,7 +262,7 @@ def test_a_pattern_without_layers_is_refused_in_pefts_words(save):
 BAD_TEXTS = {
     "empty": (b"", "not JSON: Expecting value"),
     "half": (b'{"peft_type": "VERA"', "line 1, column"),
-    "comment": (b'{"r": 8} // rank', "not JSON: Extra data"),
+    "a comment that does not end": (b'{"r": 8} /* rank', "not JSON: Extra data"),
     "two documents": (b'{"peft_type": "VERA"}{}', "not JSON: Extra data"),
     "a list": (b"[]", "not an adapter config (expected a JSON object, found [])"),
     "null": (b"null", "found null"),
