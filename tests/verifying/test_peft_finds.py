@@ -89,6 +89,19 @@ def test_names_that_peft_does_not_find(name, targets, old, new, task, tmp_path):
     assert abs(merged - expected).max() <= 2e-5 * abs(expected).max()
 
 
+def test_names_that_the_bases_tensors_alone_explain(tmp_path):
+    """No class has them, and the base does not name its own: the adapter does."""
+    model_class, _ = make("LlamaForCausalLM", tmp_path, target_modules=["q_proj"])
+    config = json.loads((tmp_path / "base/config.json").read_text())
+    del config["architectures"]
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    rename(tmp_path, "model.model.layers", "model.wrapped_net.layers")
+    untrained = live.outputs(model_class.from_pretrained(tmp_path / "base"))
+    assert abs(peft(model_class, tmp_path, "renamed") - untrained).max() == 0
+    report = vera_tools.verify(tmp_path / "renamed", base=tmp_path / "base")
+    assert (report.exit_code, said(report, "base.class").status) == (1, "fail")
+
+
 def test_names_of_the_bare_model(tmp_path):
     """Around that PEFT finds them, around the class that the task is for it does not: nobody can know."""
     make("LlamaForCausalLM", tmp_path, target_modules=["q_proj"], task_type="CAUSAL_LM")

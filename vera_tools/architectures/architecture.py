@@ -184,7 +184,8 @@ class Architecture:
 
     def may_have_module(self, ending: str) -> bool:
         """Whether a module's name may end so, as entries of modules_to_save are matched."""
-        return bool(self.unknown) or any(name.endswith(numbered(ending)) for name, _ in self.tree.walk())
+        ending = numbered(ending)
+        return bool(self.unknown) or any(name.endswith(ending) for name, _ in self.tree.walk())
 
     def is_table(self, parameter: str) -> bool:
         """Whether a parameter is one of the input embedding's or of the output layer's."""

@@ -20,6 +20,7 @@ from vera_tools.checkpoints.base import BaseModel
 from vera_tools.checkpoints.checkpoint import MODULES, Checkpoint
 from vera_tools.checkpoints.manifest import ASSUMED, Origin
 from vera_tools.checkpoints.names import TASK_HEADS, copied_from, is_embedding, lies_in_saved
+from vera_tools.checkpoints.placement import Placement
 from vera_tools.checkpoints.targeting import idle
 from vera_tools.dtypes import FLOATS, np_dtype
 from vera_tools.errors import VeraToolsError
@@ -265,10 +266,9 @@ def _is_table(parameter: str, checkpoint: Checkpoint, base: BaseModel | None) ->
     if is_embedding(parameter):
         return True
     parameter = parameter.replace(".base_layer.", ".")
-    with contextlib.suppress(VeraToolsError):
-        known = checkpoint.placement(base).architecture if base is not None else None
-        if known is not None and known.is_known:
-            return known.is_table(parameter)
+    placement = _known_placement(checkpoint, base)
+    if placement is not None:
+        return placement.architecture.is_table(parameter)
     return parameter.rpartition(".")[0] in data.table_modules()
 
 
@@ -317,13 +317,18 @@ def _saved(checkpoint: Checkpoint, base: BaseModel | None) -> Check:
 
 def _of_no_module(entries: list[str], checkpoint: Checkpoint, base: BaseModel | None) -> list[str]:
     """Entries of modules_to_save that mean no module of the base's class, of which all is known."""
-    if not entries or base is None:
+    placement = _known_placement(checkpoint, base) if entries else None
+    if placement is None or placement.renaming is not None:
         return []
-    with contextlib.suppress(VeraToolsError):
-        placement = checkpoint.placement(base)
-        if placement.architecture.is_known and placement.renaming is None:
-            return [entry for entry in entries if not placement.architecture.may_have_module(entry)]
-    return []
+    return [entry for entry in entries if not placement.architecture.may_have_module(entry)]
+
+
+def _known_placement(checkpoint: Checkpoint, base: BaseModel | None) -> Placement | None:
+    """What the adapter's names mean in a base whose class is known; None where nothing says so."""
+    with contextlib.suppress(VeraToolsError):  # which `base.modules` reports
+        placement = checkpoint.placement(base) if base is not None else None
+        return placement if placement is not None and placement.architecture.is_known else None
+    return None
 
 
 def _scan_run(infos: list[TensorInfo], data: memoryview) -> dict[str, Scan]:

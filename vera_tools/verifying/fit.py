@@ -70,12 +70,12 @@ def _class(checkpoint: Checkpoint, base: BaseModel) -> Check:
     """What the base's tensors are to the class of models that PEFT adapted."""
     placement = checkpoint.placement(base)
     known, layout = placement.architecture, placement.layout
+    if (lost := checkpoint.unfound(base)) is not None:  # also where modules had to be found by names alone
+        return _unfound(lost, checkpoint)
     if not known.is_known:
         name = known.name or "the class of the base, which config.json does not name"
         message = f"nothing is known of {name}: modules are taken for what the names of its tensors say"
         return Check("base.class", "warn", message)
-    if (lost := checkpoint.unfound(base)) is not None:
-        return _unfound(lost, checkpoint)
     who = f"{known.name} ({known.origin})"
     unexpected, missing = layout.unexpected, layout.missing or ()
     if (unexpected or missing) and known.name == data.class_for(base.config):
