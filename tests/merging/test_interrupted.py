@@ -172,7 +172,7 @@ class TestKill:
         copies = copies_of(process)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
-        assert process.returncode == 130
+        assert process.returncode == 130, stderr
         assert not any(map(is_running, copies))
         assert list((staging.place(out) / "parts").iterdir()) == []
         assert "Traceback" not in stderr
